@@ -1,0 +1,23 @@
+"""Which group of scales and zero points a row of the weight belongs to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_groups(K: int, group_size: int) -> int:
+    """G = ceil(K / group_size): the last group may be partial."""
+    return -(-K // group_size)
+
+
+def row_groups(K: int, G: int, group_size: int, device: torch.device) -> Tensor:
+    """The groups of rows in sorted order, ``k // size``: (K,) int32. A group_size of 0 stands for ``K // G``."""
+    size = group_size or K // G
+    return torch.arange(K, device=device, dtype=torch.int32) // size
+
+
+def is_trivial(g_idx: Tensor, group_size: int) -> bool:
+    """Whether ``g_idx[k] == k // group_size`` for every row, which is no activation order. Reads the data."""
+    K = g_idx.numel()
+    return torch.equal(g_idx, row_groups(K, num_groups(K, group_size), group_size, g_idx.device).to(g_idx.dtype))
