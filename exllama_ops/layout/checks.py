@@ -62,8 +62,10 @@ def _check_fills_words(op: str, name: str, size: int, bits: int) -> None:
     unit = FORMATS[bits].block_values
     torch._check_value(
         size > 0 and size % unit == 0,
-        lambda: f"{op}: {name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole 32-bit "
-        f"words; got {name}={size}",
+        lambda: (
+            f"{op}: {name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole 32-bit "
+            f"words; got {name}={size}"
+        ),
     )
 
 
@@ -73,8 +75,10 @@ def _check_rows(op: str, qweight: Tensor, bits: int) -> int:
     rows = qweight.shape[0]
     torch._check_value(
         rows > 0 and rows % fmt.block_words == 0,
-        lambda: f"{op}: qweight must have a positive multiple of {fmt.block_words} rows of words for bits={bits}; "
-        f"got shape {tuple(qweight.shape)}",
+        lambda: (
+            f"{op}: qweight must have a positive multiple of {fmt.block_words} rows of words for bits={bits}; "
+            f"got shape {tuple(qweight.shape)}"
+        ),
     )
     return rows * 32 // bits
 
@@ -91,8 +95,10 @@ def check_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int, *, op: str = "
     K = _check_rows(op, qweight, bit)
     torch._check_value(
         q_perm.shape[0] in (0, K),
-        lambda: f"{op}: q_perm must be empty or have shape (K,) = ({K},) for qweight of shape {tuple(qweight.shape)}, "
-        f"bits={bit}; got ({q_perm.shape[0]},)",
+        lambda: (
+            f"{op}: q_perm must be empty or have shape (K,) = ({K},) for qweight of shape {tuple(qweight.shape)}, "
+            f"bits={bit}; got ({q_perm.shape[0]},)"
+        ),
     )
 
 
@@ -145,8 +151,10 @@ def check_gptq_dequantize(
     meaning = "the permutation argsort(g_idx)" if use_exllama else "the group of each row"
     torch._check_value(
         entries in (0, K),
-        lambda: f"{op}: g_idx ({meaning}, as use_exllama={use_exllama}) must be empty or have shape (K,) = ({K},); "
-        f"got ({entries},)",
+        lambda: (
+            f"{op}: g_idx ({meaning}, as use_exllama={use_exllama}) must be empty or have shape (K,) = ({K},); "
+            f"got ({entries},)"
+        ),
     )
     torch._check_value(
         group_size >= 0, lambda: f"{op}: group_size must be at least 1, or 0 for K / G; got {group_size}"
@@ -156,14 +164,18 @@ def check_gptq_dequantize(
     if group_size:
         torch._check_value(
             num_groups(K, group_size) == G,
-            lambda: f"{op}: scales must have G = ceil(K / group_size) = {num_groups(K, group_size)} rows for K={K}, "
-            f"group_size={group_size}; got {G}",
+            lambda: (
+                f"{op}: scales must have G = ceil(K / group_size) = {num_groups(K, group_size)} rows for K={K}, "
+                f"group_size={group_size}; got {G}"
+            ),
         )
     else:
         torch._check_value(
             K % G == 0,
-            lambda: f"{op}: group_size=0 means K / G, which must be whole; got K={K}, G={G} (say the group_size of a "
-            "weight whose last group is partial)",
+            lambda: (
+                f"{op}: group_size=0 means K / G, which must be whole; got K={K}, G={G} (say the group_size of a "
+                "weight whose last group is partial)"
+            ),
         )
 
 

@@ -106,7 +106,9 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: group_size must be at least 1; got {self.group_size}")
         unused, name = (self.g_idx, "g_idx") if self.shuffled else (self.perm, "perm")
         if unused.numel():
-            raise ValueError(f"PackedWeight: {name} must be empty for shuffled={self.shuffled}; got {unused.numel()} rows")
+            raise ValueError(
+                f"PackedWeight: {name} must be empty for shuffled={self.shuffled}; got {unused.numel()} rows"
+            )
         check_gptq_dequantize(
             self.qweight, self.qzeros, self.scales, self.rows, self.shuffled, self.bits, True, self.group_size,
             op="PackedWeight",

@@ -1,0 +1,65 @@
+"""exllama_ops: GPTQ kernels for 2, 3, 4 and 8 bits as PyTorch custom ops.
+
+Importing the package registers ``torch.ops.exllama.*`` and touches no device. The parts that need the extra "hf"
+(`load_model`, `open_gptq`, ...) are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from exllama_ops import backends
+from exllama_ops.layout import GptqWeight, PackedWeight
+from exllama_ops.ops import gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_shuffle, gptq_unshuffle
+from exllama_ops.prepare import prepare
+
+if TYPE_CHECKING:
+    from exllama_ops.checkpoint import open_gptq, read_gptq, save_gptq
+    from exllama_ops.integrations.transformers import load_model
+    from exllama_ops.kernel import ExllamaLinearKernel
+    from exllama_ops.nn import ExllamaLinear, convert, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExllamaLinear",
+    "ExllamaLinearKernel",
+    "GptqWeight",
+    "PackedWeight",
+    "convert",
+    "gptq_dequantize",
+    "gptq_gemm",
+    "gptq_gemm_dx",
+    "gptq_shuffle",
+    "gptq_unshuffle",
+    "load_model",
+    "open_gptq",
+    "prepare",
+    "quantize",
+    "read_gptq",
+    "save_gptq",
+]
+
+backends.register()
+
+_LAZY = {
+    "ExllamaLinear": "exllama_ops.nn",
+    "ExllamaLinearKernel": "exllama_ops.kernel",
+    "convert": "exllama_ops.nn",
+    "load_model": "exllama_ops.integrations.transformers",
+    "open_gptq": "exllama_ops.checkpoint",
+    "quantize": "exllama_ops.nn",
+    "read_gptq": "exllama_ops.checkpoint",
+    "save_gptq": "exllama_ops.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,46 @@
+"""The backend of last resort: the pure PyTorch reference, on every device, with one warning that it runs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from exllama_ops import reference
+
+
+class ReferenceBackendWarning(UserWarning):
+    """The slow reference computes, because no kernel is built for the device."""
+
+
+class ReferenceBackend:
+    """Serves every op with `exllama_ops.reference`."""
+
+    name = "reference"
+
+    def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
+        return [] if hasattr(reference, op) else [f"the reference has no {op}"]
+
+    def kernel(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+        compute = getattr(reference, op)
+
+        @functools.wraps(compute)
+        def warn_and_compute(*args: Any, **kwargs: Any) -> Any:
+            _warn_once(dispatch_key)
+            return compute(*args, **kwargs)
+
+        return warn_and_compute
+
+
+@functools.cache
+def _warn_once(dispatch_key: str) -> None:
+    warnings.warn(
+        f"exllama_ops runs its PyTorch reference for {dispatch_key} tensors: results are right, but slow, because this "
+        "version has no native or Triton kernels for them. exllama_ops.backends.report() says what serves each op.",
+        ReferenceBackendWarning,
+        stacklevel=4,
+    )
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,229 @@
+"""ExllamaLinear: a Linear layer over a packed GPTQ weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exllama_ops.layout.formats import FORMATS, SUPPORTED_BITS
+from exllama_ops.layout.groups import num_groups
+from exllama_ops.layout.weight import GptqWeight, PackedWeight
+from exllama_ops.prepare import prepare
+
+
+class ExllamaLinear(nn.Module):
+    """``y = x @ W + bias`` with a GPTQ weight ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``; inference and LoRA.
+
+    The constructor makes a layer of zeros to load a state_dict into; `from_weight` makes one from a weight. All state
+    is in buffers, so nothing here is trained: gradients flow to x alone.
+
+    Args:
+        in_features: K, filling whole words (a multiple of 16, 32, 8, 4 for 2, 3, 4, 8 bits).
+        out_features: N, likewise.
+        bits: 2, 3, 4 or 8.
+        group_size: rows of a group, at least 1; the last group may be partial.
+        bias: whether there is a bias.
+        act_order: whether the rows have an order of their own: a permutation, or a raw g_idx if not shuffled.
+        shuffled: whether qweight is in shuffled order. False only for weights whose groups have unequal sizes.
+        num_groups: rows of scales, where a raw g_idx needs another number than ceil(K / group_size).
+        dtype: of the bias; the default dtype if None.
+        scales_dtype: float16, bfloat16 or float32.
+        device: where the buffers lie; "meta" works.
+
+    Shape:
+        x: (*, K) float16, bfloat16 or float32, any strides; y: (*, N) in x's dtype. Under autocast x is cast to
+        the autocast dtype, the scales never are.
+
+    Attributes:
+        qweight: (K * bits / 32, N) int32.
+        qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
+        scales: (G, N); `.to(dtype)` leaves them as they are.
+        perm: (K,) or (0,) int32, if shuffled.
+        g_idx: (K,) or (0,) int32, if not shuffled.
+        bias: (N,) or None.
+
+    Raises:
+        ValueError: an argument is unsupported, or x's last size is not K.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        bias: bool = True,
+        *,
+        act_order: bool = False,
+        shuffled: bool = True,
+        num_groups: int | None = None,
+        dtype: torch.dtype | None = None,
+        scales_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_construction(in_features, out_features, bits, group_size)
+        if num_groups is not None and (shuffled or not act_order):
+            raise ValueError("ExllamaLinear: num_groups is for a raw g_idx: shuffled=False and act_order=True")
+        G = _groups(in_features, group_size) if num_groups is None else num_groups
+        row_entries = in_features if act_order else 0
+
+        def int32(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        rows = torch.arange(row_entries, dtype=torch.int32, device=device) if shuffled else int32(row_entries)
+        self._set(
+            PackedWeight(
+                qweight=int32(in_features * bits // 32, out_features),
+                qzeros=int32(G, out_features * bits // 32),
+                scales=torch.zeros(G, out_features, dtype=scales_dtype, device=device),
+                perm=rows if shuffled else int32(0),
+                g_idx=int32(0) if shuffled else rows,
+                shuffled=shuffled,
+                bits=bits,
+                group_size=group_size,
+                bias=torch.zeros(out_features, dtype=dtype, device=device) if bias else None,
+            )
+        )
+
+    @classmethod
+    def from_weight(cls, weight: GptqWeight) -> ExllamaLinear:
+        """A layer that computes with ``weight``, on its device; the weight itself stays as it is."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(prepare(weight))
+        return layer
+
+    def _set(self, weight: PackedWeight) -> None:
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.bits = weight.bits
+        self.group_size = weight.group_size
+        self.shuffled = weight.shuffled
+        self.register_buffer("qweight", weight.qweight)
+        self.register_buffer("qzeros", weight.qzeros)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer(self._rows_name, weight.rows)
+        self.register_buffer("bias", weight.bias)
+
+    @property
+    def _rows_name(self) -> str:
+        return "perm" if self.shuffled else "g_idx"
+
+    @property
+    def act_order(self) -> bool:
+        """Whether the rows have an order of their own."""
+        return bool(self._rows.shape[0])
+
+    @property
+    def _rows(self) -> Tensor:
+        rows: Tensor = self.perm if self.shuffled else self.g_idx
+        return rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
+        x = _autocast(x)
+        out: Tensor = torch.ops.exllama.gptq_gemm(
+            x.reshape(-1, self.in_features).contiguous(),
+            self.qweight,
+            self.qzeros,
+            self.scales,
+            self._rows,
+            self.shuffled,
+            self.bits,
+            use_v2_format=True,
+            group_size=self.group_size,
+        )
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
+        weight: Tensor = torch.ops.exllama.gptq_dequantize(
+            self.qweight,
+            self.qzeros,
+            self.scales,
+            self._rows,
+            self.shuffled,
+            self.bits,
+            use_v2_format=True,
+            group_size=self.group_size,
+        )
+        return weight.t()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}, act_order={self.act_order}, "
+            f"shuffled={self.shuffled}, scales_dtype={self.scales.dtype}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExllamaLinear:
+        """Let ``.to(dtype)`` and its kin move the scales, but not round them."""
+        scales = self.scales
+
+        def keep_scales_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor is scales and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_scales_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Refuse what torch would load without a word: a weight in the other order, scales that need a cast."""
+        if prefix + "qweight" in state_dict and prefix + self._rows_name not in state_dict:
+            error_msgs.append(
+                f"{prefix}qweight: this layer has shuffled={self.shuffled} and needs {self._rows_name} beside qweight, "
+                "which the state_dict lacks. A checkpoint in GPTQ format is read by exllama_ops.open_gptq."
+            )
+            return
+        scales = state_dict.get(prefix + "scales")
+        if scales is not None and scales.dtype != self.scales.dtype:
+            error_msgs.append(
+                f"{prefix}scales: {scales.dtype} in the state_dict, {self.scales.dtype} in the layer; "
+                f"build the layer with scales_dtype={scales.dtype}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+# The constructor's argument of the same name hides the function there.
+_groups = num_groups
+
+
+def _check_construction(in_features: int, out_features: int, bits: int, group_size: int) -> None:
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"ExllamaLinear: bits must be one of {SUPPORTED_BITS}; got {bits}")
+    unit = FORMATS[bits].block_values
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1 or size % unit:
+            raise ValueError(
+                f"ExllamaLinear: {name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole "
+                f"32-bit words; got {size}"
+            )
+    if group_size < 1:
+        raise ValueError(f"ExllamaLinear: group_size must be at least 1; got {group_size}")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast would hand it to nn.Linear: floating point except float64 becomes the autocast dtype."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x

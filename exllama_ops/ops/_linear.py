@@ -1,0 +1,80 @@
+"""Autograd of the two ops that are linear in their first argument, each the other's adjoint.
+
+A Python autograd kernel costs about 10 us a call, in compiled code too if the compiled graph contains the op that
+owns it. So each public op has a private twin with the same schema and kernels but without autograd. The public op's
+autograd kernel calls the twin, and the twin is what AOTAutograd compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from exllama_ops.layout.formats import FORMATS
+from exllama_ops.ops import _library
+
+WEIGHT_ARGUMENTS = (
+    "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, "
+    "bool use_v2_format=False, int group_size=0"
+)
+_NUM_WEIGHT_TENSORS = 4
+
+
+def define_linear_op(name: str, first_argument: str, adjoint: str, *, fake: Callable[..., Tensor]) -> None:
+    """Define ``exllama::name``, its twin ``exllama::_name``, its gradient and its FLOP formula.
+
+    Args:
+        name: the public op; its first argument is the one it is linear in.
+        first_argument: the name of that argument.
+        adjoint: the public op that maps a gradient of the result to one of the first argument.
+        fake: the fake of both twins.
+    """
+    arguments = f"Tensor {first_argument}, {WEIGHT_ARGUMENTS}"
+    for twin in (name, f"_{name}"):
+        _library.define_op(twin, arguments, "Tensor", fake=fake)
+        register_flop_formula(_packet(twin))(_flops)
+    _library.no_gradient(f"_{name}")
+    _library.register_kernel(name, "Autograd", _autograd_kernel(f"_{name}", adjoint))
+
+
+def _packet(name: str) -> Any:
+    return getattr(torch.ops.exllama, name)
+
+
+def _flops(first_shape: torch.Size, qweight_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """2 M K N for either op. The arguments are shapes where the op has tensors."""
+    del out_shape
+    bits = kwargs["bit"] if "bit" in kwargs else args[4]
+    rows, N = qweight_shape
+    K = rows // FORMATS[bits].block_words * FORMATS[bits].block_values
+    return 2 * first_shape[0] * K * N
+
+
+def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
+    forward_op = _packet(twin).default
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, first: Tensor, *weight: Any) -> Tensor:
+            ctx.save_for_backward(*weight[:_NUM_WEIGHT_TENSORS])
+            ctx.options = weight[_NUM_WEIGHT_TENSORS:]
+            result: Tensor = forward_op(first, *weight)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+            # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
+            first_grad = _packet(adjoint)(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
+            return first_grad, *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
+
+    def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
+        if first.requires_grad and torch.is_grad_enabled():
+            return Linear.apply(first, *weight)  # type: ignore[no-untyped-call, no-any-return]
+        result: Tensor = forward_op(first, *weight)
+        return result
+
+    return autograd_kernel

@@ -1,0 +1,67 @@
+"""gptq_gemm_dx: the gradient of gptq_gemm with respect to x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exllama_ops.layout.checks import check_gptq_gemm_dx
+from exllama_ops.ops._linear import define_linear_op
+
+
+def gptq_gemm_dx(
+    grad: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    """``dx = grad @ W.T``, the gradient of `gptq_gemm`: sums in at least float32 of an unrounded W, one rounding.
+
+    Differentiable with respect to grad (by `gptq_gemm`), so second derivatives work.
+
+    Args:
+        grad: (M, N) float16, bfloat16 or float32, contiguous, M >= 0.
+        qweight: as in `gptq_gemm`, like every argument that follows.
+        qzeros: see `gptq_gemm`.
+        scales: see `gptq_gemm`.
+        g_idx: see `gptq_gemm`.
+        use_exllama: see `gptq_gemm`.
+        bit: see `gptq_gemm`.
+        use_v2_format: see `gptq_gemm`.
+        group_size: see `gptq_gemm`.
+
+    Returns:
+        (M, K) in grad's dtype, contiguous, its columns in the order of x's.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or option is wrong.
+
+    Source: `exllama_ops.reference.gptq_gemm_dx`.
+    """
+    result: Tensor = torch.ops.exllama.gptq_gemm_dx(
+        grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size
+    )
+    return result
+
+
+def fake_gptq_gemm_dx(
+    grad: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    return grad.new_empty((grad.shape[0], qweight.shape[0] * 32 // bit))
+
+
+define_linear_op("gptq_gemm_dx", "grad", adjoint="gptq_gemm", fake=fake_gptq_gemm_dx)
