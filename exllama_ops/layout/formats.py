@@ -57,7 +57,7 @@ class BitFormat:
 
 
 def _fields(bits: int, block_values: int, position: Callable[[int, int], int]) -> tuple[Field, ...]:
-    """Join the neighbouring bits of each value into fields; ``position(j, b)`` is the stream bit of bit b of value j."""
+    """Join neighbouring bits of a value into fields; ``position(j, b)`` is the stream bit of bit b of value j."""
     fields: list[Field] = []
     for value in range(block_values):
         for bit in range(bits):
