@@ -119,12 +119,8 @@ def check_gptq_dequantize(
 ) -> None:
     """The rules of a packed weight: gptq_dequantize, and what the other ops share.
 
-    Args:
-        qweight: as in the op, and so on.
-        op: the name that errors carry.
-        device: the device that the first argument lies on.
-        K: the rows that x asks for, where there is an x.
-        N: the columns that grad asks for, where there is one.
+    The arguments up to group_size are the op's. ``op`` is the name that errors carry, ``device`` that of the op's
+    first argument, and K or N the size that x or grad asks for, where there is one.
 
     Raises:
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.

@@ -8,7 +8,7 @@ from exllama_ops.layout.pack import pack_rows, unpack_rows
 
 
 def inverse_permutation(perm: Tensor) -> Tensor:
-    """The permutation that undoes ``perm``; by argsort, since a reference that may be traced writes nothing in place."""
+    """The permutation that undoes ``perm``; by argsort, since what may be traced writes nothing in place."""
     return perm.argsort()
 
 

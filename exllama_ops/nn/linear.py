@@ -52,6 +52,8 @@ class ExllamaLinear(nn.Module):
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
+    perm: Tensor
+    g_idx: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -125,8 +127,7 @@ class ExllamaLinear(nn.Module):
 
     @property
     def _rows(self) -> Tensor:
-        rows: Tensor = self.perm if self.shuffled else self.g_idx
-        return rows
+        return self.perm if self.shuffled else self.g_idx
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

@@ -55,11 +55,9 @@ def quantize(
     low = zeros.scatter_reduce(0, index, W, "amin")
     high = zeros.scatter_reduce(0, index, W, "amax")
     levels = 2**bits - 1
-    if sym:
-        # The range is [-2**(bits-1), 2**(bits-1) - 1] steps: the lower end reaches one step further.
-        step = torch.maximum(-low / 2 ** (bits - 1), high / (2 ** (bits - 1) - 1))
-    else:
-        step = (high - low) / levels
+    # The symmetric range is [-2**(bits-1), 2**(bits-1) - 1] steps: its lower end reaches one step further.
+    symmetric_step = torch.maximum(-low / 2 ** (bits - 1), high / (2 ** (bits - 1) - 1))
+    step = symmetric_step if sym else (high - low) / levels
     # Steps are what the file stores; a group of zeros, or one that underflows, gets the smallest normal step.
     scales = step.clamp(torch.finfo(scales_dtype).tiny, torch.finfo(scales_dtype).max).to(scales_dtype)
     step = scales.to(torch.float32)
