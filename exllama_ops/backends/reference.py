@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from exllama_ops import reference
 
 
@@ -28,7 +30,9 @@ class ReferenceBackend:
         @functools.wraps(compute)
         def warn_and_compute(*args: Any, **kwargs: Any) -> Any:
             _warn_once(dispatch_key)
-            return compute(*args, **kwargs)
+            # The ops own their gradients: without this, autograd would record the steps of the reference.
+            with torch.no_grad():
+                return compute(*args, **kwargs)
 
         return warn_and_compute
 

@@ -1,0 +1,250 @@
+"""The conformance matrix: backend x bits x group size x row order x zero format x dtype x M x shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conformance.backends import BackendUnderTest
+from conformance.bounds import assert_within_bound
+from conformance.weights import DTYPES, Case, Weight, build
+
+TOKENS = (0, 1, 7, 8, 9, 33)
+MANY_TOKENS = (64, 257)
+ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
+# (K, N) per width: multiples of the width's block, as odd as the format allows.
+SHAPES = {2: (480, 48), 3: (480, 96), 4: (488, 24), 8: (484, 20)}
+SMALL_SHAPES = {2: (48, 80), 3: (96, 32), 4: (40, 72), 8: (36, 44)}
+
+
+def group_sizes(K: int) -> list[int]:
+    """Of any kind: below, at and above words and tiles, all of K, and (where it does not divide) a partial last one."""
+    return [8, 16, 24, 48, 96, 128, 160, K]
+
+
+def gemm_cases() -> list[Case]:
+    return [
+        Case(bits, K, N, size, order, shuffled, v2)
+        for bits, (K, N) in SHAPES.items()
+        for size in group_sizes(K)
+        for order, shuffled in ORDERS
+        for v2 in (True, False)
+    ]
+
+
+def activations(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_both_products(backend: BackendUnderTest, weight: Weight, M: int, dtype: torch.dtype) -> None:
+    on_device, W = weight.to(backend.device), weight.dense
+    K, N = W.shape
+    x = activations(M, K, dtype)
+    out = backend.ops.gptq_gemm(x.to(backend.device), *on_device.args)
+    assert_within_bound(out, x, W, backend.relative_error(K))
+    grad = activations(M, N, dtype)
+    dx = backend.ops.gptq_gemm_dx(grad.to(backend.device), *on_device.args)
+    assert_within_bound(dx, grad, W.t(), backend.relative_error(N))
+
+
+@pytest.mark.parametrize("case", gemm_cases(), ids=str)
+def test_gemm_and_dx_are_within_the_bound(backend: BackendUnderTest, case: Case) -> None:
+    weight = build(case)
+    for dtype in DTYPES:
+        for M in TOKENS:
+            check_both_products(backend, weight, M, dtype)
+
+
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_gemm_and_dx_are_within_the_bound_for_many_tokens(backend: BackendUnderTest, bits: int) -> None:
+    K, N = SMALL_SHAPES[bits]
+    for order, shuffled in ORDERS:
+        weight = build(Case(bits, K, N, 16, order, shuffled))
+        for dtype in DTYPES:
+            for M in MANY_TOKENS:
+                check_both_products(backend, weight, M, dtype)
+
+
+@pytest.mark.parametrize("scales_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_scales_of_any_dtype_are_taken_exactly(
+    backend: BackendUnderTest, bits: int, dtype: torch.dtype, scales_dtype: torch.dtype
+) -> None:
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, 24, scales_dtype=scales_dtype))
+    check_both_products(backend, weight, 9, dtype)
+
+
+@pytest.mark.parametrize("case", gemm_cases(), ids=str)
+def test_dequantize_is_exact_up_to_one_rounding(backend: BackendUnderTest, case: Case) -> None:
+    weight = build(case)
+    out = backend.ops.gptq_dequantize(*weight.to(backend.device).args)
+    # float64 -> half goes through float32 in torch; the products are exact there, so this rounds once.
+    assert torch.equal(out.cpu(), weight.dense.float().to(case.scales_dtype))
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("scales_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_dequantize_rounds_once_to_the_dtype_of_the_scales(
+    backend: BackendUnderTest, bits: int, scales_dtype: torch.dtype
+) -> None:
+    weight = build(Case(bits, *SMALL_SHAPES[bits], 24, "perm", scales_dtype=scales_dtype))
+    out = backend.ops.gptq_dequantize(*weight.to(backend.device).args)
+    assert torch.equal(out.cpu(), weight.dense.float().to(scales_dtype))
+
+
+@pytest.mark.parametrize("case", [c for c in gemm_cases() if c.group_size in (24, 128)], ids=str)
+def test_one_hot_x_returns_rows_of_dequantize(backend: BackendUnderTest, case: Case) -> None:
+    """A random product hides one misplaced value; this cannot."""
+    weight = build(case).to(backend.device)
+    W = backend.ops.gptq_dequantize(*weight.args)
+    eye = torch.eye(case.K, dtype=case.scales_dtype, device=backend.device)
+    assert torch.equal(backend.ops.gptq_gemm(eye, *weight.args), W)
+
+
+@pytest.mark.parametrize("case", [c for c in gemm_cases() if c.group_size in (24, 128)], ids=str)
+def test_one_hot_grad_returns_columns_of_dequantize(backend: BackendUnderTest, case: Case) -> None:
+    weight = build(case).to(backend.device)
+    W = backend.ops.gptq_dequantize(*weight.args)
+    eye = torch.eye(case.N, dtype=case.scales_dtype, device=backend.device)
+    assert torch.equal(backend.ops.gptq_gemm_dx(eye, *weight.args), W.t())
+
+
+@pytest.mark.parametrize(("order", "shuffled"), ORDERS)
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_one_hot_weight_columns_return_columns_of_x(
+    backend: BackendUnderTest, bits: int, order: str, shuffled: bool
+) -> None:
+    K, N = SMALL_SHAPES[bits]
+    case = Case(bits, K, N, 16, order, shuffled)
+    z = build(case)
+    q = z.z[z.groups].clamp(max=2**bits - 1)
+    row_of_column = torch.randint(0, K, (N,), generator=torch.Generator().manual_seed(2))
+    up = q[row_of_column, torch.arange(N)] < 2**bits - 1
+    q[row_of_column, torch.arange(N)] += torch.where(up, 1, -1)
+    weight = build(case, q=q)
+    weight.scales.fill_(1.0)
+    x = activations(5, K, torch.float16)
+    expected = x[:, row_of_column] * torch.where(up, 1, -1).half()
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_outliers_where_q_equals_z_leave_no_trace(backend: BackendUnderTest, bits: int) -> None:
+    """An activation of 30000 times an exact zero must not cost the other terms their precision."""
+    K, N = SMALL_SHAPES[bits]
+    case = Case(bits, K, N, 16)
+    plain = build(case)
+    q = plain.q.clone()
+    q[3] = plain.z[plain.groups[3]]
+    weight = build(case, q=q)
+    x = activations(9, K, torch.float16)
+    x[:, 3] = 30000.0
+    without = x.clone()
+    without[:, 3] = 0
+    args = weight.to(backend.device).args
+    out = backend.ops.gptq_gemm(x.to(backend.device), *args)
+    assert torch.equal(out, backend.ops.gptq_gemm(without.to(backend.device), *args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_subnormal_activations_and_scales_are_not_flushed(
+    backend: BackendUnderTest, bits: int, dtype: torch.dtype
+) -> None:
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, 16))
+    weight.scales.copy_(weight.scales * 2**-14)
+    assert (weight.scales < torch.finfo(torch.float16).tiny).any()
+    x = activations(3, K, torch.float32).mul(torch.finfo(dtype).tiny).to(dtype) if dtype == torch.float16 else None
+    x = activations(3, K, dtype) if x is None else x
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
+    assert_within_bound(out, x, weight.dense, backend.relative_error(K))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_nan_and_inf_propagate_along_their_row_only(
+    backend: BackendUnderTest, bits: int, value: float, dtype: torch.dtype
+) -> None:
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, 16, "perm"))
+    x = activations(4, K, dtype)
+    x[2, 5] = value
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args).cpu()
+    assert out[[0, 1, 3]].isfinite().all()
+    expected = x[2:3].double() @ weight.dense
+    assert torch.equal(out[2:3].isnan(), expected.isnan())
+    assert torch.equal(out[2:3].isinf(), expected.isinf())
+    assert torch.equal(out[2:3][expected.isinf()].sign(), expected[expected.isinf()].sign().to(dtype))
+
+
+@pytest.mark.parametrize(("bits", "magnitude"), [(2, 30000.0), (3, 4000.0), (4, 30000.0), (8, 30000.0)])
+def test_nothing_overflows_before_the_final_rounding(backend: BackendUnderTest, bits: int, magnitude: float) -> None:
+    """Activations of one sign, whose unscaled float16 partial sums (the original's) are inf."""
+    K, N = SMALL_SHAPES[bits]
+    case = Case(bits, K, N, K)
+    weight = build(case, q=torch.full((K, N), 2**bits - 1))
+    weight.scales.fill_(2.0**-14)
+    x = torch.full((2, K), magnitude, dtype=torch.float16)
+    unscaled = (x.double() @ (weight.q - weight.z[weight.groups]).double()).abs().max()
+    assert unscaled > torch.finfo(torch.float16).max
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
+    assert out.isfinite().all()
+    assert_within_bound(out, x, weight.dense, backend.relative_error(K))
+
+
+def test_a_sum_beyond_float16_is_inf_with_its_sign(backend: BackendUnderTest) -> None:
+    K, N = SMALL_SHAPES[4]
+    weight = build(Case(4, K, N, K), q=torch.full((K, N), 15))
+    weight.scales.fill_(1.0)
+    weight.qzeros.fill_(0)
+    x = torch.tensor([[60000.0] * K, [-60000.0] * K], dtype=torch.float16)
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args).cpu()
+    assert torch.equal(out, torch.tensor([[float("inf")], [float("-inf")]], dtype=torch.float16).expand(2, N))
+
+
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_v1_stored_maximum_is_zero_point_two_to_the_bits(backend: BackendUnderTest, bits: int) -> None:
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, K, v2=False), q=torch.zeros(K, N, dtype=torch.long))
+    weight.qzeros.fill_(-1)
+    weight.scales.fill_(1.0)
+    out = backend.ops.gptq_dequantize(*weight.to(backend.device).args)
+    assert torch.equal(out.cpu(), torch.full((K, N), -float(2**bits), dtype=torch.float16))
+
+
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_results_repeat_bit_for_bit(backend: BackendUnderTest, bits: int) -> None:
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, 16, "perm")).to(backend.device)
+    x = activations(33, K, torch.float16).to(backend.device)
+    first = backend.ops.gptq_gemm(x, *weight.args)
+    assert all(torch.equal(first, backend.ops.gptq_gemm(x, *weight.args)) for _ in range(3))
+
+
+def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:
+    weight = build(Case(4, 480, 24, 96)).to(backend.device)
+    x = activations(3, 480, torch.float16).to(backend.device)
+    said = backend.ops.gptq_gemm(x, *weight.args)
+    assert torch.equal(said, backend.ops.gptq_gemm(x, *weight.args[:-1], 0))
+
+
+def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -> None:
+    weight = build(Case(4, 64, 32, 16, "perm")).to(backend.device)
+    x = activations(3, 64, torch.float16).to(backend.device)
+    tensors = [x, *weight.args[:4]]
+    before = [t.clone() for t in tensors]
+    pointers = {t.data_ptr() for t in tensors}
+    results = [
+        backend.ops.gptq_gemm(x, *weight.args),
+        backend.ops.gptq_gemm_dx(activations(3, 32, torch.float16).to(backend.device), *weight.args),
+        backend.ops.gptq_dequantize(*weight.args),
+        backend.ops.gptq_unshuffle(weight.qweight, weight.rows, 4),
+    ]
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert pointers.isdisjoint(r.data_ptr() for r in results)

@@ -1,0 +1,128 @@
+"""Random quantized weights with everything known about them, built from plain integers without the package's packers.
+
+The packers here follow docs/format.md word by word and are slow; the package's are compared with them elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_VALUES = {2: 16, 3: 32, 4: 8, 8: 4}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight. order: "sorted" (no g_idx), "perm" (act-order, shuffled) or "raw" (a g_idx of any content)."""
+
+    bits: int
+    K: int
+    N: int
+    group_size: int
+    order: str = "sorted"
+    shuffled: bool = True
+    v2: bool = True
+    scales_dtype: torch.dtype = torch.float16
+    seed: int = 0
+
+    def __str__(self) -> str:
+        layout = "shuffled" if self.shuffled else "unshuffled"
+        options = f"{self.order}-{layout}-{'v2' if self.v2 else 'v1'}-{str(self.scales_dtype).removeprefix('torch.')}"
+        return f"{self.bits}b-{self.K}x{self.N}-g{self.group_size}-{options}"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The op's arguments for a case, and the dense weight they stand for."""
+
+    case: Case
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    rows: Tensor  # perm, raw g_idx or empty
+    q: Tensor  # (K, N), in the rows of the checkpoint
+    z: Tensor  # (G, N)
+    groups: Tensor  # (K,)
+
+    @property
+    def dense(self) -> Tensor:
+        """(K, N) float64, exact."""
+        return (self.q - self.z[self.groups]).double() * self.scales.double()[self.groups]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Everything after x in gptq_gemm."""
+        c = self.case
+        tensors = (self.qweight, self.qzeros, self.scales, self.rows)
+        return (*tensors, c.shuffled, c.bits, c.v2, c.group_size)
+
+    def to(self, device: str) -> Weight:
+        moved = {name: getattr(self, name).to(device) for name in ("qweight", "qzeros", "scales", "rows")}
+        return replace(self, **moved)
+
+
+def _stream_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack axis 0 as a little-endian bit stream: the checkpoint order of every width."""
+    planes = ((values[:, None] >> np.arange(bits).reshape(1, -1, *[1] * (values.ndim - 1))) & 1).astype(np.uint8)
+    stream = planes.reshape(-1, *values.shape[1:])
+    packed = np.packbits(stream, axis=0, bitorder="little")
+    quads = packed.reshape(-1, 4, *values.shape[1:]).astype(np.uint32)
+    return (quads[:, 0] | quads[:, 1] << 8 | quads[:, 2] << 16 | quads[:, 3] << 24).view(np.int32)
+
+
+def _shuffled_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack axis 0 in shuffled order, value by value."""
+    if bits == 8:
+        return _stream_words(values, 8)
+    block, words = BLOCK_VALUES[bits], BLOCK_VALUES[bits] * bits // 32
+    out = np.zeros((values.shape[0] // block, words, *values.shape[1:]), dtype=np.uint32)
+    blocks = values.reshape(-1, block, *values.shape[1:]).astype(np.uint32)
+    for j in range(block):
+        v = blocks[:, j]
+        if bits != 3:
+            out[:, 0] |= v << (bits * (j // 2) + 16 * (j % 2))
+        elif j < 30:
+            out[:, j // 10] |= v << (3 * (j % 10 // 2) + 16 * (j % 2))
+        else:
+            for b in range(3):
+                out[:, b] |= (v >> b & 1) << (15 if j == 30 else 31)
+    return out.reshape(-1, *values.shape[1:]).view(np.int32)
+
+
+def build(case: Case, q: Tensor | None = None) -> Weight:
+    """A random weight for a case; ``q`` fixes the stored integers."""
+    rng = torch.Generator().manual_seed(case.seed)
+    K, N, bits = case.K, case.N, case.bits
+    G = -(-K // case.group_size)
+    groups = torch.arange(K) // case.group_size
+    if case.order == "perm":
+        groups = groups[torch.randperm(K, generator=rng)]
+    elif case.order == "raw":
+        G += 3  # as in a shard of a wider weight: global group ids, some of which no row has
+        groups = torch.randint(0, G, (K,), generator=rng)
+    drawn = torch.randint(0, 2**bits, (K, N), generator=rng)  # drawn always, so that z does not depend on q
+    q = drawn if q is None else q
+    stored = torch.randint(0, 2**bits, (G, N), generator=rng)
+    scales = (torch.rand(G, N, generator=rng) * 0.02 + 0.001).to(case.scales_dtype)
+
+    perm = groups.argsort(stable=True)
+    in_order = q[perm] if case.order == "perm" and case.shuffled else q
+    words = _shuffled_words(in_order.numpy(), bits) if case.shuffled else _stream_words(q.numpy(), bits)
+    rows = torch.empty(0, dtype=torch.int32)
+    if case.order != "sorted":
+        rows = (perm if case.shuffled else groups).to(torch.int32)
+    return Weight(
+        case=case,
+        qweight=torch.from_numpy(words.copy()),
+        qzeros=torch.from_numpy(_stream_words(stored.t().numpy(), bits).T.copy()),
+        scales=scales,
+        rows=rows,
+        q=q,
+        z=stored + (0 if case.v2 else 1),
+        groups=groups,
+    )

@@ -1,0 +1,182 @@
+"""ExllamaLinear: what it computes, and that it is a well-behaved nn.Module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from conformance.bounds import UNIT_ROUNDOFF_F32, error_bound, half_ulp
+from conformance.weights import DTYPES
+from exllama_ops import ExllamaLinear, GptqWeight, quantize
+
+K, N = 96, 64
+
+
+def weight(bits: int = 4, order: str = "sorted", bias: bool = True) -> GptqWeight:
+    torch.manual_seed(0)
+    g_idx = None
+    if order == "perm":
+        g_idx = (torch.arange(K) // 40)[torch.randperm(K)]
+    elif order == "raw":
+        g_idx = torch.randint(0, 3, (K,))
+    return quantize(torch.randn(N, K), bits, 40, g_idx=g_idx, bias=torch.randn(N) if bias else None)
+
+
+@pytest.fixture(params=["sorted", "perm", "raw"])
+def layer(request: pytest.FixtureRequest) -> ExllamaLinear:
+    return ExllamaLinear.from_weight(weight(order=request.param))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtype) -> None:
+    layer = ExllamaLinear.from_weight(weight(bits, order)).to(dtype)
+    x = torch.randn(2, 3, K).to(dtype)
+    # The scales are float16 and q - z has 9 bits: the float32 product, had it been kept, is W exactly.
+    exact_layer = ExllamaLinear.from_weight(weight(bits, order))
+    exact_layer.scales = exact_layer.scales.float()
+    W = exact_layer.dequantize().double().t()
+    assert layer.bias is not None
+    expected = x.double() @ W + layer.bias.double()
+    bound = error_bound(x.reshape(-1, K), W, UNIT_ROUNDOFF_F32).reshape(expected.shape)
+    error = (layer(x).double() - expected).abs()
+    assert (error <= bound + half_ulp(expected.abs() + bound, dtype)).all()
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (0, K), (2, 0, K), (2, 3, 5, K)])
+def test_leading_sizes_are_kept(layer: ExllamaLinear, shape: tuple[int, ...]) -> None:
+    assert layer(torch.randn(shape)).shape == (*shape[:-1], N)
+
+
+def test_strided_x_is_accepted(layer: ExllamaLinear) -> None:
+    x = torch.randn(K, 5).t()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    x = torch.randn(3, 5, 2 * K)[..., ::2]
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(2, K // 2), (K // 2, 2), (4, 2 * K)])
+def test_x_that_would_only_reshape_to_K_is_refused(layer: ExllamaLinear, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must have shape \(\*, K\) with K=96; got"):
+        layer(torch.randn(shape))
+
+
+def test_state_dict_round_trip(layer: ExllamaLinear) -> None:
+    options = {"act_order": layer.act_order, "shuffled": layer.shuffled}
+    fresh = ExllamaLinear(K, N, 4, 40, **options)
+    fresh.load_state_dict(layer.state_dict())
+    on_meta = ExllamaLinear(K, N, 4, 40, **options, device="meta")
+    on_meta.load_state_dict(layer.state_dict(), assign=True)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    from_file = ExllamaLinear(K, N, 4, 40, **options)
+    from_file.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(3, K)
+    for other in (fresh, on_meta, from_file):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_copies_are_equal_and_independent(layer: ExllamaLinear) -> None:
+    x = torch.randn(3, K)
+    before = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), before)
+        other.qweight.zero_()
+        assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
+def test_a_dtype_cast_rounds_the_bias_and_never_the_scales(layer: ExllamaLinear, cast: object) -> None:
+    scales, qweight = layer.scales.clone(), layer.qweight.clone()
+    cast(layer)  # type: ignore[operator]
+    assert layer.bias is not None
+    assert layer.bias.dtype == cast(nn.Linear(1, 1)).bias.dtype  # type: ignore[operator]
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.scales, scales)
+    assert torch.equal(layer.qweight, qweight)
+
+
+def test_to_moves_every_buffer(layer: ExllamaLinear) -> None:
+    assert {buffer.device.type for buffer in layer.to("meta", torch.bfloat16).buffers()} == {"meta"}
+    assert layer.scales.dtype == torch.float16
+    assert layer.to_empty(device="cpu").qweight.device.type == "cpu"
+
+
+def test_only_buffers_hold_state(layer: ExllamaLinear) -> None:
+    assert list(layer.parameters()) == []
+    rows = "perm" if layer.shuffled else "g_idx"
+    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", rows, "bias"}
+
+
+def test_a_checkpoint_in_gptq_order_is_not_loaded_as_if_it_were_shuffled() -> None:
+    w = weight(order="perm")
+    layer = ExllamaLinear(K, N, 4, 40, act_order=True)
+    before = layer.qweight.clone()
+    checkpoint = {"qweight": w.qweight, "qzeros": w.qzeros, "scales": w.scales, "g_idx": w.g_idx, "bias": w.bias}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"needs perm beside qweight.*open_gptq"):
+            layer.load_state_dict(checkpoint, strict=strict)
+    assert torch.equal(layer.qweight, before)
+
+
+def test_scales_of_another_dtype_are_not_cast_while_loading(layer: ExllamaLinear) -> None:
+    state = layer.state_dict()
+    state["scales"] = state["scales"].float()
+    with pytest.raises(RuntimeError, match=r"build the layer with scales_dtype=torch.float32"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_x_and_not_the_scales(layer: ExllamaLinear, dtype: torch.dtype) -> None:
+    x = torch.randn(3, K)
+    with torch.autocast("cpu", dtype):
+        out = layer(x)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert out.dtype == dtype
+    assert torch.equal(compiled, out)
+    assert torch.equal(out, layer(x.to(dtype)))
+    assert layer.scales.dtype == torch.float16
+
+
+def test_from_weight_leaves_the_weight_in_checkpoint_order() -> None:
+    w = weight(order="perm")
+    before = w.qweight.clone()
+    layer = ExllamaLinear.from_weight(w)
+    assert torch.equal(w.qweight, before)
+    assert not torch.equal(layer.qweight, before)
+
+
+def test_repr_says_what_a_user_wants_to_know() -> None:
+    assert repr(ExllamaLinear.from_weight(weight(3, "perm"))) == (
+        "ExllamaLinear(in_features=96, out_features=64, bits=3, group_size=40, bias=True, act_order=True, "
+        "shuffled=True, scales_dtype=torch.float16)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((96, 64, 5, 32), r"bits must be one of \(2, 3, 4, 8\); got 5"),
+        ((90, 64, 4, 32), "in_features must be a positive multiple of 8, the 4-bit values .*; got 90"),
+        ((96, 60, 3, 32), "out_features must be a positive multiple of 32, the 3-bit values .*; got 60"),
+        ((0, 64, 4, 32), "in_features must be a positive multiple of 8, .*; got 0"),
+        ((96, 64, 4, -1), "group_size must be at least 1; got -1"),
+    ],
+)
+def test_construction_refuses(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^ExllamaLinear: {message}$"):
+        ExllamaLinear(*arguments)
+
+
+def test_num_groups_belongs_to_a_raw_g_idx() -> None:
+    with pytest.raises(ValueError, match="num_groups is for a raw g_idx"):
+        ExllamaLinear(K, N, 4, 40, num_groups=7)
+    layer = ExllamaLinear(K, N, 4, 40, act_order=True, shuffled=False, num_groups=7)
+    assert layer.scales.shape == (7, N)

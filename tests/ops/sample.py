@@ -1,0 +1,44 @@
+"""One sample of arguments per op, for the tests that go over all ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from conformance.weights import Case, build
+
+
+def _gemm(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
+    return (torch.randn(M, case.K).to(dtype), *build(case).args)
+
+
+def _gemm_dx(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
+    return (torch.randn(M, case.N).to(dtype), *build(case).args)
+
+
+def _dequantize(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
+    return build(case).args
+
+
+def _shuffle(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
+    weight = build(case)
+    return weight.qweight, weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32), case.bits
+
+
+# name of the op -> its arguments for a case, an activation dtype and M tokens
+SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "gptq_shuffle": _shuffle,
+    "gptq_unshuffle": _shuffle,
+    "gptq_dequantize": _dequantize,
+    "gptq_gemm": _gemm,
+    "gptq_gemm_dx": _gemm_dx,
+    "_gptq_gemm": _gemm,
+    "_gptq_gemm_dx": _gemm_dx,
+}
+
+
+def packet(name: str) -> Any:
+    """``torch.ops.exllama.<name>``"""
+    return getattr(torch.ops.exllama, name)

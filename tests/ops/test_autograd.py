@@ -1,0 +1,112 @@
+"""The gradient with respect to x, and that nothing else gets one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conformance.bounds import UNIT_ROUNDOFF_F32, assert_within_bound
+from conformance.weights import DTYPES, Case, build
+
+CASES = [
+    Case(bits, 96, 64, 40, order, shuffled)
+    for bits in (2, 3, 4, 8)
+    for order, shuffled in [("sorted", True), ("perm", True), ("raw", False)]
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_of_x_is_grad_times_W_transposed(case: Case, dtype: torch.dtype) -> None:
+    weight = build(case)
+    x = torch.randn(5, case.K).to(dtype).requires_grad_()
+    grad = torch.randn(5, case.N).to(dtype)
+    torch.ops.exllama.gptq_gemm(x, *weight.args).backward(grad)
+    assert x.grad is not None
+    assert_within_bound(x.grad, grad, weight.dense.t(), UNIT_ROUNDOFF_F32)
+
+
+@pytest.mark.parametrize("expand", [lambda out: out.sum(), lambda out: (out.t() * torch.arange(5.0)).sum()])
+def test_expanded_and_transposed_gradients_are_accepted(expand: object) -> None:
+    weight = build(CASES[0])
+    x = torch.randn(5, 96, requires_grad=True)
+    expand(torch.ops.exllama.gptq_gemm(x, *weight.args)).backward()  # type: ignore[operator]
+    expected = torch.randn(5, 96, requires_grad=True)
+    expand(expected @ weight.dense.float()).backward()  # type: ignore[operator]
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_second_derivatives_exist() -> None:
+    """gptq_gemm_dx is differentiable too: its adjoint is gptq_gemm."""
+    weight = build(CASES[0])
+    x = torch.randn(3, 96, requires_grad=True)
+    out = torch.ops.exllama.gptq_gemm(x, *weight.args)
+    grad = torch.randn(3, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(out, x, grad, create_graph=True)
+    direction = torch.randn(3, 96)
+    (d_grad,) = torch.autograd.grad(dx, grad, direction)
+    assert_within_bound(d_grad, direction, weight.dense, UNIT_ROUNDOFF_F32)
+
+
+def test_no_graph_is_built_where_none_is_asked_for() -> None:
+    args = build(CASES[0]).args
+    x = torch.randn(3, 96, requires_grad=True)
+    assert torch.ops.exllama.gptq_gemm(x, *args).requires_grad
+    assert not torch.ops.exllama.gptq_gemm(x.detach(), *args).requires_grad
+    with torch.no_grad():
+        assert not torch.ops.exllama.gptq_gemm(x, *args).requires_grad
+    with torch.inference_mode():
+        assert torch.ops.exllama.gptq_gemm(x, *args).is_inference()
+
+
+def test_scales_get_no_gradient() -> None:
+    qweight, qzeros, scales, rows, *options = build(CASES[0]).args
+    scales.requires_grad_()
+    assert not torch.ops.exllama.gptq_dequantize(qweight, qzeros, scales, rows, *options).requires_grad
+    x = torch.randn(3, 96, requires_grad=True)
+    torch.ops.exllama.gptq_gemm(x, qweight, qzeros, scales, rows, *options).sum().backward()
+    assert scales.grad is None
+
+
+def test_lora_over_a_frozen_base_learns() -> None:
+    """The use of it: adapters before and after a quantized layer train through it."""
+    torch.manual_seed(0)
+    weight = build(CASES[0])
+    target = torch.randn(16, 64)
+    x = torch.randn(16, 96)
+    down, up = torch.nn.Linear(96, 4, bias=False), torch.nn.Linear(4, 96, bias=False)
+    optimizer = torch.optim.Adam([*down.parameters(), *up.parameters()], 0.02)
+    losses = []
+    for _ in range(40):
+        out = torch.ops.exllama.gptq_gemm(x + up(down(x)), *weight.args)
+        loss = (out - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_compiled_gradient_equals_eager_gradient() -> None:
+    weight = build(CASES[1])
+    eager = torch.randn(5, 96, requires_grad=True)
+    compiled = eager.detach().clone().requires_grad_()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.exllama.gptq_gemm(x * 2, *weight.args).square().sum()
+
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True)(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_shuffle_counts_as_a_write() -> None:
+    """Autograd refuses to use a saved weight that was shuffled in between."""
+    weight = build(Case(4, 96, 64, 32, shuffled=False))
+    version = weight.qweight._version
+    x = torch.randn(3, 96, requires_grad=True)
+    out = torch.ops.exllama.gptq_gemm(x, *weight.args)
+    torch.ops.exllama.gptq_shuffle(weight.qweight, weight.rows, 4)
+    assert weight.qweight._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

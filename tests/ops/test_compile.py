@@ -1,0 +1,226 @@
+"""Tracing: torch.compile, export, fake CUDA, FLOPs; what graphs contain and how many there are."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter, CompileCounterWithBackend, normalize_gm
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from conformance.weights import Case, build
+from exllama_ops import ExllamaLinear, quantize
+
+CASE = Case(4, 96, 64, 32, "perm")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class QuantizedMLP(nn.Module):
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        up, down = torch.randn(64, 96, generator=generator), torch.randn(96, 64, generator=generator)
+        self.up = ExllamaLinear.from_weight(quantize(up, 4, 32))
+        self.down = ExllamaLinear.from_weight(quantize(down, 3, 32, bias=torch.ones(96)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.up(x)))
+
+
+def test_the_positional_calls_of_the_original_work_eager_compiled_and_exported() -> None:
+    weight = build(Case(4, 96, 64, 32, "perm", v2=False))
+    w_q, w_zp, w_s, w_g_idx = weight.args[:4]
+    checkpoint = build(Case(4, 96, 64, 32, "perm", shuffled=False, v2=False)).qweight
+
+    def shuffle_and_multiply(x: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
+        w_q = w_q.clone()
+        torch.ops.exllama.gptq_shuffle(w_q, w_g_idx, 4)
+        return torch.ops.exllama.gptq_gemm(x, w_q, w_zp, w_s, w_g_idx, True, 4)
+
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
+            return shuffle_and_multiply(x, w_q)
+
+    x = torch.randn(5, 96, dtype=torch.float16)
+    expected = torch.ops.exllama.gptq_gemm(x, w_q, w_zp, w_s, w_g_idx, True, 4)
+    assert torch.equal(shuffle_and_multiply(x, checkpoint), expected)
+    assert torch.equal(torch.compile(shuffle_and_multiply, fullgraph=True)(x, checkpoint), expected)
+    exported = torch.export.export(Module(), (x, checkpoint))
+    assert torch.equal(exported.module()(x, checkpoint), expected)
+    assert torch.equal(exported.run_decompositions().module()(x, checkpoint), expected)
+
+
+@pytest.mark.parametrize("name", ["gptq_gemm", "gptq_gemm_dx"])
+def test_one_graph_serves_every_number_of_tokens_from_two(name: str) -> None:
+    args = build(CASE).args
+    width = 96 if name == "gptq_gemm" else 64
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: getattr(torch.ops.exllama, name)(x, *args), backend=counter, fullgraph=True)
+    for M in (2, 3, 7, 8, 64, 257):
+        x = torch.randn(M, width)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
+    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_every_number_of_tokens_if_the_size_is_unbacked() -> None:
+    args = build(CASE).args
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: torch.ops.exllama.gptq_gemm(x, *args), backend=counter, fullgraph=True)
+    for M in (2, 1, 0, 3, 64):
+        x = torch.randn(M, 96)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert torch.equal(compiled(x), torch.ops.exllama.gptq_gemm(x, *args))
+    assert counter.frame_count == 1
+
+
+def test_without_marks_tokens_take_a_graph_each_for_0_1_and_the_first_size_and_one_for_all_others() -> None:
+    args = build(CASE).args
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: torch.ops.exllama.gptq_gemm(x, *args), backend=counter, fullgraph=True)
+    for M in (4, 1, 0, 5, 6, 7, 128):
+        compiled(torch.randn(M, 96))
+    assert counter.frame_count == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_inductor_computes_what_eager_computes(dtype: torch.dtype) -> None:
+    mlp = QuantizedMLP().to(dtype)
+    compiled = torch.compile(mlp, fullgraph=True)
+    with torch.no_grad():
+        for shape in ((2, 3, 96), (7, 96), (1, 1, 96), (96,), (0, 96)):
+            x = torch.randn(shape).to(dtype)
+            # SiLU is fused in float32 there and rounded to dtype here.
+            torch.testing.assert_close(compiled(x), mlp(x), rtol=4 * torch.finfo(dtype).eps, atol=0.05)
+
+
+def test_graph_text_of_a_quantized_mlp() -> None:
+    """What Dynamo and AOTAutograd see: no break, no copy of a weight, and the twin that costs no autograd."""
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(QuantizedMLP(), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(2, 3, 96))
+    (graph,) = backend.fw_graphs
+    assert_expected_inline(
+        normalize_gm(graph.print_readable(print_output=False)),
+        """\
+class <lambda>(torch.nn.Module):
+    def forward(self, arg0_1: "f32[2, 3, 96]", arg1_1: "i32[12, 64]", arg2_1: "i32[3, 8]", arg3_1: "f16[3, 64]", arg4_1: "i32[0]", arg5_1: "i32[6, 96]", arg6_1: "i32[2, 9]", arg7_1: "f16[2, 96]", arg8_1: "i32[0]", arg9_1: "f32[96]"):
+        view: "f32[6, 96]" = torch.ops.aten.view.default(arg0_1, [-1, 96]);  arg0_1 = None
+
+        _gptq_gemm: "f32[6, 64]" = torch.ops.exllama._gptq_gemm.default(view, arg1_1, arg2_1, arg3_1, arg4_1, True, 4, True, 32);  view = arg1_1 = arg2_1 = arg3_1 = arg4_1 = None
+
+        view_1: "f32[2, 3, 64]" = torch.ops.aten.view.default(_gptq_gemm, [2, 3, 64]);  _gptq_gemm = None
+
+        silu: "f32[2, 3, 64]" = torch.ops.aten.silu.default(view_1);  view_1 = None
+
+        view_2: "f32[6, 64]" = torch.ops.aten.view.default(silu, [-1, 64]);  silu = None
+
+        _gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama._gptq_gemm.default(view_2, arg5_1, arg6_1, arg7_1, arg8_1, True, 3, True, 32);  view_2 = arg5_1 = arg6_1 = arg7_1 = arg8_1 = None
+
+        view_3: "f32[2, 3, 96]" = torch.ops.aten.view.default(_gptq_gemm_1, [2, 3, 96]);  _gptq_gemm_1 = None
+
+        add: "f32[2, 3, 96]" = torch.ops.aten.add.Tensor(view_3, arg9_1);  view_3 = arg9_1 = None
+        return (add,)
+""",
+    )
+
+
+def test_compiled_training_graphs_contain_only_the_twins() -> None:
+    """The public ops own a Python autograd kernel; compiled code must not pay for it on every call."""
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(QuantizedMLP(), backend=backend, fullgraph=True)
+    compiled(torch.randn(2, 3, 96, requires_grad=True)).sum().backward()
+    targets = [str(node.target) for graph in (*backend.fw_graphs, *backend.bw_graphs) for node in graph.graph.nodes]
+    assert sorted(target for target in targets if "exllama" in target) == [
+        "exllama._gptq_gemm.default",
+        "exllama._gptq_gemm.default",
+        "exllama._gptq_gemm_dx.default",
+        "exllama._gptq_gemm_dx.default",
+    ]
+
+
+def test_inductor_passes_a_weight_that_is_a_view_without_a_copy() -> None:
+    """The tag needs_exact_strides: its neighbour needs_contiguous_strides copies on every call."""
+    weight = build(CASE)
+    pool = torch.cat([torch.zeros(64, dtype=torch.int32), weight.qweight.flatten()])
+
+    def gemm_with_a_view(x: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        return torch.ops.exllama.gptq_gemm(x + 1, pool[64:].view(weight.qweight.shape), *weight.args[1:])
+
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(gemm_with_a_view, fullgraph=True), torch.randn(3, 96), pool)
+    assert re.search(r"exllama\._gptq_gemm\.default\(\w+, reinterpret_tensor\(", code)
+
+
+def test_export_with_dynamic_tokens_saved_and_loaded() -> None:
+    mlp = QuantizedMLP()
+    exported = torch.export.export(mlp, (torch.randn(4, 96),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for M in (2, 3, 7, 65):
+        x = torch.randn(M, 96)
+        assert torch.equal(loaded(x), mlp(x))
+
+
+def test_fake_cuda_models_trace_and_export_without_a_gpu() -> None:
+    with FakeTensorMode():
+        layer = ExllamaLinear(96, 64, 4, 32, act_order=True, device="cuda", dtype=torch.float16)
+        x = torch.empty(4, 96, device="cuda", dtype=torch.float16)
+        out = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert (out.device.type, out.shape, out.dtype) == ("cuda", (4, 64), torch.float16)
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    (op,) = [node for node in exported.graph.nodes if "exllama" in str(node.target)]
+    assert op.meta["val"].device.type == "cuda"
+    assert op.meta["val"].shape[1] == 64
+
+
+def test_compiled_shuffle_mutates_its_argument() -> None:
+    checkpoint = build(Case(4, 96, 64, 32, shuffled=False)).qweight
+    expected = build(Case(4, 96, 64, 32)).qweight
+    none = torch.empty(0, dtype=torch.int32)
+    torch.compile(lambda w: torch.ops.exllama.gptq_shuffle(w, none, 4), fullgraph=True)(checkpoint)
+    assert torch.equal(checkpoint, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_flops_are_two_M_K_N_each_way(bits: int) -> None:
+    weight = build(Case(bits, 96, 64, 32))
+    x = torch.randn(5, 96, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = torch.ops.exllama.gptq_gemm(x, *weight.args)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    with FlopCounterMode(display=False) as inference, torch.inference_mode():
+        torch.ops.exllama.gptq_gemm(x, *weight.args)
+    expected = 2 * 5 * 96 * 64
+    assert forward.get_total_flops() == backward.get_total_flops() == inference.get_total_flops() == expected
+
+
+def test_ops_keep_their_schemas() -> None:
+    """Users call them positionally: a change here breaks them."""
+    schemas = "\n".join(
+        str(getattr(torch.ops.exllama, name).default._schema)
+        for name in ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx")
+    )
+    assert_expected_inline(
+        schemas,
+        """\
+exllama::gptq_shuffle(Tensor(a!) qweight, Tensor q_perm, int bit) -> ()
+exllama::gptq_unshuffle(Tensor qweight, Tensor q_perm, int bit) -> Tensor
+exllama::gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
+exllama::gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
+exllama::gptq_gemm_dx(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor""",
+    )

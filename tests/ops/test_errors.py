@@ -1,0 +1,299 @@
+"""Every rule for the arguments: one text, whoever computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conformance.weights import Case, build
+from exllama_ops import reference
+
+CASE = Case(4, 64, 32, 16)
+GEMM_NAMES = ("x", "qweight", "qzeros", "scales", "g_idx", "use_exllama", "bit", "use_v2_format", "group_size")
+
+
+def gemm_arguments(**changes: Any) -> dict[str, Any]:
+    arguments = dict(zip(GEMM_NAMES, (torch.randn(3, 64, dtype=torch.float16), *build(CASE).args), strict=True))
+    return arguments | changes
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+HALF = torch.float16
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Changed arguments of gptq_gemm, and the text of the ValueError."""
+
+    changes: dict[str, Any]
+    message: str
+
+
+BAD_GEMM = [
+    Bad({"bit": 5}, "gptq_gemm: bit must be one of (2, 3, 4, 8); got 5"),
+    Bad({"bit": 0}, "gptq_gemm: bit must be one of (2, 3, 4, 8); got 0"),
+    Bad({"x": empty(64, dtype=HALF)}, "gptq_gemm: x must have 2 dimensions; got 1"),
+    Bad({"x": empty(1, 3, 64, dtype=HALF)}, "gptq_gemm: x must have 2 dimensions; got 3"),
+    Bad(
+        {"x": empty(3, 64, dtype=torch.float64)},
+        "gptq_gemm: x must be one of torch.float16, torch.bfloat16, torch.float32; got torch.float64",
+    ),
+    Bad(
+        {"x": empty(64, 3, dtype=HALF).t()},
+        "gptq_gemm: x must be contiguous; got shape (3, 64) with strides (1, 3)",
+    ),
+    Bad(
+        {"x": empty(3, 128, dtype=HALF)[:, ::2]},
+        "gptq_gemm: x must be contiguous; got shape (3, 64) with strides (128, 2)",
+    ),
+    Bad(
+        {"x": empty(3, 128, dtype=HALF)},
+        "gptq_gemm: qweight must have shape (K*bits/32, N) = (16, 32) for K=128, bits=4; got (8, 32)",
+    ),
+    Bad(
+        {"x": empty(3, 60, dtype=HALF)},
+        "gptq_gemm: K must be a positive multiple of 8, the 4-bit values that fill whole 32-bit words; got K=60",
+    ),
+    Bad(
+        {"x": empty(3, 0, dtype=HALF)},
+        "gptq_gemm: K must be a positive multiple of 8, the 4-bit values that fill whole 32-bit words; got K=0",
+    ),
+    Bad({"qweight": empty(8, 32, 1)}, "gptq_gemm: qweight must have 2 dimensions; got 3"),
+    Bad({"qweight": empty(8, 32, dtype=torch.int64)}, "gptq_gemm: qweight must be torch.int32; got torch.int64"),
+    Bad(
+        {"qweight": empty(32, 8).t()},
+        "gptq_gemm: qweight must be contiguous; got shape (8, 32) with strides (1, 8)",
+    ),
+    Bad(
+        {"qweight": empty(8, 40)},
+        "gptq_gemm: qweight must have shape (K*bits/32, N) = (8, 32) for K=64, bits=4; got (8, 40)",
+    ),
+    Bad({"qzeros": empty(4)}, "gptq_gemm: qzeros must have 2 dimensions; got 1"),
+    Bad({"qzeros": empty(4, 4, dtype=torch.uint8)}, "gptq_gemm: qzeros must be torch.int32; got torch.uint8"),
+    Bad({"qzeros": empty(4, 4).t()}, "gptq_gemm: qzeros must be contiguous; got shape (4, 4) with strides (1, 4)"),
+    Bad(
+        {"qzeros": empty(4, 5)},
+        "gptq_gemm: qzeros must have shape (G, N*bits/32) = (4, 4) for G=4, N=32, bits=4; got (4, 5)",
+    ),
+    Bad(
+        {"qzeros": empty(3, 4)},
+        "gptq_gemm: qzeros must have shape (G, N*bits/32) = (4, 4) for G=4, N=32, bits=4; got (3, 4)",
+    ),
+    Bad({"scales": empty(4, dtype=HALF)}, "gptq_gemm: scales must have 2 dimensions; got 1"),
+    Bad(
+        {"scales": empty(4, 32)},
+        "gptq_gemm: scales must be one of torch.float16, torch.bfloat16, torch.float32; got torch.int32",
+    ),
+    Bad(
+        {"scales": empty(32, 4, dtype=HALF).t()},
+        "gptq_gemm: scales must be contiguous; got shape (4, 32) with strides (1, 4)",
+    ),
+    Bad(
+        {"scales": empty(4, 36, dtype=HALF)},
+        "gptq_gemm: N must be a positive multiple of 8, the 4-bit values that fill whole 32-bit words; got N=36",
+    ),
+    Bad(
+        {"scales": empty(0, 32, dtype=HALF)},
+        "gptq_gemm: scales must have at least one group (row); got (0, 32)",
+    ),
+    Bad({"g_idx": empty(64, 1)}, "gptq_gemm: g_idx must have 1 dimension; got 2"),
+    Bad({"g_idx": empty(64, dtype=torch.int64)}, "gptq_gemm: g_idx must be torch.int32; got torch.int64"),
+    Bad({"g_idx": empty(128)[::2]}, "gptq_gemm: g_idx must be contiguous; got shape (64,) with strides (2,)"),
+    Bad(
+        {"g_idx": empty(63)},
+        "gptq_gemm: g_idx (the permutation argsort(g_idx), as use_exllama=True) must be empty or have shape "
+        "(K,) = (64,); got (63,)",
+    ),
+    Bad(
+        {"g_idx": empty(65), "use_exllama": False},
+        "gptq_gemm: g_idx (the group of each row, as use_exllama=False) must be empty or have shape (K,) = (64,); "
+        "got (65,)",
+    ),
+    Bad({"group_size": -1}, "gptq_gemm: group_size must be at least 1, or 0 for K / G; got -1"),
+    Bad(
+        {"group_size": 32},
+        "gptq_gemm: scales must have G = ceil(K / group_size) = 2 rows for K=64, group_size=32; got 4",
+    ),
+    Bad(
+        {"group_size": 0, "scales": empty(5, 32, dtype=HALF), "qzeros": empty(5, 4)},
+        "gptq_gemm: group_size=0 means K / G, which must be whole; got K=64, G=5 (say the group_size of a weight "
+        "whose last group is partial)",
+    ),
+]
+
+SHUFFLE_BAD = [
+    ((empty(8, 32), empty(0), 7), "bit must be one of (2, 3, 4, 8); got 7"),
+    ((empty(8), empty(0), 4), "qweight must have 2 dimensions; got 1"),
+    ((empty(8, 32, dtype=torch.int16), empty(0), 4), "qweight must be torch.int32; got torch.int16"),
+    ((empty(32, 8).t(), empty(0), 4), "qweight must be contiguous; got shape (8, 32) with strides (1, 8)"),
+    ((empty(8, 32), empty(0, dtype=torch.int64), 4), "q_perm must be torch.int32; got torch.int64"),
+    ((empty(8, 32), empty(1, 64), 4), "q_perm must have 1 dimension; got 2"),
+    (
+        (empty(8, 32), empty(60), 4),
+        "q_perm must be empty or have shape (K,) = (64,) for qweight of shape (8, 32), bits=4; got (60,)",
+    ),
+    (
+        (empty(8, 32), empty(0), 3),
+        "qweight must have a positive multiple of 3 rows of words for bits=3; got shape (8, 32)",
+    ),
+    (
+        (empty(0, 32), empty(0), 4),
+        "qweight must have a positive multiple of 1 rows of words for bits=4; got shape (0, 32)",
+    ),
+]
+
+
+def run_reference(op: str, *args: Any) -> None:
+    getattr(reference, op)(*args)
+
+
+def run_op(op: str, *args: Any) -> None:
+    getattr(torch.ops.exllama, op)(*args)
+
+
+def run_op_with_grad(op: str, *args: Any) -> None:
+    first, *rest = args
+    run_op(op, first.detach().clone(memory_format=torch.preserve_format).requires_grad_(), *rest)
+
+
+def with_the_strides_on(device: str, args: tuple[Any, ...]) -> list[Any]:
+    """Empty tensors like args on a device; .to(device) would lose the strides of views."""
+    return [
+        torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=device)
+        if isinstance(arg, torch.Tensor)
+        else arg
+        for arg in args
+    ]
+
+
+def run_meta(op: str, *args: Any) -> None:
+    run_op(op, *with_the_strides_on("meta", args))
+
+
+def run_fake_cuda(op: str, *args: Any) -> None:
+    with FakeTensorMode():
+        run_op(op, *with_the_strides_on("cuda", args))
+
+
+def run_cuda(op: str, *args: Any) -> None:
+    run_op(op, *with_the_strides_on("cuda", args))
+
+
+RUNNERS = [
+    run_reference,
+    run_op,
+    run_meta,
+    run_fake_cuda,
+    pytest.param(run_cuda, marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("bad", BAD_GEMM, ids=lambda bad: bad.message[11:60])
+def test_gemm_refuses(run: Callable[..., None], bad: Bad) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(bad.message)}$"):
+        run("gptq_gemm", *gemm_arguments(**bad.changes).values())
+
+
+@pytest.mark.parametrize("bad", [b for b in BAD_GEMM if "x" not in b.changes], ids=lambda bad: bad.message[11:60])
+def test_gemm_refuses_with_the_same_text_when_x_requires_grad(bad: Bad) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(bad.message)}$"):
+        run_op_with_grad("gptq_gemm", *gemm_arguments(**bad.changes).values())
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize(
+    "bad",
+    [b for b in BAD_GEMM if "x" not in b.changes and "K=64, bits=4; got (8, 40)" not in b.message],
+    ids=lambda bad: bad.message[11:60],
+)
+def test_dequantize_and_dx_refuse_what_gemm_refuses(run: Callable[..., None], bad: Bad) -> None:
+    _, *rest = gemm_arguments(**bad.changes).values()
+    with pytest.raises(ValueError, match=f"^{re.escape(bad.message.replace('gptq_gemm', 'gptq_dequantize'))}$"):
+        run("gptq_dequantize", *rest)
+    if "N must be" in bad.message:
+        return  # there N is that of grad
+    with pytest.raises(ValueError, match=f"^{re.escape(bad.message.replace('gptq_gemm', 'gptq_gemm_dx'))}$"):
+        run("gptq_gemm_dx", empty(3, 32, dtype=HALF), *rest)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize(
+    ("grad", "rule"),
+    [
+        (empty(32, dtype=HALF), "grad must have 2 dimensions; got 1"),
+        (empty(3, 32), "grad must be one of torch.float16, torch.bfloat16, torch.float32; got torch.int32"),
+        (empty(32, 3, dtype=HALF).t(), "grad must be contiguous; got shape (3, 32) with strides (1, 3)"),
+        (
+            empty(3, 40, dtype=HALF),
+            "qweight must have shape (K*bits/32, N) = (8, 40) for K=64, bits=4; got (8, 32)",
+        ),
+    ],
+)
+def test_dx_refuses(run: Callable[..., None], grad: torch.Tensor, rule: str) -> None:
+    _, *rest = gemm_arguments().values()
+    with pytest.raises(ValueError, match=f"^gptq_gemm_dx: {re.escape(rule)}$"):
+        run("gptq_gemm_dx", grad, *rest)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("op", ["gptq_shuffle", "gptq_unshuffle"])
+@pytest.mark.parametrize(("args", "rule"), SHUFFLE_BAD, ids=[rule[:40] for _, rule in SHUFFLE_BAD])
+def test_shuffle_and_unshuffle_refuse(run: Callable[..., None], op: str, args: tuple[Any, ...], rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: {re.escape(rule)}$"):
+        run(op, *args)
+
+
+@pytest.mark.parametrize("name", ["qweight", "qzeros", "scales", "g_idx"])
+def test_tensors_on_different_devices_are_refused(name: str) -> None:
+    real = gemm_arguments()
+    with FakeTensorMode():
+        arguments = {
+            key: torch.empty(arg.shape, dtype=arg.dtype, device="cpu" if key == name else "cuda")
+            if isinstance(arg, torch.Tensor)
+            else arg
+            for key, arg in real.items()
+        }
+        message = f"gptq_gemm: {name} must be on cuda:0 like the first argument; got cpu"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            run_op("gptq_gemm", *arguments.values())
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_raw_g_idx_frees_the_number_of_groups(run: Callable[..., None]) -> None:
+    changes = {"use_exllama": False, "g_idx": empty(64), "scales": empty(7, 32, dtype=HALF), "qzeros": empty(7, 4)}
+    for group_size in (0, 16, 1000):
+        run("gptq_gemm", *gemm_arguments(**changes, group_size=group_size).values())
+
+
+def test_a_refused_shuffle_leaves_the_weight_as_it_was() -> None:
+    qweight = build(CASE).qweight
+    before = qweight.clone()
+    with pytest.raises(ValueError, match="q_perm"):
+        torch.ops.exllama.gptq_shuffle(qweight, empty(60), 4)
+    assert torch.equal(qweight, before)
+
+
+def test_an_index_outside_its_range_is_an_error_on_the_cpu() -> None:
+    """The op reads no index on the host; the reference's gathers refuse what would read elsewhere."""
+    for wrong in (-1, 64):
+        rows = torch.arange(64, dtype=torch.int32)
+        rows[5] = wrong
+        with pytest.raises((IndexError, RuntimeError)):
+            run_op("gptq_gemm", *gemm_arguments(g_idx=rows).values())
+
+
+def test_errors_keep_their_text_inside_a_compiled_function() -> None:
+    compiled = torch.compile(torch.ops.exllama.gptq_gemm, backend="eager", fullgraph=True)
+    bad = next(b for b in BAD_GEMM if "qzeros" in b.changes and "(4, 5)" in b.message)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match=re.escape(bad.message)):
+        compiled(*gemm_arguments(**bad.changes).values())

@@ -1,0 +1,66 @@
+"""torch.library.opcheck and the agreement of fake and real, for every op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sample import SAMPLES, packet
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conformance.weights import DTYPES, Case
+
+CASES = [
+    Case(bits, 96, 64, 40, order, shuffled, v2, scales_dtype)
+    for bits in (2, 3, 4, 8)
+    for order, shuffled, v2, scales_dtype in [
+        ("sorted", True, True, torch.float16),
+        ("perm", True, False, torch.bfloat16),
+        ("raw", False, True, torch.float32),
+    ]
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str, case: Case, dtype: torch.dtype) -> None:
+    if dtype != torch.float16 and name in ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize"):
+        pytest.skip("the op has no activations")
+    args = SAMPLES[name](case, dtype)
+    if name in ("gptq_gemm", "gptq_gemm_dx"):
+        args[0].requires_grad_()
+    torch.library.opcheck(packet(name).default, args)
+
+
+@pytest.mark.parametrize("M", [0, 1, 2, 33])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_fake_equals_real_in_all_but_the_data(name: str, case: Case, M: int) -> None:
+    for dtype in DTYPES:
+        args = SAMPLES[name](case, dtype, M)
+        real = packet(name)(*args)
+        meta = packet(name)(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
+        with FakeTensorMode() as mode:
+            fake = packet(name)(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        assert description(fake) == description(real)
+        assert description(meta) == description(real.to("meta") if real is not None else None)
+
+
+def description(result: torch.Tensor | None) -> Any:
+    if result is None:
+        return None
+    return result.shape, result.stride(), result.dtype, result.device, result.storage_offset(), result.requires_grad
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_fake_cuda_tensors_trace_without_a_gpu(name: str) -> None:
+    args = SAMPLES[name](CASES[0], torch.float16)
+    with FakeTensorMode():
+        cuda = [
+            torch.empty(arg.shape, dtype=arg.dtype, device="cuda") if isinstance(arg, torch.Tensor) else arg
+            for arg in args
+        ]
+        result = packet(name)(*cuda)
+    assert result is None or result.device.type == "cuda"

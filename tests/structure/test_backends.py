@@ -1,0 +1,46 @@
+"""The choice of a backend, and the warning of the one of last resort."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from exllama_ops import backends
+from exllama_ops.backends import reference
+
+
+class Picky:
+    name = "picky"
+
+    def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
+        return ["no compiler", "no device"]
+
+    def kernel(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+        raise AssertionError("not to be asked")
+
+
+def test_the_first_backend_without_reasons_against_is_chosen_and_the_others_reported() -> None:
+    choice = backends._choose("gptq_gemm", "CPU", (Picky(), reference.BACKEND))
+    assert choice.backend is reference.BACKEND
+    assert str(choice) == "CPU gptq_gemm: reference (not picky: no compiler, no device)"
+
+
+def test_no_backend_at_all_is_an_error_with_every_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"no backend serves exllama::gptq_gemm on CPU: .*no compiler.*no device"):
+        backends._choose("gptq_gemm", "CPU", (Picky(),))
+
+
+def test_the_reference_warns_once_and_says_where_to_look() -> None:
+    code = """
+import torch, exllama_ops
+none = torch.empty(0, dtype=torch.int32)
+for _ in range(3):
+    torch.ops.exllama.gptq_unshuffle(torch.zeros(4, 8, dtype=torch.int32), none, 4)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.count("ReferenceBackendWarning: exllama_ops runs its PyTorch reference for CPU tensors") == 1
+    assert "exllama_ops.backends.report()" in result.stderr

@@ -1,0 +1,88 @@
+"""An op without fake, reference, opcheck sample, gradient rule or kernel fails here."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch._library.simple_registry import singleton
+
+import exllama_ops
+from exllama_ops import backends, ops, reference
+from exllama_ops.layout import checks
+from exllama_ops.ops import _library
+
+PACKAGE = Path(__file__).parents[2] / "exllama_ops"
+ALL = sorted(_library.schemas())
+PUBLIC = [name for name in ALL if not name.startswith("_")]
+
+
+def test_the_namespace_holds_the_five_ops_and_two_twins() -> None:
+    assert ALL == [
+        "_gptq_gemm",
+        "_gptq_gemm_dx",
+        "gptq_dequantize",
+        "gptq_gemm",
+        "gptq_gemm_dx",
+        "gptq_shuffle",
+        "gptq_unshuffle",
+    ]
+    assert sorted(backends.OPS) == PUBLIC
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_op_has_a_fake_a_sample_and_one_kernel_a_device(name: str) -> None:
+    samples = (Path(__file__).parents[1] / "ops" / "sample.py").read_text()
+    assert f'"{name}":' in samples
+    qualified = f"exllama::{name}"
+    assert singleton.find(qualified).fake_impl.kernel is not None
+    for key in ("CPU", "CUDA", "Autograd"):
+        assert _library.kernel(name, key) is not None
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert not has_kernel(qualified, "CompositeExplicitAutograd")
+    assert not has_kernel(qualified, "CompositeImplicitAutograd")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_op_asks_inductor_for_the_traced_strides(name: str) -> None:
+    tags = getattr(torch.ops.exllama, name).default.tags
+    assert torch.Tag.needs_exact_strides in tags
+    assert torch.Tag.pt2_compliant_tag in tags
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_op_public_function_reference_and_check_have_the_same_arguments(name: str) -> None:
+    schema = [
+        (argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty)
+        for argument in getattr(torch.ops.exllama, name).default._schema.arguments
+    ]
+    for function in (getattr(ops, name), getattr(reference, name), getattr(exllama_ops, name)):
+        parameters = inspect.signature(function).parameters.values()
+        assert [(parameter.name, parameter.default) for parameter in parameters] == schema
+    check = getattr(checks, f"check_{name}", checks.check_gptq_shuffle)
+    positional = [p for p in inspect.signature(check).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert [(parameter.name, parameter.default) for parameter in positional] == schema
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_op_and_reference_has_a_file_of_its_name(name: str) -> None:
+    assert (PACKAGE / "ops" / f"{name}.py").is_file()
+    assert (PACKAGE / "reference" / f"{name}.py").is_file()
+
+
+def test_only_one_file_owns_a_torch_library() -> None:
+    owners = [path.name for path in PACKAGE.rglob("*.py") if "torch.library.Library(" in path.read_text()]
+    assert owners == ["_library.py"]
+
+
+def test_a_second_kernel_for_an_op_and_device_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="already has a kernel for CPU"):
+        _library.register_kernel("gptq_gemm", "CPU", lambda *args: None)
+
+
+def test_report_names_the_backend_of_every_op_and_device() -> None:
+    rows = {(choice.op, choice.dispatch_key): str(choice) for choice in backends.report()}
+    assert set(rows) == {(op, key) for op in PUBLIC for key in ("CPU", "CUDA")}
+    assert rows["gptq_gemm", "CPU"] == "CPU gptq_gemm: reference"
