@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter, CompileCounterWithBackend, normalize_gm
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,19 +146,6 @@ def test_compiled_training_graphs_contain_only_the_twins() -> None:
         "exllama._gptq_gemm_dx.default",
         "exllama._gptq_gemm_dx.default",
     ]
-
-
-def test_inductor_passes_a_weight_that_is_a_view_without_a_copy() -> None:
-    """The tag needs_exact_strides: its neighbour needs_contiguous_strides copies on every call."""
-    weight = build(CASE)
-    pool = torch.cat([torch.zeros(64, dtype=torch.int32), weight.qweight.flatten()])
-
-    def gemm_with_a_view(x: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        return torch.ops.exllama.gptq_gemm(x + 1, pool[64:].view(weight.qweight.shape), *weight.args[1:])
-
-    with torch.no_grad():
-        _, (code,) = run_and_get_code(torch.compile(gemm_with_a_view, fullgraph=True), torch.randn(3, 96), pool)
-    assert re.search(r"exllama\._gptq_gemm\.default\(\w+, reinterpret_tensor\(", code)
 
 
 def test_export_with_dynamic_tokens_saved_and_loaded() -> None:
