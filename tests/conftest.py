@@ -1,9 +1,11 @@
-"""GPU tests are skipped, with a reason that pytest counts, where there is no GPU."""
+"""What holds for every test: the ops are registered, and GPU tests skip with a counted reason without a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+import exllama_ops  # noqa: F401  (registers torch.ops.exllama)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

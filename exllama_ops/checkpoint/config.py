@@ -1,0 +1,243 @@
+"""The quantization config of a checkpoint: ``quantization_config`` of config.json, or quantize_config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.layout import SUPPORTED_BITS
+
+CONFIG_NAME = "config.json"
+QUANTIZE_CONFIG_NAME = "quantize_config.json"
+
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
+
+# Names that tools give to one field; the first is ours, and two that contradict are an error.
+_SYNONYMS = {
+    "quant_method": ("quant_method", "method"),
+    "checkpoint_format": ("checkpoint_format", "format"),
+}
+_FIELDS = (
+    "quant_method",
+    "checkpoint_format",
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "static_groups",
+    "lm_head",
+    "dynamic",
+    "pack_dtype",
+)
+_REQUIRED = ("bits", "group_size")
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """How one module is quantized.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: rows of a group as on disk: -1 stands for all rows.
+        sym: whether every zero point is ``2**(bits - 1)``.
+        desc_act: whether rows were quantized by activation order, so that groups are not runs of rows.
+        static_groups: whether groups are runs of rows although ``desc_act`` is set.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = False
+
+
+@dataclass(frozen=True)
+class GptqConfig(ModuleConfig):
+    """The quantization config of a whole checkpoint.
+
+    Args:
+        bits: as in `ModuleConfig`, and so on: what holds for a module that ``dynamic`` says nothing of.
+        checkpoint_format: "gptq" (zero points stored minus 1), "gptq_v2" (stored as they are) or "gptq_p" (planar; the
+            same as gptq_v2 for 2, 4 and 8 bits).
+        lm_head: whether the output head is quantized too.
+        dynamic: exceptions by regular expression: ``"+:REGEX"`` or ``"REGEX"`` overrides fields of the modules whose
+            full name the expression matches from its start, ``"-:REGEX"`` skips them. The first match decides.
+    """
+
+    checkpoint_format: str = "gptq"
+    lm_head: bool = False
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def for_module(self, name: str) -> ModuleConfig | None:
+        """The config of one module: None if ``dynamic`` says that it is not quantized.
+
+        Args:
+            name: the module's full name, such as ``model.layers.0.self_attn.q_proj``.
+
+        Returns:
+            The fields of this config with the overrides of the first ``dynamic`` rule that matches.
+
+        Source: GPTQModel 7.7.0, ``QuantizeConfig.dynamic``.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(ModuleConfig)}
+        for pattern, overrides in self.dynamic.items():
+            if re.match(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern, name):
+                if pattern.startswith("-:"):
+                    return None
+                values |= {key: value for key, value in overrides.items() if key in values}
+                break
+        return ModuleConfig(**values)
+
+
+def read_config(directory: Path) -> GptqConfig:
+    """Read the quantization config of a directory.
+
+    config.json's ``quantization_config`` wins over quantize_config.json field by field; a field that it lacks comes
+    from the other (transformers drops ``checkpoint_format`` and ``dynamic`` when it saves a config).
+
+    Args:
+        directory: holds config.json, quantize_config.json or both.
+
+    Returns:
+        The parsed config.
+
+    Raises:
+        CheckpointError: neither file has one, or a field is missing, contradicts another or is not supported.
+
+    Warns:
+        UserWarning: the two files contradict each other.
+    """
+    config_path, quantize_path = directory / CONFIG_NAME, directory / QUANTIZE_CONFIG_NAME
+    found: dict[str, dict[str, Any]] = {}
+    if config_path.is_file():
+        raw = _read_json(config_path).get("quantization_config")
+        if raw is not None:
+            source = f"{config_path}: quantization_config"
+            found[source] = _normalize(raw, source)
+    if quantize_path.is_file():
+        found[str(quantize_path)] = _normalize(_read_json(quantize_path), str(quantize_path))
+    if not found:
+        raise CheckpointError(
+            f"{directory}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
+            f"{QUANTIZE_CONFIG_NAME}; found neither"
+        )
+
+    (first, merged), *rest = found.items()
+    for second, other in rest:
+        differing = [name for name in other if name in merged and merged[name] != other[name]]
+        if differing:
+            told = "; ".join(f"{name} is {merged[name]!r} and {other[name]!r}" for name in differing)
+            warnings.warn(f"{first} and {second} contradict each other: {told}. The first is used.", stacklevel=3)
+        merged = other | merged
+    return parse_config(merged, first)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: must be JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def _normalize(raw: object, source: str) -> dict[str, Any]:
+    """The fields that matter here, under our names, without those that are null."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{source}: must be a JSON object; got {type(raw).__name__}")
+    values = dict(raw)
+    meta = values.get("meta")
+    if isinstance(meta, dict):
+        values.setdefault("static_groups", meta.get("static_groups"))
+    if values.get("is_marlin_format"):
+        values.setdefault("checkpoint_format", "marlin")
+    for name, synonyms in _SYNONYMS.items():
+        said = {synonym: values[synonym] for synonym in synonyms if values.get(synonym) is not None}
+        if len({str(value).lower() for value in said.values()}) > 1:
+            raise CheckpointError(f"{source}: {' and '.join(synonyms)} must agree; got {said}")
+        values[name] = str(next(iter(said.values()))).lower() if said else None
+    return {name: values[name] for name in _FIELDS if values.get(name) is not None}
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
+    """Parse the contents of a quantization config.
+
+    Args:
+        raw: as in the JSON file. Missing ``quant_method`` and ``checkpoint_format`` mean "gptq", missing ``sym`` means
+            True (as GPTQModel takes it), the other flags False. ``static_groups`` may also stand in ``meta``.
+        source: what error messages call it.
+
+    Returns:
+        The parsed config.
+
+    Raises:
+        CheckpointError: a field is missing, contradicts another or is not supported; the text names it.
+    """
+    values = _normalize(raw, source)
+    method = values.pop("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(f"{source}: quant_method must be 'gptq'; got {method!r}")
+    _check_pack_dtype(values.pop("pack_dtype", "int32"), source)
+    checkpoint_format = values.setdefault("checkpoint_format", "gptq")
+    if checkpoint_format not in CHECKPOINT_FORMATS:
+        raise CheckpointError(
+            f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {checkpoint_format!r}"
+        )
+    for name in _REQUIRED:
+        if name not in values:
+            raise CheckpointError(f"{source}: field {name} is missing")
+    dynamic = values.setdefault("dynamic", {})
+    _check_fields(values, source)
+    for pattern, overrides in dynamic.items():
+        _check_rule(pattern, overrides, f"{source}: dynamic rule {pattern!r}")
+    return GptqConfig(**values)
+
+
+def _check_pack_dtype(pack_dtype: object, source: str) -> None:
+    if str(pack_dtype).removeprefix("torch.") != "int32":
+        raise CheckpointError(f"{source}: pack_dtype must be int32, the word that the kernels take; got {pack_dtype!r}")
+
+
+def _check_rule(pattern: str, overrides: object, source: str) -> None:
+    skips = pattern.startswith("-:")
+    try:
+        re.compile(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern)
+    except re.error as error:
+        raise CheckpointError(f"{source}: must be a regular expression: {error}") from error
+    if not isinstance(overrides, dict):
+        if skips and overrides is None:
+            return
+        raise CheckpointError(f"{source}: must map to a JSON object; got {overrides!r}")
+    if "pack_dtype" in overrides:
+        _check_pack_dtype(overrides["pack_dtype"], source)
+    for name in ("quant_method", "method", "checkpoint_format", "format"):
+        if name in overrides:
+            raise CheckpointError(f"{source}: {name} must be the same for all modules; got {overrides[name]!r}")
+    _check_fields(overrides, source)
+
+
+def _check_fields(values: Mapping[str, Any], source: str) -> None:
+    for name, value in values.items():
+        if name == "bits":
+            valid = type(value) is int and value in SUPPORTED_BITS
+            rule = f"one of {SUPPORTED_BITS}"
+        elif name == "group_size":
+            valid = type(value) is int and (value >= 1 or value == -1)
+            rule = "at least 1, or -1 for one group of all rows"
+        elif name in ("sym", "desc_act", "static_groups", "lm_head"):
+            valid = isinstance(value, bool)
+            rule = "true or false"
+        elif name == "dynamic":
+            valid = isinstance(value, dict)
+            rule = "a JSON object of rules"
+        else:
+            continue
+        if not valid:
+            raise CheckpointError(f"{source}: {name} must be {rule}; got {value!r}")

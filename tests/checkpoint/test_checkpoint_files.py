@@ -1,0 +1,205 @@
+"""Directories, shards, hub ids and optional dependencies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint.builder import DATA, module, quantization, write, write_sharded
+from exllama_ops.checkpoint import CheckpointError, open_gptq, read_gptq
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def two_shards():
+    """Two modules, the tensors of the second split over both files."""
+    a, b = module("a", bias=True), module("b", seed=1)
+    moved = {"b.scales": b.pop("b.scales"), "norm.weight": torch.ones(3)}
+    return {FIRST: a | moved, SECOND: b}
+
+
+def test_shards_read_as_one_file(tmp_path):
+    shards = two_shards()
+    whole = read_gptq(write(tmp_path / "whole", shards[FIRST] | shards[SECOND]), progress=False)
+    sharded = read_gptq(write_sharded(tmp_path / "shards", shards), progress=False)
+    assert set(whole) == set(sharded) == {"a", "b"}
+    for name, weight in whole.items():
+        other = sharded[name]
+        assert torch.equal(weight.qweight, other.qweight)
+        assert torch.equal(weight.qzeros, other.qzeros)
+        assert torch.equal(weight.scales, other.scales)
+
+
+def test_a_single_file_of_any_name_is_read(tmp_path):
+    write(tmp_path, module("a"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-128g.safetensors")
+    assert open_gptq(tmp_path).quantized == ("a",)
+
+
+def test_names_come_in_the_order_of_the_data(tmp_path):
+    shards = {FIRST: module("z"), SECOND: module("a")}
+    assert open_gptq(write_sharded(tmp_path, shards)).quantized == ("z", "a")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_sharded(tmp_path, two_shards())
+    (tmp_path / SECOND).unlink()
+    with pytest.raises(CheckpointError, match=rf"{SECOND}: must be a complete safetensors file.*no such file"):
+        open_gptq(tmp_path)
+
+
+def test_a_tensor_that_the_index_has_and_the_file_has_not_is_named(tmp_path):
+    shards = two_shards()
+    write_sharded(tmp_path, shards)
+    save_file({key: value for key, value in shards[SECOND].items() if key != "b.qzeros"}, tmp_path / SECOND)
+    with pytest.raises(CheckpointError, match=rf"{SECOND}: tensor b\.qzeros is missing: the index"):
+        open_gptq(tmp_path)
+
+
+def test_a_tensor_that_the_index_lacks_is_ignored_aloud(tmp_path):
+    shards = two_shards()
+    write_sharded(tmp_path, shards)
+    save_file(shards[SECOND] | {"extra": torch.ones(1), "a.scales": torch.zeros(2, 32).half()}, tmp_path / SECOND)
+    with pytest.warns(UserWarning, match=rf"not in the index, so ignored: extra of {SECOND}, a\.scales of {SECOND}"):
+        checkpoint = open_gptq(tmp_path)
+    assert checkpoint.read("a").scales.ne(0).all()
+    assert "extra" not in checkpoint.dense
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"index\.json: must be a JSON object with a weight_map"),
+        ("{}", r"index\.json: must be a JSON object with a weight_map"),
+        ('{"weight_map": {"a.qweight": "../other/model.safetensors"}}', r"must map each tensor to a file name"),
+    ],
+)
+def test_a_broken_index_is_refused(tmp_path, text, message):
+    write_sharded(tmp_path, two_shards())
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        open_gptq(tmp_path)
+
+
+def test_ambiguous_directories_are_refused(tmp_path):
+    write_sharded(tmp_path / "both", two_shards())
+    write(tmp_path / "both", module("a"))
+    with pytest.raises(CheckpointError, match=r"must have model\.safetensors or an index; got both"):
+        open_gptq(tmp_path / "both")
+    write_sharded(tmp_path / "none", two_shards())
+    (tmp_path / "none" / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"several safetensors files need an index.*{FIRST}, {SECOND}"):
+        open_gptq(tmp_path / "none")
+    write_sharded(tmp_path / "two", two_shards())
+    (tmp_path / "two" / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"must have one index; got model.*other"):
+        open_gptq(tmp_path / "two")
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused_with_its_size(tmp_path, size):
+    file = write(tmp_path, module()) / "model.safetensors"
+    content = file.read_bytes()[:size]
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: must be a complete.*got {len(content)} bytes"):
+        open_gptq(tmp_path)
+
+
+def test_a_file_that_changes_after_opening_is_refused(tmp_path):
+    checkpoint = open_gptq(write(tmp_path, module()))
+    for tensors in (module("other"), module(K=128)):
+        save_file(tensors, tmp_path / "new")
+        (tmp_path / "new").replace(tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"tensor m\.q\.qweight is not what it was"):
+            checkpoint.read("m.q")
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization()}))
+    with pytest.raises(CheckpointError, match=r"must have its weights in safetensors files; found none"):
+        open_gptq(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pickle files, which can run code.*: model\.pt, pytorch_model\.bin"):
+        open_gptq(tmp_path)
+
+
+def test_pickles_beside_safetensors_are_left_alone(tmp_path):
+    write(tmp_path, module())
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    assert open_gptq(tmp_path).quantized == ("m.q",)
+
+
+@pytest.mark.parametrize("path", ["./no-such", "/no/such/dir", "a/b/c", Path("owner/name")])
+def test_a_path_that_is_no_directory_is_not_asked_of_the_hub(path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(CheckpointError, match="must be an existing directory or a hub id"):
+        open_gptq(path)
+
+
+def test_a_file_is_not_a_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="must be an existing directory"):
+        open_gptq(str(write(tmp_path, module()) / "model.safetensors"))
+
+
+def test_revision_of_a_local_directory_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"revision is for hub ids.*'main'"):
+        open_gptq(write(tmp_path, module()), revision="main")
+
+
+def test_a_hub_id_is_downloaded_configs_first_and_no_pickles(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision, tuple(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    write(tmp_path, module())
+    checkpoint = open_gptq("owner/name", revision="abc")
+    assert checkpoint.path == tmp_path
+    (first, second) = asked
+    assert first == ("owner/name", "abc", ("*.json",))
+    assert second[:2] == ("owner/name", "abc")
+    assert {"*.safetensors", "*.json", "tokenizer*"} <= set(second[2])
+    assert not any(name.endswith((".bin", ".pt", "*")) and name != "tokenizer*" for name in second[2])
+
+    asked.clear()
+    write(tmp_path, module(), quant_method="awq")
+    with pytest.raises(CheckpointError, match="got 'awq'"):
+        open_gptq("owner/name")
+    assert len(asked) == 1
+
+
+def test_no_network_says_what_to_do(monkeypatch):
+    def download(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files on the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"owner/name: .*cannot find the files[\s\S]*hf download owner/name"):
+        open_gptq("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("missing", "argument"), [("safetensors", DATA / "tiny-w4g64-lmhead"), ("huggingface_hub", "owner/name")]
+)
+def test_a_missing_extra_is_named(monkeypatch, missing, argument):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf'needs {missing}: pip install "exllama-ops\[hf\]"'):
+        open_gptq(argument)
+
+
+def test_importing_the_package_imports_no_optional_dependency():
+    code = (
+        "import sys, exllama_ops.checkpoint;"
+        "print([m for m in ('safetensors', 'huggingface_hub', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
