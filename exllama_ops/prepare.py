@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exllama_ops.layout.groups import is_trivial
+from exllama_ops.layout.groups import sorting_order
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_rows
 
 
@@ -23,13 +23,9 @@ def prepare(weight: GptqWeight) -> PackedWeight:
         The packed weight, on the same device. Reads g_idx (a load-time step, not for the hot path).
     """
     none = no_rows(weight.qweight)
-    perm, g_idx, shuffled = none, none, True
-    if weight.g_idx is not None and not is_trivial(weight.g_idx, weight.group_size):
-        order = weight.g_idx.argsort(stable=True)
-        if is_trivial(weight.g_idx.index_select(0, order), weight.group_size):
-            perm = order.to(torch.int32)
-        else:
-            g_idx, shuffled = weight.g_idx, False
+    order, shuffled = sorting_order(weight.g_idx, weight.group_size)
+    perm = none if order is None else order
+    g_idx = none if shuffled or weight.g_idx is None else weight.g_idx
     qweight = weight.qweight.clone()
     if shuffled:
         torch.ops.exllama.gptq_shuffle(qweight, perm, weight.bits)

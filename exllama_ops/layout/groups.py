@@ -21,3 +21,22 @@ def is_trivial(g_idx: Tensor, group_size: int) -> bool:
     """Whether ``g_idx[k] == k // group_size`` for every row, which is no activation order. Reads the data."""
     K = g_idx.numel()
     return torch.equal(g_idx, row_groups(K, num_groups(K, group_size), group_size, g_idx.device).to(g_idx.dtype))
+
+
+def sorting_order(g_idx: Tensor | None, group_size: int) -> tuple[Tensor | None, bool]:
+    """How the rows of a weight are brought into runs of ``group_size`` rows of one group. Reads the data.
+
+    Args:
+        g_idx: (K,) int32, the group of each row; None for rows that lie in runs already.
+        group_size: rows of a group.
+
+    Returns:
+        The permutation ``argsort(g_idx, stable=True)`` as int32, or None if none is needed; and whether sorting gives
+        such runs at all, which it does not where groups have other sizes (a shard of an act-order weight).
+    """
+    if g_idx is None or is_trivial(g_idx, group_size):
+        return None, True
+    order = g_idx.argsort(stable=True)
+    if is_trivial(g_idx.index_select(0, order), group_size):
+        return order.to(torch.int32), True
+    return None, False
