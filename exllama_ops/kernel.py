@@ -306,13 +306,9 @@ class ExllamaLinearKernel:
 
     def _order(self, g_idx: Tensor | None, G: int) -> tuple[Tensor | None, bool]:
         """The permutation that sorts the rows by group, None for none; and whether the weight is to be shuffled."""
-        if g_idx is not None:
-            # With any other G the groups of the sorted rows are not the rows of the scales.
-            if num_groups(g_idx.shape[0], self._group_size) != G:
-                return None, False
-            if not g_idx.any():
-                return None, True
-        return sorting_order(g_idx, self._group_size)
+        if g_idx is not None and num_groups(g_idx.shape[0], self._group_size) == G and not g_idx.any():
+            return None, True
+        return sorting_order(g_idx, self._group_size, G)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W + bias``, by `torch.ops.exllama.gptq_gemm`: sums in at least float32, one rounding, then the bias.

@@ -20,7 +20,7 @@ def pack_rows(values: Tensor, bits: int, order: Order = "checkpoint") -> Tensor:
         (K * bits / 32, N) int32.
 
     Raises:
-        ValueError: bits is unsupported, values is not 2-D, or K does not fill whole words.
+        ValueError: bits is unsupported, values is not a 2-D tensor of integers, or K does not fill whole words.
 
     Values outside the range are not looked for (that would read device data): their high bits are dropped.
     """
@@ -28,20 +28,21 @@ def pack_rows(values: Tensor, bits: int, order: Order = "checkpoint") -> Tensor:
     torch._check_value(fmt is not None, lambda: f"pack_rows: bits must be one of {tuple(FORMATS)}; got {bits}")
     assert fmt is not None
     torch._check_value(
-        values.dim() == 2, lambda: f"pack_rows: values must have 2 dimensions (K, N); got {values.dim()}"
+        values.dim() == 2 and not values.is_floating_point(),
+        lambda: f"pack_rows: values must be integers (K, N); got {values.dim()} dimensions of {values.dtype}",
     )
     K, N = values.shape
     torch._check_value(
         K % fmt.block_values == 0,
         lambda: f"pack_rows: {bits}-bit values fill whole words in runs of {fmt.block_values}; got {K} values",
     )
-    blocks = values.to(torch.int32).reshape(-1, fmt.block_values, N)
+    blocks = values.to(torch.int32).reshape(K // fmt.block_values, fmt.block_values, N)
     words: list[Tensor | None] = [None] * fmt.block_words
     for field in fmt.fields(order):
         part = ((blocks[:, field.value] >> field.low_bit) & field.mask) << field.shift
         word = words[field.word]
         words[field.word] = part if word is None else word | part
-    return torch.stack([word for word in words if word is not None], 1).reshape(-1, N)
+    return torch.stack([word for word in words if word is not None], 1).flatten(0, 1)
 
 
 def unpack_rows(words: Tensor, bits: int, order: Order = "checkpoint") -> Tensor:
@@ -70,13 +71,13 @@ def unpack_rows(words: Tensor, bits: int, order: Order = "checkpoint") -> Tensor
         rows % fmt.block_words == 0,
         lambda: f"unpack_rows: {bits}-bit words come in runs of {fmt.block_words}; got {rows} words",
     )
-    blocks = words.reshape(-1, fmt.block_words, N)
+    blocks = words.reshape(rows // fmt.block_words, fmt.block_words, N)
     values: list[Tensor | None] = [None] * fmt.block_values
     for field in fmt.fields(order):
         part = ((blocks[:, field.word] >> field.shift) & field.mask) << field.low_bit
         value = values[field.value]
         values[field.value] = part if value is None else value | part
-    return torch.stack([value for value in values if value is not None], 1).reshape(-1, N)
+    return torch.stack([value for value in values if value is not None], 1).flatten(0, 1)
 
 
 def pack_columns(values: Tensor, bits: int) -> Tensor:

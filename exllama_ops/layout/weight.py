@@ -16,9 +16,13 @@ def no_rows(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.int32, device=like.device)
 
 
-def _check_bias(kind: str, bias: Tensor | None, N: int) -> None:
-    if bias is not None and tuple(bias.shape) != (N,):
+def _check_bias(kind: str, bias: Tensor | None, N: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (N,):
         raise ValueError(f"{kind}: bias must have shape (N,) = ({N},); got {tuple(bias.shape)}")
+    if not bias.is_floating_point() or bias.device != device:
+        raise ValueError(f"{kind}: bias must be floating point on {device}; got {bias.dtype} on {bias.device}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,7 @@ class GptqWeight:
         check_gptq_dequantize(
             self.qweight, self.qzeros, self.scales, g_idx, False, self.bits, True, self.group_size, op="GptqWeight"
         )
-        _check_bias("GptqWeight", self.bias, self.out_features)
+        _check_bias("GptqWeight", self.bias, self.out_features, self.qweight.device)
 
     @property
     def in_features(self) -> int:
@@ -113,7 +117,7 @@ class PackedWeight:
             self.qweight, self.qzeros, self.scales, self.rows, self.shuffled, self.bits, True, self.group_size,
             op="PackedWeight",
         )  # fmt: skip
-        _check_bias("PackedWeight", self.bias, self.out_features)
+        _check_bias("PackedWeight", self.bias, self.out_features, self.qweight.device)
 
     @property
     def rows(self) -> Tensor:

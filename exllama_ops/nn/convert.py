@@ -32,7 +32,8 @@ def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertRepor
     """Replace the nn.Linear layers named in ``weights`` by `ExllamaLinear`, in place.
 
     Every new layer is built before the first is put in, so an error leaves the model as it was. A new layer lies where
-    the old one did, or where its weight lies if the old one is on the meta device.
+    the old one did, or where its weight lies if the old one is on the meta device. A weight with a bias gives a layer
+    with one, also where the old layer has none: old quantizers write biases of zeros.
 
     Args:
         model: any module; not itself a Linear.

@@ -225,6 +225,8 @@ def _check_construction(in_features: int, out_features: int, bits: int, group_si
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to nn.Linear: floating point except float64 becomes the autocast dtype."""
     device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
+        return x
     if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device_type))
     return x

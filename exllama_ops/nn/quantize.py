@@ -62,10 +62,10 @@ def quantize(
     scales = step.clamp(torch.finfo(scales_dtype).tiny, torch.finfo(scales_dtype).max).to(scales_dtype)
     step = scales.to(torch.float32)
     zero = torch.full_like(step, 2 ** (bits - 1)) if sym else (-low / step).round().clamp(0, levels)
-    q = ((W / step[groups]).round() + zero[groups]).clamp(0, levels)
+    q = ((W / step[groups]).round() + zero[groups]).clamp(0, levels).to(torch.int32)
     return GptqWeight(
         qweight=pack_rows(q, bits),
-        qzeros=pack_columns(zero, bits),
+        qzeros=pack_columns(zero.to(torch.int32), bits),
         scales=scales,
         g_idx=None if g_idx is None else g_idx.to(torch.int32),
         bits=bits,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from exllama_ops.layout.formats import FORMATS
@@ -59,10 +60,20 @@ def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
 
     class Linear(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, first: Tensor, *weight: Any) -> Tensor:
-            ctx.save_for_backward(*weight[:_NUM_WEIGHT_TENSORS])
-            ctx.options = weight[_NUM_WEIGHT_TENSORS:]
+        def forward(first: Tensor, *weight: Any) -> Tensor:
             result: Tensor = forward_op(first, *weight)
+            return result
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            _, *weight = inputs
+            ctx.save_for_backward(*weight[:_NUM_WEIGHT_TENSORS])
+            ctx.save_for_forward(*weight[:_NUM_WEIGHT_TENSORS])
+            ctx.options = weight[_NUM_WEIGHT_TENSORS:]
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *weight_tangents: None) -> Tensor:
+            result: Tensor = forward_op(tangent.contiguous(), *ctx.saved_tensors, *ctx.options)
             return result
 
         @staticmethod
@@ -72,7 +83,7 @@ def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
             return first_grad, *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
-        if first.requires_grad and torch.is_grad_enabled():
+        if (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return Linear.apply(first, *weight)  # type: ignore[no-untyped-call, no-any-return]
         result: Tensor = forward_op(first, *weight)
         return result

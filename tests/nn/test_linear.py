@@ -109,6 +109,11 @@ def test_to_moves_every_buffer(layer: ExllamaLinear) -> None:
     assert layer.to_empty(device="cpu").qweight.device.type == "cpu"
 
 
+def test_forward_works_on_the_meta_device(layer: ExllamaLinear) -> None:
+    out = layer.to("meta")(torch.randn(2, 3, K, device="meta"))
+    assert (out.shape, out.device.type) == ((2, 3, N), "meta")
+
+
 def test_only_buffers_hold_state(layer: ExllamaLinear) -> None:
     assert list(layer.parameters()) == []
     rows = "perm" if layer.shuffled else "g_idx"

@@ -48,6 +48,24 @@ def test_second_derivatives_exist() -> None:
     assert_within_bound(d_grad, direction, weight.dense, UNIT_ROUNDOFF_F32)
 
 
+def test_forward_mode_maps_a_tangent_of_x_by_the_same_product() -> None:
+    weight = build(CASES[1])
+    x, tangent = torch.randn(3, 96), torch.randn(96, 3).t()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        out = torch.ops.exllama.gptq_gemm(dual, *weight.args)
+        result = torch.autograd.forward_ad.unpack_dual(out).tangent
+    assert result is not None
+    assert_within_bound(result, tangent.contiguous(), weight.dense, UNIT_ROUNDOFF_F32)
+
+
+def test_function_transforms_are_refused_rather_than_wrong() -> None:
+    weight = build(CASES[0])
+    x = torch.randn(3, 96)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args), (x,), (x,))
+
+
 def test_no_graph_is_built_where_none_is_asked_for() -> None:
     args = build(CASES[0]).args
     x = torch.randn(3, 96, requires_grad=True)
