@@ -208,7 +208,7 @@ def test_unpack_after_pack_gives_every_value_back(bits_and_words, order):
             "pack_rows: values must be integers (K, N); got 1 dimensions of torch.int32",
         ),
         (
-            pack_rows,
+            lambda values, bits: pack_rows(values.float(), bits),
             torch.zeros(32, 8),
             4,
             "pack_rows: values must be integers (K, N); got 2 dimensions of torch.float32",
