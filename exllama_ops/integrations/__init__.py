@@ -1,0 +1,1 @@
+"""Other libraries' names, signatures and flags: nothing outside this folder and the command line knows them."""

