@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from exllama_ops.checkpoint.errors import CheckpointError, optional_module
+from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.extras import require
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -45,7 +46,7 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *,
     name = os.fspath(path_or_id)
     if path.exists() or isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: must be an existing directory or a hub id (owner/name); it is neither")
-    hub = optional_module("huggingface_hub")
+    hub = require("huggingface_hub")
     patterns = _HUB_CONFIGS if configs_only else _HUB_FILES
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -130,7 +131,7 @@ class TensorFiles:
 
 
 def _open(file: Path) -> Any:
-    safetensors = optional_module("safetensors")
+    safetensors = require("safetensors")
     try:
         return safetensors.safe_open(file, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, read_config
-from exllama_ops.checkpoint.errors import CheckpointError, optional_module
+from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import TensorFiles, local_directory
 from exllama_ops.checkpoint.zeros import are_constant, constant_zeros, v1_to_v2
+from exllama_ops.extras import require
 from exllama_ops.layout import FORMATS, GptqWeight
 from exllama_ops.layout.groups import is_trivial, num_groups
 
@@ -157,7 +158,7 @@ class GptqCheckpoint:
             name: sum(self._files.tensors[f"{name}.{tensor}"].num_bytes for tensor in module.tensors)
             for name, module in self._modules.items()
         }
-        tqdm = optional_module("tqdm").tqdm
+        tqdm = require("tqdm").tqdm
         disable = None if progress else True
         with tqdm(desc="Reading", total=sum(sizes.values()), unit="B", unit_scale=True, disable=disable) as bar:
             for name, size in sizes.items():

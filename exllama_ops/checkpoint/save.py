@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from exllama_ops.checkpoint.config import CONFIG_NAME, QUANTIZE_CONFIG_NAME
-from exllama_ops.checkpoint.errors import CheckpointError, optional_module
+from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from exllama_ops.checkpoint.gptq import TENSORS
 from exllama_ops.checkpoint.zeros import are_constant, v2_to_v1
+from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.layout.groups import num_groups, row_groups
 
@@ -143,7 +144,7 @@ class _ShardWriter:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
         self._max_bytes = max_bytes
-        self._save_file = optional_module("safetensors.torch").save_file
+        self._save_file = require("safetensors.torch").save_file
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
@@ -191,7 +192,10 @@ class _ShardWriter:
         for file in list(self._directory.iterdir()):
             if file.name == INDEX_NAME or _OWN_FILES.fullmatch(file.name):
                 file.unlink()
+        # safetensors makes files that only their owner reads; config.json has the mode that this process gives a file.
+        mode = self._temporary[CONFIG_NAME].stat().st_mode
         for name, (file, _) in zip(names, self._shards, strict=True):
+            file.chmod(mode)
             file.replace(self._directory / name)
         for name in (INDEX_NAME, QUANTIZE_CONFIG_NAME, CONFIG_NAME):
             if name in self._temporary:

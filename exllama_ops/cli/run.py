@@ -124,7 +124,7 @@ def _load(path: Path, dtype: str | None, device: torch.device) -> tuple[Any, flo
 
 
 def _tokenizer(path: Path) -> Any:
-    from exllama_ops.integrations.extras import require
+    from exllama_ops.extras import require
 
     try:
         return require("transformers").AutoTokenizer.from_pretrained(path)

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import nn
 
 from exllama_ops.checkpoint import save_gptq
-from exllama_ops.integrations.extras import require
+from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import quantize
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exllama_ops.integrations.extras import require
+from exllama_ops.extras import require
 
 require("transformers")
 from transformers.cache_utils import (  # noqa: E402 (after the check that says what to install)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exllama_ops.checkpoint import CheckpointError, GptqCheckpoint, open_gptq
-from exllama_ops.integrations.extras import require
+from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import convert
 

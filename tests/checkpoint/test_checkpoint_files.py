@@ -192,7 +192,9 @@ def test_no_network_says_what_to_do(monkeypatch):
 )
 def test_a_missing_extra_is_named(monkeypatch, missing, argument):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf'needs {missing}: pip install "exllama-ops\[hf\]"'):
+    with pytest.raises(
+        ImportError, match=rf'{missing} is needed here and not installed: pip install "exllama-ops\[hf\]"'
+    ):
         open_gptq(argument)
 
 

@@ -231,3 +231,11 @@ def test_a_shard_of_a_weight_is_refused(tmp_path):
     shard = GptqWeight(whole.qweight[:4], whole.qzeros, whole.scales, whole.g_idx[:32], 4, 32)
     with pytest.raises(CheckpointError, match=r"scales of m must have ceil\(K / group_size\) = 1 rows.*got 2"):
         save_gptq(tmp_path, {"m": shard}, sym=True, desc_act=True)
+
+
+def test_every_file_is_as_readable_as_any_that_the_process_makes(tmp_path):
+    """safetensors makes files for their owner alone."""
+    path = tmp_path / "checkpoint"
+    save_gptq(path, {"layer": weight(sym=False)}, sym=False, desc_act=False)
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}

@@ -193,7 +193,7 @@ def test_a_wheel_with_another_checksum_is_refused(empty_cache: Path, monkeypatch
 
 
 def test_a_missing_extra_says_what_to_install(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from exllama_ops.integrations import extras
+    from exllama_ops import extras
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

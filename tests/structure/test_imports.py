@@ -14,15 +14,16 @@ PACKAGE = Path(__file__).parents[2] / "exllama_ops"
 # part of the package -> the parts it may import
 PARTS: dict[str, set[str]] = {
     "layout": set(),
+    "extras": set(),
     "reference": {"layout"},
     "ops": {"layout"},
     "backends": {"ops", "reference", "layout"},
     "prepare": {"ops", "layout"},
-    "checkpoint": {"layout"},
+    "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "ops", "layout"},
     "nn": {"checkpoint", "prepare", "ops", "layout"},
-    "integrations": {"nn", "kernel", "checkpoint", "prepare", "ops", "layout"},
-    "cli": {"integrations", "nn", "kernel", "checkpoint", "backends", "prepare", "ops", "layout"},
+    "integrations": {"nn", "kernel", "checkpoint", "prepare", "ops", "layout", "extras"},
+    "cli": {"integrations", "nn", "kernel", "checkpoint", "backends", "prepare", "ops", "layout", "extras"},
 }
 # optional dependency -> the parts that may import it
 EXTRAS: dict[str, set[str]] = {
