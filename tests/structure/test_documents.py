@@ -1,0 +1,68 @@
+"""The documents say what is: commands that CI runs, files that exist, no path of anybody's machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/format.md",
+    "tests/data/README.md",
+)
+
+
+def shell_blocks(document: str) -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    install, test = shell_blocks("README.md")[-1].strip().splitlines()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert test in ci
+    assert any(line.endswith(install.removeprefix("pip install ")) for line in ci)
+
+
+def test_commands_that_may_install_torch_name_the_version_that_is_a_cpu_build() -> None:
+    for document in DOCUMENTS:
+        for block in shell_blocks(document):
+            for line in block.splitlines():
+                assert "pip install" not in line or "torch==2.13.0" in line, f"{document}: {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or ((ROOT / document).parent / target).exists(), target
+
+
+def test_the_tree_of_the_architecture_exists() -> None:
+    tree = re.search(r"```\nexllama_ops/\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+    assert tree is not None
+    for line in tree.group(1).splitlines():
+        if inside := re.match(r"  (\w[\w./]*)", line):
+            assert (ROOT / "exllama_ops" / inside.group(1)).exists(), line
+        elif top := re.match(r"(\w[\w./]*)", line):
+            assert (ROOT / top.group(1)).exists(), line
+    named = set(re.findall(r"^  (\w+)/", tree.group(1), re.MULTILINE))
+    folders = {path.name for path in (ROOT / "exllama_ops").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == named
+
+
+def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    machine = re.compile(r"(?<![\w.])/(work|home|root|tmp)/\w")
+    for name in tracked.stdout.split("\0"):
+        path = ROOT / name
+        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".json", ".cpp", ".h", ""):
+            assert not machine.search(path.read_text()), name
