@@ -129,36 +129,24 @@ class ExllamaLinear(nn.Module):
     def _rows(self) -> Tensor:
         return self.perm if self.shuffled else self.g_idx
 
+    @property
+    def _weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
+        """What the ops take after their first argument."""
+        use_v2_format = True
+        tensors = (self.qweight, self.qzeros, self.scales, self._rows)
+        return (*tensors, self.shuffled, self.bits, use_v2_format, self.group_size)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
         x = _autocast(x)
-        out: Tensor = torch.ops.exllama.gptq_gemm(
-            x.reshape(-1, self.in_features).contiguous(),
-            self.qweight,
-            self.qzeros,
-            self.scales,
-            self._rows,
-            self.shuffled,
-            self.bits,
-            use_v2_format=True,
-            group_size=self.group_size,
-        )
+        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self._weight)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dequantize(self) -> Tensor:
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
-        weight: Tensor = torch.ops.exllama.gptq_dequantize(
-            self.qweight,
-            self.qzeros,
-            self.scales,
-            self._rows,
-            self.shuffled,
-            self.bits,
-            use_v2_format=True,
-            group_size=self.group_size,
-        )
+        weight: Tensor = torch.ops.exllama.gptq_dequantize(*self._weight)
         return weight.t()
 
     def extra_repr(self) -> str:
