@@ -16,11 +16,11 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from exllama_ops.layout.checks import FLOAT_DTYPES
+from exllama_ops.layout.checks import FLOAT_DTYPES, fills_words, words_rule
 from exllama_ops.layout.formats import FORMATS
-from exllama_ops.layout.groups import num_groups, sorting_order
+from exllama_ops.layout.groups import num_groups
 from exllama_ops.layout.pack import pack_columns
-from exllama_ops.layout.weight import no_rows
+from exllama_ops.prepare import shuffled_copy
 
 
 class WeightType(Protocol):
@@ -171,14 +171,10 @@ class ExllamaLinearKernel:
             reasons.append(f"activation type {config.act_type} is not supported; supported are {names}")
 
         K, N = config.partition_weight_shape
-        fmt = FORMATS.get(getattr(config.weight_type, "size_bits", 0))
-        if fmt is not None:
-            reasons += [
-                f"{name} must be a positive multiple of {fmt.block_values}, the {fmt.bits}-bit values that fill whole "
-                f"32-bit words; got {size}"
-                for name, size in (("output features N", N), ("input features K", K))
-                if size < 1 or size % fmt.block_values
-            ]
+        bits = getattr(config.weight_type, "size_bits", 0)
+        if bits in FORMATS:
+            sizes = (("output features N", N), ("input features K", K))
+            reasons += [words_rule(name, size, bits) for name, size in sizes if not fills_words(size, bits)]
         full_K, full_N = config.full_weight_shape
         if full_K < K or full_N < N:
             reasons.append(f"the partition (K, N) = {(K, N)} must lie within the full weight; got {(full_K, full_N)}")
@@ -188,7 +184,7 @@ class ExllamaLinearKernel:
             reasons.append(f"group size must be at least 1, or -1 for one group; got {size}")
         # Equal parts start at multiples of K. Unless groups and parts nest, a part may start within a group, at a row
         # that depends on the part, and a config does not say which part this is.
-        elif size != -1 and 0 < K < full_K and not config.has_g_idx and K % size and size % K:
+        elif size != -1 and 0 < K < full_K and not _has_g_idx(config) and K % size and size % K:
             reasons.append(
                 f"group size {size} and the K={K} of {full_K} input features that the partition has must divide one "
                 "another in a layer without g_idx"
@@ -206,7 +202,7 @@ class ExllamaLinearKernel:
         reasons = self._reasons_against(config)
         if config.zero_points and w_zp_param_name is None:
             reasons.append("zero_points=True needs a w_zp_param_name; got None")
-        if config.has_g_idx and w_gidx_param_name is None:
+        if _has_g_idx(config) and w_gidx_param_name is None:
             reasons.append("has_g_idx=True needs a w_gidx_param_name; got None")
         weight_type = self._own_type(config.weight_type)
         if reasons or weight_type is None:
@@ -220,7 +216,7 @@ class ExllamaLinearKernel:
         self._shuffled_name = f"{self.w_q_name}_shuffled"
         self._bits = weight_type.size_bits
         self._bias = weight_type.bias
-        self._use_v2_format = config.zero_points and config.zero_points_v2
+        self._use_v2_format = config.zero_points and _zero_points_v2(config)
         self._group_size = config.full_weight_shape[0] if config.group_size == -1 else config.group_size
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -244,7 +240,7 @@ class ExllamaLinearKernel:
             ValueError: the layer was processed before, or a parameter is missing, has another shape, dtype, device or
                 packing, or g_idx leaves [0, G). The layer is left as it was.
         """
-        if hasattr(layer, self._shuffled_name):
+        if hasattr(layer, self._shuffled_name) or hasattr(layer, self.w_perm_name):
             raise ValueError(
                 f"ExllamaLinearKernel: the layer's '{self.w_q_name}' was processed before; what it holds now is no "
                 "checkpoint weight. Load the checkpoint into a new layer"
@@ -269,7 +265,7 @@ class ExllamaLinearKernel:
 
         scales = _matrix(layer, self.w_s_name, FLOAT_DTYPES, device=device)
         G = scales.shape[0]
-        if self.config.has_g_idx:
+        if _has_g_idx(self.config):
             _check_shape(self.w_s_name, scales, "(G, N)", (max(G, 1), N), f"for N={N}")
         else:
             G = num_groups(K, self._group_size)
@@ -283,12 +279,8 @@ class ExllamaLinearKernel:
             stored = torch.full((G, N), self._bias - 1, dtype=torch.int32, device=device)
             qzeros = pack_columns(stored, bits)
 
-        g_idx = self._g_idx(layer, G, device) if self.config.has_g_idx else None
-        perm, shuffled = self._order(g_idx, G)
-        perm = no_rows(qweight) if perm is None else perm
-        qweight = qweight.clone(memory_format=torch.contiguous_format)
-        if shuffled:
-            torch.ops.exllama.gptq_shuffle(qweight, perm, bits)
+        g_idx = self._g_idx(layer, G, device) if _has_g_idx(self.config) else None
+        qweight, perm, shuffled = shuffled_copy(qweight, self._meaning(g_idx, G), bits, self._group_size, G)
         scales = _cast_if_exact(scales, self.config.act_type).contiguous()
         return _Prepared(qweight, scales, qzeros.contiguous(), g_idx, perm, shuffled)
 
@@ -304,11 +296,11 @@ class ExllamaLinearKernel:
             )
         return g_idx.to(torch.int32).contiguous()
 
-    def _order(self, g_idx: Tensor | None, G: int) -> tuple[Tensor | None, bool]:
-        """The permutation that sorts the rows by group, None for none; and whether the weight is to be shuffled."""
+    def _meaning(self, g_idx: Tensor | None, G: int) -> Tensor | None:
+        """None for zeros alone, which stand for no activation order where the scales have the groups of one."""
         if g_idx is not None and num_groups(g_idx.shape[0], self._group_size) == G and not g_idx.any():
-            return None, True
-        return sorting_order(g_idx, self._group_size, G)
+            return None
+        return g_idx
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W + bias``, by `torch.ops.exllama.gptq_gemm`: sums in at least float32, one rounding, then the bias.
@@ -347,6 +339,16 @@ class ExllamaLinearKernel:
         )
         out = out.view(*x.shape[:-1], N)
         return out if bias is None else out + bias.to(out.dtype)
+
+
+def _has_g_idx(config: MPLinearLayerConfig) -> bool:
+    """Of a vLLM config too, which lost the field in 0.30."""
+    return bool(getattr(config, "has_g_idx", False))
+
+
+def _zero_points_v2(config: MPLinearLayerConfig) -> bool:
+    """Of a vLLM config too, which never had the field."""
+    return bool(getattr(config, "zero_points_v2", False))
 
 
 def _tensor(layer: nn.Module, name: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:

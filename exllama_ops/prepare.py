@@ -1,4 +1,4 @@
-"""`GptqWeight` -> `PackedWeight`: the one place where a weight is shuffled."""
+"""`GptqWeight` -> `PackedWeight`, and the shuffled copy that both it and the kernel layer are made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.groups import sorting_order
-from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_rows
+from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
 
 
 def prepare(weight: GptqWeight) -> PackedWeight:
@@ -18,8 +18,7 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     its raw g_idx.
 
     Args:
-        weight: the weight as a checkpoint has it. It is not changed. Its zeros, scales, bias and a raw g_idx are shared
-            with the result; qweight is copied.
+        weight: the weight as a checkpoint has it. It is neither changed nor shared.
 
     Returns:
         The packed weight, on the same device. Reads g_idx (a load-time step, not for the hot path).
@@ -27,31 +26,51 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     Raises:
         ValueError: g_idx names a group that has no row of scales.
     """
-    none = no_rows(weight.qweight)
-    G = weight.scales.shape[0]
-    _check_range(weight.g_idx, G)
-    order, shuffled = sorting_order(weight.g_idx, weight.group_size, G)
-    perm = none if order is None else order
-    g_idx = none if shuffled or weight.g_idx is None else weight.g_idx
-    qweight = weight.qweight.clone()
-    if shuffled:
-        torch.ops.exllama.gptq_shuffle(qweight, perm, weight.bits)
+    qweight, perm, shuffled = shuffled_copy(
+        weight.qweight, weight.g_idx, weight.bits, weight.group_size, weight.scales.shape[0]
+    )
+    raw = weight.g_idx is not None and not shuffled
     return PackedWeight(
         qweight=qweight,
-        qzeros=weight.qzeros,
-        scales=weight.scales,
+        qzeros=weight.qzeros.clone(),
+        scales=weight.scales.clone(),
         perm=perm,
-        g_idx=g_idx,
+        g_idx=weight.g_idx.clone() if raw and weight.g_idx is not None else no_order(weight.qweight),
         shuffled=shuffled,
         bits=weight.bits,
         group_size=weight.group_size,
-        bias=weight.bias,
+        bias=None if weight.bias is None else weight.bias.clone(),
     )
 
 
-def _check_range(g_idx: Tensor | None, G: int) -> None:
-    if g_idx is None:
-        return
-    low, high = (int(value) for value in g_idx.aminmax())
-    if low < 0 or high >= G:
-        raise ValueError(f"prepare: g_idx must lie in [0, G) = [0, {G}); got values from {low} to {high}")
+def shuffled_copy(
+    qweight: Tensor, g_idx: Tensor | None, bits: int, group_size: int, G: int
+) -> tuple[Tensor, Tensor, bool]:
+    """Copy a packed weight, its rows sorted by group and its bits in shuffled order if its groups allow it.
+
+    Args:
+        qweight: (K * bits / 32, N) int32 in checkpoint order, any strides.
+        g_idx: (K,) int32, the group of each row; None for ``k // group_size``.
+        bits: 2, 3, 4 or 8.
+        group_size: rows of a group.
+        G: rows of scales.
+
+    Returns:
+        The copy, contiguous; the permutation, empty for none; and whether the copy is shuffled. If not, its rows are
+        where they were, and its groups are g_idx.
+
+    Raises:
+        ValueError: g_idx names a group that has no row of scales.
+    """
+    if g_idx is not None:
+        low, high = (int(value) for value in g_idx.aminmax())
+        if low < 0 or high >= G:
+            raise ValueError(
+                f"g_idx must lie in [0, G) = [0, {G}), the rows of scales; got values from {low} to {high}"
+            )
+    order, shuffled = sorting_order(g_idx, group_size, G)
+    perm = no_order(qweight) if order is None else order
+    qweight = qweight.clone(memory_format=torch.contiguous_format)
+    if shuffled:
+        torch.ops.exllama.gptq_shuffle(qweight, perm, bits)
+    return qweight, perm, shuffled

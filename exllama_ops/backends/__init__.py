@@ -17,10 +17,6 @@ PRIORITY: dict[str, tuple[Backend, ...]] = {
     "CUDA": (reference.BACKEND,),
 }
 
-OPS = ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx")
-# Ops whose autograd kernel calls a private twin, which needs the same kernel.
-_WITH_TWIN = ("gptq_gemm", "gptq_gemm_dx")
-
 _choices: list[Choice] = []
 
 
@@ -31,13 +27,12 @@ def register() -> None:
         RuntimeError: no backend serves an op on a device, or register was called before.
     """
     for key, backends in PRIORITY.items():
-        for op in OPS:
+        for name in _library.schemas():
+            op = name.removeprefix("_")  # a private twin has the kernel of its public op
             choice = _choose(op, key, backends)
-            kernel = choice.backend.kernel(op, key)
-            _library.register_kernel(op, key, kernel)
-            if op in _WITH_TWIN:
-                _library.register_kernel(f"_{op}", key, kernel)
-            _choices.append(choice)
+            _library.register_kernel(name, key, choice.backend.kernel(op, key))
+            if name == op:
+                _choices.append(choice)
 
 
 def _choose(op: str, key: str, backends: tuple[Backend, ...]) -> Choice:

@@ -214,6 +214,12 @@ class GptqCheckpoint:
         where = self._files.tensors[f"{name}.{present[0]}"].file
         if f"{name}.weight" in self._files.tensors:
             raise self._error(f"{name}.weight", f"must not exist beside {name}.{present[0]}: one of them is the weight")
+        if f"{name}.perm" in self._files.tensors:
+            raise self._error(
+                f"{name}.perm",
+                "must not exist: it belongs to the state_dict of an ExllamaLinear, which is no GPTQ checkpoint; "
+                "exllama_ops.save_gptq writes one from ExllamaLinear.to_weight()",
+            )
         for tensor in ("qweight", "scales"):
             if tensor not in present:
                 raise CheckpointError(f"{where}: tensor {name}.{tensor} is missing")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from exllama_ops import backends
 from exllama_ops.cli.output import CliError, emit, say
 
 DEFAULT_PROMPT = "Why is the sky blue? Answer in two sentences."
@@ -99,8 +100,9 @@ def _device(name: str) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise CliError(f"--device {name}: must be a device that this PyTorch can use: {reason}") from error
-    if device.type == "meta":
-        raise CliError("--device meta: must be a device that computes")
+    if device.type.upper() not in backends.PRIORITY:
+        known = ", ".join(key.lower() for key in backends.PRIORITY)
+        raise CliError(f"--device {name}: must be one of the devices that the ops have kernels for: {known}")
     return device
 
 

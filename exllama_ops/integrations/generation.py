@@ -68,6 +68,7 @@ class CompiledGenerator:
         self._cache: Any = None
         self._capacity = 0
         self._length = 0
+        self._generation = 0
         self._graphs: dict[str, list[int]] = {"prefill": [], "decode": []}
         self._prefill = self._step("prefill", backend) if compile else _forward_of(model)
         self._decode = self._step("decode", backend) if compile else _forward_of(model)
@@ -98,6 +99,7 @@ class CompiledGenerator:
             ValueError: no token, or more positions than the model has.
             CompilerUnavailableError: torch.compile finds no working compiler.
         """
+        self._generation += 1
         ids = torch.as_tensor(prompt, dtype=torch.long, device=self.device).reshape(1, -1)
         length = ids.shape[1]
         if length < 1 or max_new_tokens < 1:
@@ -126,7 +128,8 @@ class CompiledGenerator:
             ValueError: there was no prefill, or its cache is full.
         """
         if self._length >= self._capacity:
-            raise ValueError(f"CompiledGenerator: the cache must have room for a token; all {self._capacity} are used")
+            state = f"all {self._capacity} positions are used" if self._capacity else "there was no prefill"
+            raise ValueError(f"CompiledGenerator: the cache must have room for a token; {state}")
         with torch.inference_mode():
             ids = torch.as_tensor(token, dtype=torch.long, device=self.device).reshape(1, 1).clone()
             return self._run(self._decode, ids)
@@ -142,11 +145,12 @@ class CompiledGenerator:
             stop: tokens that end the text; None for those of the model's generation_config.
 
         Raises:
-            ValueError: as in `prefill`.
+            ValueError: as in `prefill`, or another generation was started before this one was done.
             CompilerUnavailableError: as in `prefill`.
         """
         stops = stop_tokens(self.model) if stop is None else frozenset(stop)
         logits = self.prefill(prompt, max_new_tokens)
+        generation = self._generation
         for remaining in reversed(range(max_new_tokens)):
             # The token stays on its device for the next step; reading it is what waits for this one.
             token = logits.argmax()
@@ -154,6 +158,8 @@ class CompiledGenerator:
             yield value
             if value in stops or not remaining:
                 return
+            if self._generation != generation:
+                raise ValueError("CompiledGenerator: one generation at a time; another one was started meanwhile")
             logits = self.decode(token)
 
     def warm_up(self) -> None:

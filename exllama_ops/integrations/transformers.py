@@ -82,6 +82,8 @@ def load_model(
             f"{checkpoint.path}: {type(model).__name__} has no place for {_listed(unexpected)}; left out",
             stacklevel=2,
         )
+    # It describes the files. What this model would save is in the layers' own order, and no GPTQ checkpoint.
+    vars(model.config).pop("quantization_config", None)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
     # Moves what no file holds: buffers that the model computed.
@@ -168,6 +170,7 @@ def _load_dense(
     """Fill parameters and persistent buffers; return the names of the tensors that the model has no place for."""
     tied = {name: names for names in _tied_groups(model) for name in names}
     buffers = dict(model.named_buffers())
+    kept = _kept_in_float32(model, dtype)
     unexpected: list[str] = []
     filled: set[str] = set()
     for name in checkpoint.dense:
@@ -186,7 +189,7 @@ def _load_dense(
                 f"{checkpoint.path}: tensor {name} must have shape {tuple(expected.shape)} for {type(model).__name__}; "
                 f"got {tuple(tensor.shape)}"
             )
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not kept.search(name):
             tensor = tensor.to(dtype)
         names = tied.get(name, [name])
         value = nn.Parameter(tensor, requires_grad=False) if name in tied else tensor
@@ -195,6 +198,14 @@ def _load_dense(
             setattr(model.get_submodule(module_name), leaf, value)
         filled.update(names)
     return unexpected
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str]:
+    """The names of the tensors that a model of transformers wants in float32 even if the rest is ``dtype``."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:  # the others only lack float16's range
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in sorted(names)) or "(?!)")
 
 
 def _check_complete(model: nn.Module, path: Path) -> None:

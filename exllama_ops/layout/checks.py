@@ -58,29 +58,35 @@ def _check_bits(op: str, bits: int) -> None:
     torch._check_value(bits in FORMATS, lambda: f"{op}: bit must be one of {SUPPORTED_BITS}; got {bits}")
 
 
-def _check_fills_words(op: str, name: str, size: int, bits: int) -> None:
+def fills_words(size: int, bits: int) -> bool:
+    """Whether ``size`` values of ``bits`` bits, at least one, fill whole 32-bit words."""
+    return size > 0 and size % FORMATS[bits].block_values == 0
+
+
+def words_rule(name: str, size: object, bits: int) -> str:
+    """The text of the rule that `fills_words` tests."""
     unit = FORMATS[bits].block_values
-    torch._check_value(
-        size > 0 and size % unit == 0,
-        lambda: (
-            f"{op}: {name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole 32-bit "
-            f"words; got {name}={size}"
-        ),
+    return (
+        f"{name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole 32-bit words; got {size}"
     )
+
+
+def _check_fills_words(op: str, name: str, size: int, bits: int) -> None:
+    torch._check_value(fills_words(size, bits), lambda: f"{op}: {words_rule(name, f'{name}={size}', bits)}")
 
 
 def _check_rows(op: str, qweight: Tensor, bits: int) -> int:
     """The K that the rows of qweight hold."""
     fmt = FORMATS[bits]
-    rows = qweight.shape[0]
+    words = qweight.shape[0]
     torch._check_value(
-        rows > 0 and rows % fmt.block_words == 0,
+        words > 0 and words % fmt.block_words == 0,
         lambda: (
             f"{op}: qweight must have a positive multiple of {fmt.block_words} rows of words for bits={bits}; "
             f"got shape {tuple(qweight.shape)}"
         ),
     )
-    return rows * 32 // bits
+    return words * 32 // bits
 
 
 def check_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int, *, op: str = "gptq_shuffle") -> None:

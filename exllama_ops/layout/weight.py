@@ -11,7 +11,7 @@ from exllama_ops.layout.checks import check_gptq_dequantize
 from exllama_ops.layout.formats import SUPPORTED_BITS
 
 
-def no_rows(like: Tensor) -> Tensor:
+def no_order(like: Tensor) -> Tensor:
     """The empty int32 tensor by which the ops say "no permutation" and "no g_idx"."""
     return torch.empty(0, dtype=torch.int32, device=like.device)
 
@@ -58,7 +58,7 @@ class GptqWeight:
             raise ValueError(f"GptqWeight: bits must be one of {SUPPORTED_BITS}; got {self.bits}")
         if self.group_size < 1:
             raise ValueError(f"GptqWeight: group_size must be at least 1; got {self.group_size}")
-        g_idx = no_rows(self.qweight) if self.g_idx is None else self.g_idx
+        g_idx = no_order(self.qweight) if self.g_idx is None else self.g_idx
         check_gptq_dequantize(
             self.qweight, self.qzeros, self.scales, g_idx, False, self.bits, True, self.group_size, op="GptqWeight"
         )
@@ -114,13 +114,13 @@ class PackedWeight:
                 f"PackedWeight: {name} must be empty for shuffled={self.shuffled}; got {unused.numel()} rows"
             )
         check_gptq_dequantize(
-            self.qweight, self.qzeros, self.scales, self.rows, self.shuffled, self.bits, True, self.group_size,
+            self.qweight, self.qzeros, self.scales, self.row_order, self.shuffled, self.bits, True, self.group_size,
             op="PackedWeight",
         )  # fmt: skip
         _check_bias("PackedWeight", self.bias, self.out_features, self.qweight.device)
 
     @property
-    def rows(self) -> Tensor:
+    def row_order(self) -> Tensor:
         """What the op takes as its ``g_idx``: perm if shuffled, else g_idx."""
         return self.perm if self.shuffled else self.g_idx
 

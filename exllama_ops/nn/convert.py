@@ -43,8 +43,8 @@ def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertRepor
         What was converted, and which Linear layers were not.
 
     Raises:
-        ValueError: a name is no nn.Linear of the model, a weight has other sizes than its layer, or a weight without
-            bias stands for a layer with one.
+        ValueError: a name is no nn.Linear of the model (a subclass is none) or has hooks, a weight has other sizes
+            than its layer, or a weight without bias stands for a layer with one.
     """
     for name in weights:
         _check_target(model, name)
@@ -60,8 +60,11 @@ def _check_target(model: nn.Module, name: str) -> None:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"convert: {type(model).__name__} has no module {name!r}, which the weights name") from None
-    if not name or not isinstance(module, nn.Linear):
+    # A subclass may compute something else than a Linear does.
+    if not name or type(module) is not nn.Linear:
         raise ValueError(f"convert: {name!r} must be an nn.Linear inside the model; got {type(module).__name__}")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(f"convert: {name!r} has hooks, which would be lost; remove them first")
 
 
 def _build(old: nn.Module, name: str, weight: GptqWeight) -> ExllamaLinear:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exllama_ops.layout.formats import FORMATS, SUPPORTED_BITS
-from exllama_ops.layout.groups import num_groups
+from exllama_ops.layout.checks import fills_words, words_rule
+from exllama_ops.layout.formats import SUPPORTED_BITS
+from exllama_ops.layout.groups import num_groups, row_groups
+from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight
 from exllama_ops.prepare import prepare
 
@@ -38,6 +40,7 @@ class ExllamaLinear(nn.Module):
         the autocast dtype, the scales never are.
 
     Attributes:
+        layout: (3,) int32, bits, group_size and shuffled: a state_dict of another layout is refused.
         qweight: (K * bits / 32, N) int32.
         qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
         scales: (G, N); `.to(dtype)` leaves them as they are.
@@ -110,30 +113,35 @@ class ExllamaLinear(nn.Module):
         self.bits = weight.bits
         self.group_size = weight.group_size
         self.shuffled = weight.shuffled
+        self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int32, device=weight.qweight.device))
         self.register_buffer("qweight", weight.qweight)
         self.register_buffer("qzeros", weight.qzeros)
         self.register_buffer("scales", weight.scales)
-        self.register_buffer(self._rows_name, weight.rows)
+        self.register_buffer(self._order_name, weight.row_order)
         self.register_buffer("bias", weight.bias)
 
     @property
-    def _rows_name(self) -> str:
+    def _order_name(self) -> str:
         return "perm" if self.shuffled else "g_idx"
+
+    @property
+    def _layout(self) -> list[int]:
+        return [self.bits, self.group_size, int(self.shuffled)]
 
     @property
     def act_order(self) -> bool:
         """Whether the rows have an order of their own."""
-        return bool(self._rows.shape[0])
+        return bool(self._row_order.shape[0])
 
     @property
-    def _rows(self) -> Tensor:
+    def _row_order(self) -> Tensor:
         return self.perm if self.shuffled else self.g_idx
 
     @property
     def _weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
         use_v2_format = True
-        tensors = (self.qweight, self.qzeros, self.scales, self._rows)
+        tensors = (self.qweight, self.qzeros, self.scales, self._row_order)
         return (*tensors, self.shuffled, self.bits, use_v2_format, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,6 +156,25 @@ class ExllamaLinear(nn.Module):
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
         weight: Tensor = torch.ops.exllama.gptq_dequantize(*self._weight)
         return weight.t()
+
+    def to_weight(self) -> GptqWeight:
+        """The weight in checkpoint order, in memory of its own: what `from_weight` was given, for `save_gptq`."""
+        if self.shuffled:
+            qweight = torch.ops.exllama.gptq_unshuffle(self.qweight, self.perm, self.bits)
+            groups = row_groups(self.in_features, self.scales.shape[0], self.group_size, self.qweight.device)
+            g_idx = groups.index_select(0, inverse_permutation(self.perm)) if self.act_order else None
+        else:
+            qweight = self.qweight.clone()
+            g_idx = self.g_idx.clone() if self.act_order else None
+        return GptqWeight(
+            qweight=qweight,
+            qzeros=self.qzeros.clone(),
+            scales=self.scales.clone(),
+            g_idx=g_idx,
+            bits=self.bits,
+            group_size=self.group_size,
+            bias=None if self.bias is None else self.bias.clone(),
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -173,23 +200,32 @@ class ExllamaLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Refuse what torch would load without a word: a weight in the other order, scales that need a cast."""
-        if prefix + "qweight" in state_dict and prefix + self._rows_name not in state_dict:
-            error_msgs.append(
-                f"{prefix}qweight: this layer has shuffled={self.shuffled} and needs {self._rows_name} beside qweight, "
-                "which the state_dict lacks. A checkpoint in GPTQ format is read by exllama_ops.open_gptq."
-            )
-            return
-        scales = state_dict.get(prefix + "scales")
-        if scales is not None and scales.dtype != self.scales.dtype:
-            error_msgs.append(
-                f"{prefix}scales: {scales.dtype} in the state_dict, {self.scales.dtype} in the layer; "
-                f"build the layer with scales_dtype={scales.dtype}"
-            )
+        """Refuse what torch would load without a word: a weight in another layout, tensors that need a cast."""
+        errors = [f"{prefix}{reason}" for reason in self._reasons_against(state_dict, prefix)]
+        if errors:
+            error_msgs.extend(errors)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _reasons_against(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        if "qweight" in given and self._order_name not in given:
+            return [
+                f"qweight: needs {self._order_name} beside it, as this layer has shuffled={self.shuffled}; a GPTQ "
+                "checkpoint is read by exllama_ops.open_gptq"
+            ]
+        reasons = [
+            f"{name}: {given[name].dtype} in the state_dict, {buffer.dtype} in the layer, which is not cast"
+            + (f"; build the layer with scales_dtype={given[name].dtype}" if name == "scales" else "")
+            for name, buffer in self._buffers.items()
+            if name in given and name != "bias" and buffer is not None and given[name].dtype != buffer.dtype
+        ]
+        layout = given.get("layout")
+        if layout is not None and not layout.is_meta and layout.tolist() != self._layout:
+            reasons.append(f"layout: bits, group_size, shuffled = {layout.tolist()}; this layer has {self._layout}")
+        return reasons
 
 
 # The constructor's argument of the same name hides the function there.
@@ -199,13 +235,9 @@ _groups = num_groups
 def _check_construction(in_features: int, out_features: int, bits: int, group_size: int) -> None:
     if bits not in SUPPORTED_BITS:
         raise ValueError(f"ExllamaLinear: bits must be one of {SUPPORTED_BITS}; got {bits}")
-    unit = FORMATS[bits].block_values
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1 or size % unit:
-            raise ValueError(
-                f"ExllamaLinear: {name} must be a positive multiple of {unit}, the {bits}-bit values that fill whole "
-                f"32-bit words; got {size}"
-            )
+        if not fills_words(size, bits):
+            raise ValueError(f"ExllamaLinear: {words_rule(name, size, bits)}")
     if group_size < 1:
         raise ValueError(f"ExllamaLinear: group_size must be at least 1; got {group_size}")
 

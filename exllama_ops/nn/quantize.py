@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exllama_ops.layout.formats import FORMATS, SUPPORTED_BITS
+from exllama_ops.layout.checks import fills_words, words_rule
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups, row_groups
 from exllama_ops.layout.pack import pack_columns, pack_rows
 from exllama_ops.layout.weight import GptqWeight
@@ -81,11 +82,8 @@ def _check(weight: Tensor, bits: int, group_size: int) -> None:
         raise ValueError(f"quantize: group_size must be at least 1, or -1 for one group; got {group_size}")
     if weight.dim() != 2:
         raise ValueError(f"quantize: weight must have shape (out_features, in_features); got {tuple(weight.shape)}")
-    unit = FORMATS[bits].block_values
-    if any(size == 0 or size % unit for size in weight.shape):
-        raise ValueError(
-            f"quantize: weight must have sizes that are positive multiples of {unit}, the {bits}-bit values that fill "
-            f"whole 32-bit words; got {tuple(weight.shape)}"
-        )
+    for name, size in zip(("out_features", "in_features"), weight.shape, strict=True):
+        if not fills_words(size, bits):
+            raise ValueError(f"quantize: {words_rule(name, size, bits)}")
     if not torch.isfinite(weight).all():
         raise ValueError("quantize: weight must be finite; it holds NaN or inf")

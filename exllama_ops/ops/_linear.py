@@ -84,6 +84,10 @@ def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
         if (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"{twin[1:]}: the gradient transforms of torch.func are not supported; torch.autograd is"
+                )
             return Linear.apply(first, *weight)  # type: ignore[no-untyped-call, no-any-return]
         result: Tensor = forward_op(first, *weight)
         return result

@@ -25,12 +25,12 @@ def gptq_dequantize(
     only rounding is the one to the scales' dtype; with float32 scales it is the product's.
     """
     check_gptq_dequantize(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    rows = dequantize_rows(
+    W = dequantize_rows(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size, dtype=torch.float32
     )
     if use_exllama and g_idx.numel():
-        rows = rows.index_select(0, inverse_permutation(g_idx))
-    return rows.to(scales.dtype)
+        W = W.index_select(0, inverse_permutation(g_idx))
+    return W.to(scales.dtype)
 
 
 def dequantize_rows(

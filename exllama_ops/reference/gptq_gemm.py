@@ -20,9 +20,9 @@ def gptq_gemm(
 ) -> Tensor:
     """Reference of `torch.ops.exllama.gptq_gemm`: ``x @ W``, summed in float64, rounded to float32 and x's dtype."""
     check_gptq_gemm(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    rows = dequantize_rows(
+    W = dequantize_rows(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size, dtype=torch.float64
     )
     if use_exllama and g_idx.numel():
         x = x.index_select(1, g_idx)
-    return (x.to(torch.float64) @ rows).to(torch.float32).to(x.dtype)
+    return (x.to(torch.float64) @ W).to(torch.float32).to(x.dtype)

@@ -21,10 +21,10 @@ def gptq_gemm_dx(
 ) -> Tensor:
     """Reference of `torch.ops.exllama.gptq_gemm_dx`: ``grad @ W.T``, summed in float64, rounded as in `gptq_gemm`."""
     check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    rows = dequantize_rows(
+    W = dequantize_rows(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size, dtype=torch.float64
     )
-    dx = (grad.to(torch.float64) @ rows.t()).to(torch.float32).to(grad.dtype)
+    dx = (grad.to(torch.float64) @ W.t()).to(torch.float32).to(grad.dtype)
     if use_exllama and g_idx.numel():
         dx = dx.index_select(1, inverse_permutation(g_idx))
     return dx

@@ -120,6 +120,16 @@ def test_a_new_generation_forgets_the_former(model: Any) -> None:
     assert torch.equal(generator.prefill(prompt(9), 4), first)
 
 
+def test_two_generations_at_a_time_are_refused(model: Any) -> None:
+    """They would share the one cache."""
+    generator = CompiledGenerator(model, compile=False)
+    first = generator.generate(prompt(7), 4, stop=())
+    next(first)
+    next(generator.generate(prompt(3), 4, stop=()))
+    with pytest.raises(ValueError, match="one generation at a time"):
+        next(first)
+
+
 def test_generation_ends_with_a_stop_token(model: Any) -> None:
     generator = CompiledGenerator(model, compile=False)
     tokens = list(generator.generate(prompt(7), 8, stop=()))

@@ -157,5 +157,7 @@ def test_the_shard_that_holds_the_first_groups_of_a_wider_weight_keeps_its_raw_g
 def test_a_group_without_scales_is_refused(wrong):
     g_idx = sequential(96, 32)
     g_idx[5] = wrong
-    with pytest.raises(ValueError, match=r"^prepare: g_idx must lie in \[0, G\) = \[0, 3\); got values from .* to"):
+    with pytest.raises(
+        ValueError, match=r"^g_idx must lie in \[0, G\) = \[0, 3\), the rows of scales; got values from .* to"
+    ):
         prepare(weight_of(4, 96, 32, g_idx))

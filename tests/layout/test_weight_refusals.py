@@ -148,7 +148,7 @@ def test_a_partial_last_group_is_accepted():
 def test_a_raw_g_idx_may_have_any_number_of_groups():
     changes = {"qzeros": int32(7, 2), "scales": torch.ones(7, 16), "group_size": 16}
     assert gptq(g_idx=int32(32), **changes).g_idx.numel() == 32
-    assert packed(g_idx=int32(32), shuffled=False, **changes).rows.numel() == 32
+    assert packed(g_idx=int32(32), shuffled=False, **changes).row_order.numel() == 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -158,8 +158,8 @@ def test_scales_keep_their_dtype(dtype):
 
 def test_rows_are_perm_if_shuffled_and_g_idx_if_not():
     rows = int32(32)
-    assert packed(perm=rows).rows is rows
-    assert packed(g_idx=rows, shuffled=False).rows is rows
+    assert packed(perm=rows).row_order is rows
+    assert packed(g_idx=rows, shuffled=False).row_order is rows
 
 
 def test_a_weight_cannot_be_prepared_twice():

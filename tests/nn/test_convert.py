@@ -71,6 +71,19 @@ def test_wrong_sizes_and_lost_biases_are_refused() -> None:
         convert(net, {"0": quantize(net[0].weight, 4, 32)})
 
 
+def test_layers_that_do_more_than_a_linear_are_refused() -> None:
+    class Halved(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    net = nn.Sequential(Halved(96, 64), nn.Linear(64, 32))
+    with pytest.raises(ValueError, match=r"'0' must be an nn.Linear inside the model; got Halved"):
+        convert(net, weights(net, "0"))
+    net[1].register_forward_hook(lambda module, args, out: out / 2)
+    with pytest.raises(ValueError, match="'1' has hooks"):
+        convert(net, weights(net, "1"))
+
+
 def test_layers_take_device_and_dtype_of_those_they_replace() -> None:
     net = model().to(torch.bfloat16)
     convert(net, {"0": quantize(net[0].weight, 4, 32, bias=net[0].bias.float())})

@@ -117,7 +117,7 @@ def test_forward_works_on_the_meta_device(layer: ExllamaLinear) -> None:
 def test_only_buffers_hold_state(layer: ExllamaLinear) -> None:
     assert list(layer.parameters()) == []
     rows = "perm" if layer.shuffled else "g_idx"
-    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", rows, "bias"}
+    assert set(layer.state_dict()) == {"layout", "qweight", "qzeros", "scales", rows, "bias"}
 
 
 def test_a_checkpoint_in_gptq_order_is_not_loaded_as_if_it_were_shuffled() -> None:
@@ -126,7 +126,7 @@ def test_a_checkpoint_in_gptq_order_is_not_loaded_as_if_it_were_shuffled() -> No
     before = layer.qweight.clone()
     checkpoint = {"qweight": w.qweight, "qzeros": w.qzeros, "scales": w.scales, "g_idx": w.g_idx, "bias": w.bias}
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"needs perm beside qweight.*open_gptq"):
+        with pytest.raises(RuntimeError, match=r"qweight: needs perm beside it.*open_gptq"):
             layer.load_state_dict(checkpoint, strict=strict)
     assert torch.equal(layer.qweight, before)
 
@@ -136,6 +136,43 @@ def test_scales_of_another_dtype_are_not_cast_while_loading(layer: ExllamaLinear
     state["scales"] = state["scales"].float()
     with pytest.raises(RuntimeError, match=r"build the layer with scales_dtype=torch.float32"):
         layer.load_state_dict(state)
+
+
+def test_a_state_dict_of_another_layout_is_refused_though_its_shapes_fit(layer: ExllamaLinear) -> None:
+    other = ExllamaLinear(K, N, 4, 33, act_order=layer.act_order, shuffled=layer.shuffled)
+    assert other.scales.shape == layer.scales.shape
+    with pytest.raises(
+        RuntimeError, match=r"layout: bits, group_size, shuffled = \[4, 40, [01]\]; this layer has \[4, 33"
+    ):
+        other.load_state_dict(layer.state_dict())
+
+
+def test_a_weight_of_another_dtype_is_not_cast_while_loading(layer: ExllamaLinear) -> None:
+    state = layer.state_dict()
+    state["qweight"] = state["qweight"].float()
+    with pytest.raises(RuntimeError, match=r"qweight: torch.float32 in the state_dict, torch.int32 in the layer"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
+def test_to_weight_gives_back_what_from_weight_took(bits: int, order: str) -> None:
+    w = weight(bits, order)
+    back = ExllamaLinear.from_weight(w).to_weight()
+    assert (back.bits, back.group_size) == (w.bits, w.group_size)
+    for name in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+        expected, got = getattr(w, name), getattr(back, name)
+        assert got is None if expected is None else torch.equal(got, expected)
+
+
+def test_layers_of_one_weight_share_nothing_with_it_or_each_other() -> None:
+    w = weight(order="raw")
+    one, two = ExllamaLinear.from_weight(w), ExllamaLinear.from_weight(w)
+    x = torch.randn(3, K)
+    before = two(x)
+    one.load_state_dict({name: torch.zeros_like(t) if name != "layout" else t for name, t in one.state_dict().items()})
+    assert torch.equal(two(x), before)
+    assert torch.equal(ExllamaLinear.from_weight(w)(x), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

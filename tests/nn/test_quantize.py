@@ -59,7 +59,7 @@ def test_zeros_and_tiny_weights_are_kept_finite() -> None:
     [
         ((torch.zeros(64, 96), 5, 32), "bits must be one of"),
         ((torch.zeros(64, 96), 4, 0), "group_size must be at least 1"),
-        ((torch.zeros(64, 90), 4, 32), "positive multiples of 8"),
+        ((torch.zeros(64, 90), 4, 32), "in_features must be a positive multiple of 8"),
         ((torch.zeros(64), 4, 32), "weight must have shape"),
         ((torch.full((64, 96), float("nan")), 4, 32), "must be finite"),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,11 +62,25 @@ def test_forward_mode_maps_a_tangent_of_x_by_the_same_product() -> None:
     assert_within_bound(result, tangent.contiguous(), weight.dense, UNIT_ROUNDOFF_F32)
 
 
-def test_function_transforms_are_refused_rather_than_wrong() -> None:
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f, x: torch.func.jacrev(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    ],
+)
+def test_gradient_transforms_are_refused_rather_than_wrong(transform: Callable[..., Any]) -> None:
     weight = build(CASES[0])
-    x = torch.randn(3, 96)
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.func.jvp(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args), (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"^gptq_gemm: the gradient transforms of torch.func"):
+        transform(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args), torch.randn(3, 96))
+
+
+def test_vmap_without_gradients_loops_over_the_op() -> None:
+    weight = build(CASES[0])
+    x = torch.randn(2, 3, 96)
+    out = torch.func.vmap(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args))(x)
+    assert torch.equal(out[1], torch.ops.exllama.gptq_gemm(x[1], *weight.args))
 
 
 def test_no_graph_is_built_where_none_is_asked_for() -> None:

@@ -30,7 +30,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert any(line.endswith(install.removeprefix("pip install ")) for line in ci)
 
 
-def test_commands_that_may_install_torch_name_the_version_that_is_a_cpu_build() -> None:
+def test_commands_that_may_install_torch_name_its_version() -> None:
     for document in DOCUMENTS:
         for block in shell_blocks(document):
             for line in block.splitlines():

