@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -845,3 +847,28 @@ def test_compiles_into_one_graph_for_two_tokens_or_more(mode, lead):
     x = make_x(1, torch.float16).view(*lead, 1, K)
     assert torch.equal(compiled(x), apply(x))
     assert counter.frame_count == 2
+
+
+def test_a_processed_state_dict_in_a_fresh_layer_is_not_processed_again():
+    """The permutation beside the weight is what a state_dict carries of its having been processed."""
+    case = make(mode="act_order")
+    kernel = case.processed()
+    fresh = nn.Module()
+    for name, tensor in case.layer.state_dict().items():
+        setattr(fresh, name, nn.Parameter(tensor.clone(), requires_grad=False))
+    before = fresh.qweight.clone()
+    with pytest.raises(ValueError, match="was processed before"):
+        kernel.process_weights_after_loading(fresh)
+    assert torch.equal(fresh.qweight, before)
+
+
+def test_a_config_of_vllm_serves_without_the_fields_it_lacks():
+    case = make(mode="none")
+    fields = {field.name: getattr(case.config, field.name) for field in dataclasses.fields(case.config)}
+    del fields["zero_points_v2"], fields["has_g_idx"]
+    foreign = SimpleNamespace(**fields)
+    assert ExllamaLinearKernel.can_implement(foreign) == (True, None)
+    kernel = ExllamaLinearKernel(foreign, "qweight", "scales", "qzeros")
+    kernel.process_weights_after_loading(case.layer)
+    x = make_x(3, torch.float16)
+    assert_close(kernel.apply_weights(case.layer, x), x, case.W)
