@@ -1,0 +1,69 @@
+// The CPU kernels of the five ops: plain pointers and sizes, no torch. Arguments were checked by the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace exllama::cpu {
+
+enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
+
+// How exactly gemm multiplies; the bounds are those of exllama_ops.set_cpu_matmul_precision.
+enum class Precision : int32_t { kHighest = 0, kHigh = 1, kMedium = 2 };
+
+// A packed weight, as torch.ops.exllama.gptq_gemm takes it.
+struct Weight {
+  const uint32_t* qweight;  // (K * bits / 32, N)
+  const uint32_t* qzeros;   // (G, N * bits / 32)
+  const void* scales;       // (G, N)
+  DType scales_dtype;
+  const int32_t* rows;  // shuffled: perm (K,) or null; else the group of each row (K,) or null
+  int64_t K;
+  int64_t N;
+  int64_t G;
+  int64_t group_size;  // at least 1; not looked at where rows gives the groups
+  int32_t bits;        // 2, 3, 4 or 8
+  bool shuffled;
+  bool zeros_v2;  // the stored zero point is the zero point itself, not minus one
+};
+
+// Runs body(context, task) for every task in [0, tasks), in any order, on any threads, and returns when all are done.
+// Threads claim tasks one at a time, so that a stolen core delays one task and not half of them.
+struct Parallel {
+  void (*run)(void* self, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  void* self;
+  int32_t threads;
+};
+
+// Scratch memory, 64-byte aligned, valid until the op returns; the caller owns it and sizes it by *_workspace_bytes.
+size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType x_dtype, Precision precision, int32_t threads);
+size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType grad_dtype, int32_t threads);
+size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
+
+// out (M, N) = x (M, K) @ W, both of dtype x_dtype.
+void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
+          void* workspace, const Parallel& parallel);
+
+// dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
+void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, void* workspace,
+             const Parallel& parallel);
+
+// out (K, N) in the scales' dtype, rows in the order of the checkpoint.
+void dequantize(const Weight& weight, void* out, const Parallel& parallel);
+
+// Checkpoint order to shuffled order in place; perm (K,) or null.
+void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace,
+             const Parallel& parallel);
+
+// Shuffled order to checkpoint order in out.
+void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
+               const Parallel& parallel);
+
+// The instruction sets that kernels exist for, best first, "scalar" last, null-terminated.
+const char* const* isa_names();
+// Whether this CPU has one of them.
+bool isa_available(const char* name);
+// The one in use: the best available, or what EXLLAMA_OPS_CPU_ISA names; null if that names none available.
+const char* isa_in_use();
+
+}  // namespace exllama::cpu

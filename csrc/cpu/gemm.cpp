@@ -1,0 +1,301 @@
+// out = x @ W: x is packed block by block, then tasks of columns walk down the blocks.
+//
+// Integer classes (high, medium): a block of a row of x becomes one or two limbs with power-of-two scales, see
+// Kernels::quantize; a block with NaN or inf is multiplied as float. The float class (highest, and raw g_idx with any
+// precision) takes x as it is. What happens to one row and block depends on that row and block alone, and blocks are
+// added in ascending order, so that the result of a row does not depend on M or on the threads.
+#include "blocks.h"
+#include "convert.h"
+#include "kernels.h"
+#include "unpack.h"
+
+namespace exllama::cpu {
+namespace {
+
+// Rows of x that share an unpacked panel: their sums, 64 KiB for a panel, stay in L2, as does their block of x.
+constexpr int kChunkRows = 256;
+// Panels of a task, which takes all of them through one block before the next: so rows of words are read in runs of 2
+// KiB where few rows of x leave the time to DRAM. The sums of a task are at most 128 KiB.
+constexpr int kWidePanels = 8, kNarrowPanels = 2;
+constexpr int kWideRows = kChunkRows * kNarrowPanels / kWidePanels;
+// Below this many entries of x, packing takes less time than waking threads.
+constexpr int64_t kParallelEntries = 1 << 16;
+
+enum class Class { kFloat, kInt16, kInt8 };
+
+Class class_of(const Weight& weight, Precision precision) {
+  if (precision == Precision::kHighest || !Blocks::grouped(weight)) return Class::kFloat;
+  return precision == Precision::kHigh ? Class::kInt16 : Class::kInt8;
+}
+
+// Packed x: entry (block, row) of each array is at block * M + row; an entry of limbs or floats has `stride` values.
+struct PackedX {
+  int64_t M;
+  int64_t stride;
+  int16_t* first = nullptr;
+  int16_t* second = nullptr;
+  int8_t* bytes = nullptr;
+  float* floats = nullptr;
+  BlockScale* scales = nullptr;
+};
+
+PackedX take_x(Arena& arena, const Weight& weight, int64_t M, Class kind) {
+  const Blocks blocks(weight, kBlockRows);
+  PackedX x{M, round_up(blocks.longest(), 8)};
+  const int64_t entries = blocks.count() * M;
+  if (kind == Class::kFloat) {
+    x.floats = arena.take<float>(entries * x.stride);
+    return x;
+  }
+  x.first = arena.take<int16_t>(entries * x.stride);
+  if (kind == Class::kInt16) x.second = arena.take<int16_t>(entries * x.stride);
+  if (kind == Class::kInt8) x.bytes = arena.take<int8_t>(entries * x.stride);
+  x.scales = arena.take<BlockScale>(entries);
+  return x;
+}
+
+class Gemm {
+ public:
+  Gemm(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Class kind, void* workspace)
+      : weight_(weight),
+        source_(x),
+        dtype_(dtype),
+        M_(M),
+        out_(out),
+        kind_(kind),
+        isa_(kernels()),
+        blocks_(weight, kBlockRows),
+        perm_(weight.shuffled ? weight.rows : nullptr) {
+    Arena arena(workspace);
+    x_ = take_x(arena, weight, M, kind);
+    const int values = layout::block_values(weight.bits);
+    whole_words_ = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
+    int8_ = kind == Class::kInt8 && isa_.multiply_int8 && whole_words_;
+  }
+
+  void run(const Parallel& parallel) {
+    const int64_t pack_tasks = M_ * weight_.K < kParallelEntries ? 1 : 4 * parallel.threads;
+    for_each(parallel, pack_tasks, [&](int64_t task) {
+      const int64_t entries = blocks_.count() * M_;
+      for (int64_t i = entries * task / pack_tasks; i < entries * (task + 1) / pack_tasks; ++i) {
+        pack(i % blocks_.count(), i / blocks_.count());
+      }
+    });
+
+    const int64_t most_rows = int8_ ? kGemvRowsInt8 : kGemvRows;
+    if (kind_ != Class::kFloat && M_ <= most_rows && isa_.gemv && whole_words_ && all_finite()) {
+      // Long rows of words, but two tasks for each thread at least.
+      int64_t width = kGemvSums / kPanelColumns / M_ * kPanelColumns;
+      while (width > kPanelColumns && parallel.threads > 1 && weight_.N < 2 * parallel.threads * width) {
+        width = width / 2 / kPanelColumns * kPanelColumns;
+      }
+      for_each(parallel, ceil_div(weight_.N, width), [&](int64_t task) {
+        multiply_words(task * width, static_cast<int>(std::min(width, weight_.N - task * width)));
+      });
+      return;
+    }
+    // Narrow weights: smaller tasks, so that each thread has some.
+    int64_t chunk = kChunkRows, width = (M_ <= kWideRows ? kWidePanels : kNarrowPanels) * kPanelColumns;
+    const auto tasks = [&] { return ceil_div(weight_.N, width) * ceil_div(M_, chunk); };
+    while (width > kPanelColumns && tasks() < 4 * parallel.threads) width /= 2;
+    while (chunk > 32 && tasks() < 4 * parallel.threads) chunk /= 2;
+    const int64_t columns = ceil_div(weight_.N, width);
+    for_each(parallel, tasks(), [&](int64_t task) {
+      const int64_t begin = task / columns * chunk, column = task % columns * width;
+      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), column, std::min(width, weight_.N - column));
+    });
+  }
+
+ private:
+  void pack(int64_t b, int64_t m) {
+    const Block block = blocks_[b];
+    const int64_t entry = b * M_ + m;
+    const void* row = offset(source_, dtype_, m * weight_.K);
+    if (kind_ == Class::kFloat) {
+      isa_.load(row, dtype_, perm_, block.row, block.rows, x_.floats + entry * x_.stride);
+      return;
+    }
+    alignas(64) float values[kBlockRows];
+    isa_.load(row, dtype_, perm_, block.row, block.rows, values);
+    int16_t* first = x_.first + entry * x_.stride;
+    x_.scales[entry] =
+        isa_.quantize(values, block.rows, static_cast<int>(x_.stride), kind_ == Class::kInt16 ? 32767 : 127, first,
+                      x_.second ? x_.second + entry * x_.stride : nullptr);
+    if (int8_) {
+      int8_t* bytes = x_.bytes + entry * x_.stride;
+      const int values = layout::block_values(weight_.bits);
+      for (int k = 0; k < block.rows; k += values) {
+        for (int i = 0; i < values; ++i) bytes[k + i] = static_cast<int8_t>(first[k + quad_order(weight_.bits, i)]);
+      }
+    }
+  }
+
+  bool all_finite() const {
+    const int64_t entries = blocks_.count() * M_;
+    return std::all_of(x_.scales, x_.scales + entries, [](const BlockScale& s) { return s.limbs != Limbs::kNone; });
+  }
+
+  // All rows of x, straight from the words.
+  void multiply_words(int64_t column, int columns) const {
+    alignas(64) float acc[kGemvSums] = {};
+    const int rows = static_cast<int>(M_);
+    isa_.gemv({&weight_, rows, x_.first, x_.second, x_.stride, x_.scales, column, columns, acc});
+    for (int m = 0; m < rows; ++m) {
+      isa_.store(acc + m * columns, columns, offset(out_, dtype_, m * weight_.N + column), dtype_);
+    }
+  }
+
+  // `rows` rows of x from `begin` on, by `width` columns.
+  void multiply(int64_t begin, int rows, int64_t column, int64_t width) const {
+    alignas(64) float acc[kChunkRows * kNarrowPanels * kPanelColumns];
+    const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
+    const auto columns = [&](int64_t panel) {
+      return static_cast<int>(std::min<int64_t>(kPanelColumns, width - panel * kPanelColumns));
+    };
+    std::fill(acc, acc + panels * panel_sums, 0.0f);
+    for (int64_t b = 0; b < blocks_.count(); ++b) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t from = column + panel * kPanelColumns;
+        // The panel after this one, or the first of the next block.
+        const bool last = panel + 1 == panels;
+        prefetch(last ? b + 1 : b, last ? column : from + kPanelColumns, columns(last ? 0 : panel + 1));
+        if (kind_ == Class::kFloat) {
+          add_float(b, begin, rows, from, columns(panel), acc + panel * panel_sums);
+        } else {
+          add_integer(b, begin, rows, from, columns(panel), acc + panel * panel_sums);
+        }
+      }
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int m = 0; m < rows; ++m) {
+        isa_.store(acc + panel * panel_sums + m * kPanelColumns, columns(panel),
+                   offset(out_, dtype_, (begin + m) * weight_.N + column + panel * kPanelColumns), dtype_);
+      }
+    }
+  }
+
+  // Words, zero points and scales of a panel on their way into L1: 256 bytes of each row of words, and each row is on
+  // another page, so that the hardware alone reads at a quarter of the speed of DRAM.
+  void prefetch(int64_t b, int64_t column, int columns) const {
+    if (b >= blocks_.count()) return;
+    const Block block = blocks_[b];
+    const int64_t rows = ceil_div(block.rows * weight_.bits, 32), row_bytes = columns * sizeof(uint32_t);
+    const char* words = reinterpret_cast<const char*>(words_of(weight_, block.row, column));
+    for (int64_t row = 0; row < rows; ++row, words += weight_.N * sizeof(uint32_t)) {
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(words + byte, 0, 3);
+    }
+    if (!Blocks::grouped(weight_)) return;
+    const int64_t index = block.group * weight_.N + column;
+    __builtin_prefetch(weight_.qzeros + index * weight_.bits / 32, 0, 3);
+    const char* scales = static_cast<const char*>(offset(weight_.scales, weight_.scales_dtype, index));
+    for (int64_t byte = 0; byte < columns * bytes_of(weight_.scales_dtype); byte += 64) {
+      __builtin_prefetch(scales + byte, 0, 3);
+    }
+  }
+
+  void add_float(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc) const {
+    alignas(64) float panel[kBlockRows * kPanelColumns];
+    float scales[kPanelColumns];
+    const Block block = blocks_[b];
+    if (Blocks::grouped(weight_)) {
+      int32_t zeros[kPanelColumns];
+      isa_.load_zeros(weight_, block.group, column, columns, zeros);
+      isa_.load_scales(weight_, block.group, column, columns, scales);
+      isa_.unpack_float(weight_, block.row, block.rows, column, columns, zeros, nullptr, panel);
+    } else {
+      unpack_scaled(isa_, weight_, block.row, block.rows, 0, column, columns, panel);
+      std::fill(scales, scales + kPanelColumns, 1.0f);
+    }
+    const float* x = x_.floats + (b * M_ + begin) * x_.stride;
+    isa_.multiply_float({x, x_.stride, nullptr, 0, rows, block.rows, panel, columns, scales, nullptr, acc});
+  }
+
+  void add_integer(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc) const {
+    const Block block = blocks_[b];
+    const int64_t entry = b * M_ + begin;
+    const BlockScale* x_scales = x_.scales + entry;
+    int32_t zeros[kPanelColumns];
+    float scales[kPanelColumns];
+    isa_.load_zeros(weight_, block.group, column, columns, zeros);
+    isa_.load_scales(weight_, block.group, column, columns, scales);
+    if (int8_) {
+      alignas(64) uint8_t panel[kBlockRows * kPanelColumns];
+      isa_.unpack_uint8(weight_, block.row, block.rows, column, columns, panel);
+      for_runs(x_scales, rows, [](Limbs limbs) { return limbs != Limbs::kNone; }, [&](int first, int count) {
+        isa_.multiply_int8({x_.bytes + (entry + first) * x_.stride, x_.stride, x_scales + first, 0, count, block.rows,
+                            panel, columns, scales, zeros, acc + first * kPanelColumns});
+      });
+    } else {
+      alignas(64) int16_t panel[kBlockRows * kPanelColumns];
+      isa_.unpack_int16(weight_, block.row, block.rows, column, columns, zeros, panel);
+      for_runs(x_scales, rows, [](Limbs limbs) { return limbs != Limbs::kNone; }, [&](int first, int count) {
+        isa_.multiply_int16({x_.first + (entry + first) * x_.stride, x_.stride, x_scales + first, 0, count, block.rows,
+                             panel, columns, scales, zeros, acc + first * kPanelColumns});
+      });
+      for_runs(x_scales, rows, [](Limbs limbs) { return limbs == Limbs::kTwo; }, [&](int first, int count) {
+        isa_.multiply_int16({x_.second + (entry + first) * x_.stride, x_.stride, x_scales + first, 1, count,
+                             block.rows, panel, columns, scales, zeros, acc + first * kPanelColumns});
+      });
+    }
+    if (std::any_of(x_scales, x_scales + rows, [](const BlockScale& s) { return s.limbs == Limbs::kNone; })) {
+      add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);
+    }
+  }
+
+  // The rows whose x has NaN or inf in this block, in float arithmetic.
+  void add_not_finite(const Block& block, const BlockScale* x_scales, int64_t begin, int rows, int64_t column,
+                      int columns, const int32_t* zeros, const float* scales, float* acc) const {
+    alignas(64) float panel[kBlockRows * kPanelColumns];
+    alignas(64) float x[kBlockRows];
+    isa_.unpack_float(weight_, block.row, block.rows, column, columns, zeros, nullptr, panel);
+    for (int m = 0; m < rows; ++m) {
+      if (x_scales[m].limbs != Limbs::kNone) continue;
+      isa_.load(offset(source_, dtype_, (begin + m) * weight_.K), dtype_, perm_, block.row, block.rows, x);
+      isa_.multiply_float({x, kBlockRows, nullptr, 0, 1, block.rows, panel, columns, scales, nullptr,
+                           acc + m * kPanelColumns});
+    }
+  }
+
+  // body(first, count) for every longest run of rows whose limbs match.
+  template <typename Match, typename Body>
+  static void for_runs(const BlockScale* scales, int rows, const Match& match, const Body& body) {
+    for (int m = 0; m < rows;) {
+      const int first = m;
+      while (m < rows && match(scales[m].limbs)) ++m;
+      if (m > first) {
+        body(first, m - first);
+      } else {
+        ++m;
+      }
+    }
+  }
+
+  const Weight& weight_;
+  const void* source_;
+  DType dtype_;
+  int64_t M_;
+  void* out_;
+  Class kind_;
+  const Kernels& isa_;
+  Blocks blocks_;
+  const int32_t* perm_;
+  PackedX x_;
+  bool whole_words_;
+  bool int8_;
+};
+
+}  // namespace
+
+size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType, Precision precision, int32_t) {
+  Arena arena(nullptr);
+  take_x(arena, weight, M, class_of(weight, precision));
+  return arena.bytes();
+}
+
+void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
+          void* workspace, const Parallel& parallel) {
+  if (M == 0 || weight.N == 0) return;
+  Gemm(weight, x, x_dtype, M, out, class_of(weight, precision), workspace).run(parallel);
+}
+
+}  // namespace exllama::cpu

@@ -1,0 +1,78 @@
+// Which instruction set to use: a table, best first.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace exllama::cpu {
+namespace {
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*available)();
+};
+
+bool always() { return true; }
+
+#if EXLLAMA_X86
+// __builtin_cpu_supports also asks whether the operating system saves the registers.
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+constexpr Isa kIsas[] = {
+#if EXLLAMA_X86
+    {&kAvx512VnniKernels, has_avx512_vnni},
+    {&kAvx512Kernels, has_avx512},
+    {&kAvx2Kernels, has_avx2},
+#endif
+    {&kScalarKernels, always},
+};
+constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
+
+const Kernels* find(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if (isa.available() && (!name || std::strcmp(name, isa.kernels->name) == 0)) return isa.kernels;
+  }
+  return nullptr;
+}
+
+// The variable is read by every op: a test compares instruction sets in one process.
+const Kernels* chosen() {
+  const char* name = std::getenv("EXLLAMA_OPS_CPU_ISA");
+  return find(name && *name ? name : nullptr);
+}
+
+}  // namespace
+
+const char* const* isa_names() {
+  static const struct Names {
+    const char* names[kIsaCount + 1] = {};
+    Names() {
+      for (int i = 0; i < kIsaCount; ++i) names[i] = kIsas[i].kernels->name;
+    }
+  } table;
+  return table.names;
+}
+
+bool isa_available(const char* name) { return name && find(name); }
+
+const char* isa_in_use() {
+  const Kernels* table = chosen();
+  return table ? table->name : nullptr;
+}
+
+// A name that isa_in_use refuses is the caller's to report; the result does not depend on the choice.
+const Kernels& kernels() {
+  const Kernels* table = chosen();
+  return table ? *table : kScalarKernels;
+}
+
+}  // namespace exllama::cpu

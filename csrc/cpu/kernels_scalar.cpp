@@ -1,0 +1,193 @@
+// The kernels in plain C++: what runs where nothing better is known, and what the vector kernels are compared with.
+#include "kernels_scalar.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "convert.h"
+
+namespace exllama::cpu {
+
+void unpack_row(const uint32_t* qweight, int64_t N, int bits, bool shuffled, int64_t k, int64_t column, int columns,
+                int32_t* out) {
+  const layout::Format& format = layout::format_of(bits);
+  const int64_t block = k / format.block_values;
+  const layout::Place& place = format.place_of(k % format.block_values, shuffled);
+  const uint32_t* words = qweight + block * format.block_words * N + column;
+  for (int i = 0; i < place.count; ++i) {
+    const layout::Field field = place.fields[i];
+    const uint32_t* row = words + field.word * N;
+    const uint32_t mask = (1u << field.width) - 1;
+    for (int n = 0; n < columns; ++n) {
+      const int32_t part = static_cast<int32_t>((row[n] >> field.shift & mask) << field.low_bit);
+      out[n] = i == 0 ? part : out[n] | part;
+    }
+  }
+}
+
+namespace scalar {
+
+void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
+  for (int i = 0; i < count; ++i) out[i] = load_float(x, dtype, perm ? perm[begin + i] : begin + i);
+}
+
+void store(const float* values, int count, void* out, DType dtype) {
+  for (int i = 0; i < count; ++i) store_float(values[i], out, dtype, i);
+}
+
+BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {
+  std::memset(first, 0, stride * sizeof *first);
+  uint32_t bits = 0;
+  for (int i = 0; i < rows; ++i) bits = std::max(bits, float_bits(x[i]) & 0x7fffffff);
+  if (bits >= 0x7f800000) return {{0, 0}, {0, 0}, Limbs::kNone};
+  if (bits == 0) return {{1, 1}, {0, 0}, Limbs::kOne};
+
+  const int exponent = scale_exponent(bits, limit);
+  // 1 / scale in two factors, since 2^149 is no float.
+  const float up = power_of_two(std::min(-exponent, 126)), more = power_of_two(std::max(-exponent - 126, 0));
+  int32_t largest = 0, sum = 0, sum_abs = 0;
+  for (int i = 0; i < rows; ++i) {
+    const int32_t q = static_cast<int32_t>(std::lrintf(x[i] * up * more));
+    first[i] = static_cast<int16_t>(q);
+    largest = std::max(largest, std::abs(q));
+    sum += q;
+    sum_abs += std::abs(q);
+  }
+  BlockScale scale{{power_of_two(exponent), 1}, {sum, 0}, Limbs::kOne};
+  if (limit != 32767 || !has_outlier(rows, largest, sum_abs)) return scale;
+
+  const int exponent2 = second_exponent(exponent);
+  const float finer = power_of_two(exponent - exponent2);
+  std::memset(second, 0, stride * sizeof *second);
+  bool any = false;
+  for (int i = 0; i < rows; ++i) {
+    const float rest = x[i] * up * more - static_cast<float>(first[i]);
+    second[i] = static_cast<int16_t>(std::lrintf(rest * finer));
+    scale.sum[1] += second[i];
+    any |= second[i] != 0;
+  }
+  scale.scale[1] = power_of_two(exponent2);
+  if (any) scale.limbs = Limbs::kTwo;
+  return scale;
+}
+
+void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
+  const int bits = weight.bits;
+  const uint32_t* words = weight.qzeros + group * (weight.N * bits / 32);
+  const uint32_t mask = (1u << bits) - 1;
+  for (int n = 0; n < columns; ++n) {
+    const int64_t position = (column + n) * bits;
+    const int shift = static_cast<int>(position % 32);
+    uint32_t value = words[position / 32] >> shift;
+    if (shift + bits > 32) value |= words[position / 32 + 1] << (32 - shift);
+    zeros[n] = static_cast<int32_t>(value & mask) + (weight.zeros_v2 ? 0 : 1);
+  }
+  for (int n = columns; n < kPanelColumns; ++n) zeros[n] = 0;
+}
+
+void load_scales(const Weight& weight, int64_t group, int64_t column, int columns, float* scales) {
+  load(offset(weight.scales, weight.scales_dtype, group * weight.N), weight.scales_dtype, nullptr, column, columns,
+       scales);
+  for (int n = columns; n < kPanelColumns; ++n) scales[n] = 0;
+}
+
+void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                  int16_t* panel) {
+  std::memset(panel, 0, sizeof(int16_t) * kPanelColumns * 2 * ((rows + 1) / 2));
+  int32_t q[kPanelColumns];
+  for (int i = 0; i < rows; ++i) {
+    unpack_row(weight.qweight, weight.N, weight.bits, weight.shuffled, row + i, column, columns, q);
+    int16_t* out = panel + i / 2 * 2 * kPanelColumns + i % 2;
+    for (int n = 0; n < columns; ++n) out[2 * n] = static_cast<int16_t>(q[n] - zeros[n]);
+  }
+}
+
+void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                  const float* scales, float* panel) {
+  int32_t q[kPanelColumns];
+  for (int i = 0; i < rows; ++i, panel += kPanelColumns) {
+    unpack_row(weight.qweight, weight.N, weight.bits, weight.shuffled, row + i, column, columns, q);
+    for (int n = 0; n < columns; ++n) {
+      panel[n] = static_cast<float>(q[n] - zeros[n]) * (scales ? scales[n] : 1);
+    }
+    for (int n = columns; n < kPanelColumns; ++n) panel[n] = 0;
+  }
+}
+
+void multiply_int16(const Multiply<int16_t, int16_t>& multiply) {
+  for (int m = 0; m < multiply.rows; ++m) {
+    const int16_t* x = multiply.x + m * multiply.x_stride;
+    int32_t dot[kPanelColumns] = {};
+    for (int k = 0; k < multiply.depth; ++k) {
+      const int16_t* panel = multiply.panel + k / 2 * 2 * kPanelColumns + k % 2;
+      for (int n = 0; n < multiply.columns; ++n) dot[n] += x[k] * panel[2 * n];
+    }
+    const float scale = multiply.x_scales[m].scale[multiply.limb];
+    float* acc = multiply.acc + m * kPanelColumns;
+    for (int n = 0; n < multiply.columns; ++n) {
+      acc[n] = std::fmaf(static_cast<float>(dot[n]) * scale, multiply.scales[n], acc[n]);
+    }
+  }
+}
+
+void multiply_float(const Multiply<float, float>& multiply) {
+  for (int m = 0; m < multiply.rows; ++m) {
+    const float* x = multiply.x + m * multiply.x_stride;
+    float sum[kPanelColumns] = {};
+    for (int k = 0; k < multiply.depth; ++k) {
+      const float* panel = multiply.panel + k * kPanelColumns;
+      for (int n = 0; n < multiply.columns; ++n) sum[n] = std::fmaf(x[k], panel[n], sum[n]);
+    }
+    float* acc = multiply.acc + m * kPanelColumns;
+    for (int n = 0; n < multiply.columns; ++n) acc[n] = std::fmaf(sum[n], multiply.scales[n], acc[n]);
+  }
+}
+
+void multiply_dx(const float* grad, int64_t grad_stride, int rows, const float* panels, int panel_rows, int parts,
+                 float* sums) {
+  for (int m = 0; m < rows; ++m) {
+    for (int k = 0; k < panel_rows; ++k) {
+      float* sum = sums + (m * kDxRows + k) * kLanes;
+      for (int part = 0; part < parts; ++part) {
+        const float* left = grad + part * grad_stride + m * kPanelColumns;
+        const float* right = panels + (part * kDxRows + k) * kPanelColumns;
+        for (int n = 0; n < kPanelColumns; ++n) sum[n % kLanes] = std::fmaf(left[n], right[n], sum[n % kLanes]);
+      }
+    }
+  }
+}
+
+void sum_lanes(const float* sums, int count, float* out) {
+  for (int i = 0; i < count; ++i, sums += kLanes) {
+    float lanes[kLanes];
+    std::memcpy(lanes, sums, sizeof lanes);
+    for (int half = kLanes / 2; half; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    out[i] = lanes[0];
+  }
+}
+
+}  // namespace scalar
+
+const Kernels kScalarKernels = {
+    "scalar",
+    scalar::load,
+    scalar::store,
+    scalar::quantize,
+    scalar::load_zeros,
+    scalar::load_scales,
+    scalar::unpack_int16,
+    scalar::unpack_float,
+    scalar::multiply_int16,
+    scalar::multiply_float,
+    scalar::multiply_dx,
+    scalar::sum_lanes,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace exllama::cpu

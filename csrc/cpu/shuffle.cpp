@@ -1,0 +1,72 @@
+// Checkpoint order <-> shuffled order of the words.
+#include <cstring>
+#include <vector>
+
+#include "blocks.h"
+#include "kernels.h"
+
+namespace exllama::cpu {
+namespace {
+
+// Columns that are unpacked together: 32 values of them are 8 KiB.
+constexpr int kColumns = 64;
+
+// Writes one block of words in the order `shuffled` from values [block_values][kColumns].
+void pack_block(const int32_t* values, int bits, bool shuffled, int64_t N, int columns, uint32_t* words) {
+  const layout::Format& format = layout::format_of(bits);
+  for (int word = 0; word < format.block_words; ++word) std::memset(words + word * N, 0, columns * sizeof *words);
+  for (int j = 0; j < format.block_values; ++j) {
+    const layout::Place& place = format.place_of(j, shuffled);
+    for (int i = 0; i < place.count; ++i) {
+      const layout::Field field = place.fields[i];
+      const uint32_t mask = (1u << field.width) - 1;
+      uint32_t* out = words + field.word * N;
+      for (int n = 0; n < columns; ++n) {
+        const uint32_t value = static_cast<uint32_t>(values[j * kColumns + n]);
+        out[n] |= (value >> field.low_bit & mask) << field.shift;
+      }
+    }
+  }
+}
+
+// out = in with the other order of bits, its row i being row source[i] of in; in may be out if source is null.
+void reorder(const uint32_t* in, bool in_shuffled, const int32_t* source, int64_t K, int64_t N, int bits, uint32_t* out,
+             const Parallel& parallel) {
+  const layout::Format& format = layout::format_of(bits);
+  for_each(parallel, K / format.block_values, [&](int64_t block) {
+    int32_t values[32 * kColumns];
+    for (int64_t column = 0; column < N; column += kColumns) {
+      const int columns = static_cast<int>(std::min<int64_t>(kColumns, N - column));
+      for (int j = 0; j < format.block_values; ++j) {
+        const int64_t k = block * format.block_values + j;
+        unpack_row(in, N, bits, in_shuffled, source ? source[k] : k, column, columns, values + j * kColumns);
+      }
+      pack_block(values, bits, !in_shuffled, N, columns, out + block * format.block_words * N + column);
+    }
+  });
+}
+
+}  // namespace
+
+size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted) {
+  return permuted ? static_cast<size_t>(K * bits / 32 * N) * sizeof(uint32_t) : 0;
+}
+
+void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace,
+             const Parallel& parallel) {
+  const uint32_t* in = qweight;
+  if (perm) {
+    std::memcpy(workspace, qweight, shuffle_workspace_bytes(K, N, bits, true));
+    in = static_cast<const uint32_t*>(workspace);
+  }
+  reorder(in, false, perm, K, N, bits, qweight, parallel);
+}
+
+void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
+               const Parallel& parallel) {
+  std::vector<int32_t> inverse(perm ? static_cast<size_t>(K) : 0);
+  for (int64_t k = 0; perm && k < K; ++k) inverse[static_cast<size_t>(perm[k])] = static_cast<int32_t>(k);
+  reorder(qweight, true, perm ? inverse.data() : nullptr, K, N, bits, out, parallel);
+}
+
+}  // namespace exllama::cpu

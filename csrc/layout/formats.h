@@ -1,0 +1,88 @@
+// The bit formats, the constexpr twin of exllama_ops/layout/formats.py. docs/format.md draws them.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EXLLAMA_HOST_DEVICE __host__ __device__
+#else
+#define EXLLAMA_HOST_DEVICE
+#endif
+
+namespace exllama::layout {
+
+// A run of bits of one value that lie together in one word.
+struct Field {
+  int low_bit;  // the value's bits from low_bit up
+  int width;
+  int word;  // lie in this word of the block
+  int shift;  // from this bit up
+};
+
+// Where the bits of one value lie: in one field, or in up to three for the values of 3 bits that cross words.
+struct Place {
+  int count;
+  Field fields[3];
+};
+
+struct Format {
+  int bits;
+  int block_values;  // the smallest run of values that fills whole words
+  int block_words;
+  Place checkpoint[32];
+  Place shuffled[32];
+
+  const Place& place_of(int64_t value, bool in_shuffled_order) const {
+    const Place* places = in_shuffled_order ? shuffled : checkpoint;
+    return places[value];
+  }
+};
+
+EXLLAMA_HOST_DEVICE constexpr int block_values(int bits) { return bits == 3 ? 32 : 32 / bits; }
+EXLLAMA_HOST_DEVICE constexpr int block_words(int bits) { return bits == 3 ? 3 : 1; }
+
+// The bit of the block's stream at which bit b of value j lies, in checkpoint order.
+EXLLAMA_HOST_DEVICE constexpr int checkpoint_position(int bits, int j, int b) { return bits * j + b; }
+
+// In shuffled order: values 2 i and 2 i + 1 lie 16 bits apart. 8 bits are not moved. Of 3 bits, a word has ten whole
+// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words.
+EXLLAMA_HOST_DEVICE constexpr int shuffled_position(int bits, int j, int b) {
+  if (bits == 8) return 8 * j + b;
+  if (bits != 3) return bits * (j / 2) + 16 * (j % 2) + b;
+  if (j < 30) return 32 * (j / 10) + 3 * ((j % 10) / 2) + 16 * (j % 2) + b;
+  return 32 * b + (j == 30 ? 15 : 31);
+}
+
+EXLLAMA_HOST_DEVICE constexpr Place place(int bits, int j, bool shuffled) {
+  Place result{};
+  for (int b = 0; b < bits; ++b) {
+    const int position = shuffled ? shuffled_position(bits, j, b) : checkpoint_position(bits, j, b);
+    const int word = position / 32, shift = position % 32;
+    const int last = result.count - 1;
+    if (b > 0 && result.fields[last].word == word && result.fields[last].shift + result.fields[last].width == shift) {
+      ++result.fields[last].width;
+    } else {
+      result.fields[result.count++] = Field{b, 1, word, shift};
+    }
+  }
+  return result;
+}
+
+constexpr Format make_format(int bits) {
+  Format format{};
+  format.bits = bits;
+  format.block_values = block_values(bits);
+  format.block_words = block_words(bits);
+  for (int j = 0; j < format.block_values; ++j) {
+    format.checkpoint[j] = place(bits, j, false);
+    format.shuffled[j] = place(bits, j, true);
+  }
+  return format;
+}
+
+inline constexpr Format kFormats[] = {make_format(2), make_format(3), make_format(4), make_format(8)};
+
+// The format of 2, 3, 4 or 8 bits.
+inline const Format& format_of(int bits) { return kFormats[bits == 8 ? 3 : bits - 2]; }
+
+}  // namespace exllama::layout
