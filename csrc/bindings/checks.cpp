@@ -1,0 +1,214 @@
+#include "bindings/checks.h"
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "layout/formats.h"
+
+namespace exllama::bindings {
+namespace {
+
+using layout::Format;
+
+[[noreturn]] void refuse(const char* op, const std::string& text) {
+  throw std::invalid_argument(std::string(op) + ": " + text);
+}
+
+std::string str(int64_t value) { return std::to_string(value); }
+
+// As Python prints a tuple of integers.
+std::string tuple(const int64_t* values, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + str(values[i]);
+  return text + (count == 1 ? ",)" : ")");
+}
+
+std::string shape_of(const Tensor& tensor) { return tuple(tensor.sizes(), tensor.dim()); }
+
+// As Python prints a torch.dtype; the order is that of torch's ScalarType.
+std::string dtype_name(int32_t dtype) {
+  static constexpr const char* kNames[] = {
+      "uint8",       "int8",          "int16",       "int32",         "int64",          "float16",    "float32",
+      "float64",     "complex32",     "complex64",   "complex128",    "bool",           "qint8",      "quint8",
+      "qint32",      "bfloat16",      "quint4x2",    "quint2x4",      "bits1x8",        "bits2x4",    "bits4x2",
+      "bits8",       "bits16",        "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz",
+      "uint16",      "uint32",        "uint64",      "uint1",         "uint2",          "uint3",      "uint4",
+      "uint5",       "uint6",         "uint7",       "int1",          "int2",           "int3",       "int4",
+      "int5",        "int6",          "int7",        "float8_e8m0fnu", "float4_e2m1fn_x2"};
+  constexpr int32_t kCount = sizeof(kNames) / sizeof(kNames[0]);
+  return dtype >= 0 && dtype < kCount ? std::string("torch.") + kNames[dtype] : "dtype " + str(dtype);
+}
+
+// As Python prints a torch.device; the order is that of torch's DeviceType.
+std::string device_name(const Tensor& tensor) {
+  static constexpr const char* kNames[] = {"cpu",   "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip",
+                                           "fpga",  "maia", "xla",    "vulkan", "metal",  "xpu",   "mps",
+                                           "meta",  "hpu",  "ve",     "lazy",   "ipu",    "mtia",  "privateuseone"};
+  constexpr int32_t kCount = sizeof(kNames) / sizeof(kNames[0]);
+  const int32_t type = tensor.device_type();
+  const std::string name = type >= 0 && type < kCount ? kNames[type] : "device type " + str(type);
+  return tensor.device_index() < 0 ? name : name + ":" + str(tensor.device_index());
+}
+
+bool is_contiguous(const Tensor& tensor) {
+  int64_t expected = 1;
+  int64_t numel = 1;
+  bool strides_match = true;
+  for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
+    strides_match = strides_match && (tensor.stride(d) == expected || tensor.size(d) <= 1);
+    expected *= tensor.size(d);
+    numel *= tensor.size(d);
+  }
+  return strides_match || numel == 0;
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+                  std::initializer_list<int32_t> dtypes, const Tensor& first) {
+  if (tensor.dim() != dim) {
+    refuse(op, std::string(name) + " must have " + str(dim) + (dim > 1 ? " dimensions" : " dimension") + "; got " +
+                   str(tensor.dim()));
+  }
+  bool allowed = false;
+  for (int32_t dtype : dtypes) allowed = allowed || tensor.dtype() == dtype;
+  if (!allowed) {
+    std::string names;
+    for (int32_t dtype : dtypes) names += (names.empty() ? "" : ", ") + dtype_name(dtype);
+    refuse(op, std::string(name) + " must be " + (dtypes.size() > 1 ? "one of " : "") + names + "; got " +
+                   dtype_name(tensor.dtype()));
+  }
+  if (!tensor.on_the_device_of(first)) {
+    refuse(op, std::string(name) + " must be on " + device_name(first) + " like the first argument; got " +
+                   device_name(tensor));
+  }
+  if (!is_contiguous(tensor)) {
+    refuse(op, std::string(name) + " must be contiguous; got shape " + shape_of(tensor) + " with strides " +
+                   tuple(tensor.strides(), tensor.dim()));
+  }
+}
+
+void check_float_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
+  check_tensor(op, name, tensor, 2, {kFloat16, kBFloat16, kFloat32}, first);
+}
+
+const Format& check_bits(const char* op, int64_t bits) {
+  std::string supported;
+  for (const Format& format : layout::kFormats) {
+    if (format.bits == bits) return format;
+    supported += (supported.empty() ? "" : ", ") + str(format.bits);
+  }
+  refuse(op, "bit must be one of (" + supported + "); got " + str(bits));
+}
+
+void check_fills_words(const char* op, const char* name, int64_t size, const Format& format) {
+  if (size > 0 && size % format.block_values == 0) return;
+  refuse(op, std::string(name) + " must be a positive multiple of " + str(format.block_values) + ", the " +
+                 str(format.bits) + "-bit values that fill whole 32-bit words; got " + name + "=" + str(size));
+}
+
+int64_t check_rows(const char* op, const Tensor& qweight, const Format& format) {
+  const int64_t rows = qweight.size(0);
+  if (rows <= 0 || rows % format.block_words != 0) {
+    refuse(op, "qweight must have a positive multiple of " + str(format.block_words) + " rows of words for bits=" +
+                   str(format.bits) + "; got shape " + shape_of(qweight));
+  }
+  return rows * 32 / format.bits;
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const char* formula, int64_t rows,
+                 int64_t columns, const std::string& given) {
+  if (tensor.size(0) == rows && tensor.size(1) == columns) return;
+  const int64_t expected[] = {rows, columns};
+  refuse(op, std::string(name) + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given +
+                 "; got " + shape_of(tensor));
+}
+
+// The texts below are built only where a rule is broken: a call has a few microseconds in all.
+Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& first, const int64_t* K_of_x,
+                   const int64_t* N_of_grad) {
+  const auto& [qweight, qzeros, scales, g_idx, use_exllama, bits, group_size] = weight;
+  const Format& format = check_bits(op, bits);
+  check_tensor(op, "qweight", qweight, 2, {kInt32}, first);
+  check_tensor(op, "qzeros", qzeros, 2, {kInt32}, first);
+  check_float_tensor(op, "scales", scales, first);
+  check_tensor(op, "g_idx", g_idx, 1, {kInt32}, first);
+
+  const int64_t K = K_of_x ? *K_of_x : check_rows(op, qweight, format);
+  const int64_t N = N_of_grad ? *N_of_grad : scales.size(1);
+  const int64_t G = scales.size(0);
+  check_fills_words(op, "K", K, format);
+  check_fills_words(op, "N", N, format);
+  if (qweight.size(0) != K * bits / 32 || qweight.size(1) != N) {
+    check_shape(op, "qweight", qweight, "(K*bits/32, N)", K * bits / 32, N, "K=" + str(K) + ", bits=" + str(bits));
+  }
+  if (G <= 0) refuse(op, "scales must have at least one group (row); got " + shape_of(scales));
+  if (scales.size(1) != N) check_shape(op, "scales", scales, "(G, N)", G, N, "N=" + str(N));
+  if (qzeros.size(0) != G || qzeros.size(1) != N * bits / 32) {
+    check_shape(op, "qzeros", qzeros, "(G, N*bits/32)", G, N * bits / 32,
+                "G=" + str(G) + ", N=" + str(N) + ", bits=" + str(bits));
+  }
+
+  const int64_t entries = g_idx.size(0);
+  if (entries != 0 && entries != K) {
+    refuse(op, std::string("g_idx (") + (use_exllama ? "the permutation argsort(g_idx)" : "the group of each row") +
+                   ", as use_exllama=" + (use_exllama ? "True" : "False") +
+                   ") must be empty or have shape (K,) = (" + str(K) + ",); got (" + str(entries) + ",)");
+  }
+  if (group_size < 0) refuse(op, "group_size must be at least 1, or 0 for K / G; got " + str(group_size));
+  if (!use_exllama && entries != 0) return {K, N, G};
+  if (group_size != 0) {
+    const int64_t groups = (K - 1) / group_size + 1;
+    if (groups != G) {
+      refuse(op, "scales must have G = ceil(K / group_size) = " + str(groups) + " rows for K=" + str(K) +
+                     ", group_size=" + str(group_size) + "; got " + str(G));
+    }
+  } else if (K % G != 0) {
+    refuse(op, "group_size=0 means K / G, which must be whole; got K=" + str(K) + ", G=" + str(G) +
+                   " (say the group_size of a weight whose last group is partial)");
+  }
+  return {K, N, G};
+}
+
+}  // namespace
+
+Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight) {
+  check_float_tensor("gptq_gemm", "x", x, x);
+  const int64_t K = x.size(1);
+  return check_weight("gptq_gemm", weight, x, &K, nullptr);
+}
+
+Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight) {
+  check_float_tensor("gptq_gemm_dx", "grad", grad, grad);
+  const int64_t N = grad.size(1);
+  return check_weight("gptq_gemm_dx", weight, grad, nullptr, &N);
+}
+
+Shape check_gptq_dequantize(const WeightArguments& weight) {
+  return check_weight("gptq_dequantize", weight, weight.qweight, nullptr, nullptr);
+}
+
+int64_t check_gptq_shuffle(const char* op, const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
+  const Format& format = check_bits(op, bit);
+  check_tensor(op, "qweight", qweight, 2, {kInt32}, qweight);
+  check_tensor(op, "q_perm", q_perm, 1, {kInt32}, qweight);
+  const int64_t K = check_rows(op, qweight, format);
+  if (q_perm.size(0) != 0 && q_perm.size(0) != K) {
+    refuse(op, "q_perm must be empty or have shape (K,) = (" + str(K) + ",) for qweight of shape " +
+                   shape_of(qweight) + ", bits=" + str(bit) + "; got (" + str(q_perm.size(0)) + ",)");
+  }
+  return K;
+}
+
+void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit) {
+  // Without a branch, so that the compiler makes vectors of it: negative entries are large when unsigned.
+  const uint32_t bound = limit > INT32_MAX ? uint32_t{1} << 31 : static_cast<uint32_t>(limit);
+  uint32_t outside = 0;
+  for (int64_t i = 0; i < entries; ++i) outside |= static_cast<uint32_t>(index[i]) >= bound;
+  if (!outside) return;
+  int64_t at = 0;
+  while (static_cast<uint32_t>(index[at]) < bound) ++at;
+  throw std::out_of_range(std::string(op) + ": " + name + " must have values in [0, " + str(limit) + "); got " +
+                          str(index[at]) + " at index " + str(at));
+}
+
+}  // namespace exllama::bindings

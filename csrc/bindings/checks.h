@@ -1,0 +1,40 @@
+// Every rule for the arguments of the ops: the twin of exllama_ops/layout/checks.py, rule by rule, in its order and
+// with its texts. tests/ops/test_errors.py holds the two together.
+#pragma once
+
+#include <cstdint>
+
+#include "bindings/tensor.h"
+
+namespace exllama::bindings {
+
+// What a packed weight holds, once its arguments have passed.
+struct Shape {
+  int64_t K;
+  int64_t N;
+  int64_t G;
+};
+
+// The arguments that gptq_gemm, gptq_gemm_dx and gptq_dequantize share.
+struct WeightArguments {
+  const Tensor& qweight;
+  const Tensor& qzeros;
+  const Tensor& scales;
+  const Tensor& g_idx;
+  bool use_exllama;
+  int64_t bit;
+  int64_t group_size;
+};
+
+// Each throws std::invalid_argument, which Python sees as ValueError with the same text.
+Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight);
+Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight);
+Shape check_gptq_dequantize(const WeightArguments& weight);
+// gptq_shuffle and gptq_unshuffle; `op` is the name that errors carry. Returns K.
+int64_t check_gptq_shuffle(const char* op, const Tensor& qweight, const Tensor& q_perm, int64_t bit);
+
+// Whether every entry lies in [0, limit). Only a kernel whose indices lie in host memory can ask; it throws
+// std::out_of_range (IndexError), where the reference's gathers refuse.
+void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit);
+
+}  // namespace exllama::bindings

@@ -1,0 +1,310 @@
+// The CPU kernels as implementations of the ops, over torch's stable ABI: checks, memory, threads, registration.
+//
+// Loading the library has no effect; exllama_cpu_register gives ops their kernels, so that a library which is built
+// while an op has its one kernel already can serve under a second namespace. Schemas are defined by Python.
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/checks.h"
+#include "bindings/tensor.h"
+#include "cpu/cpu.h"
+
+namespace exllama::bindings {
+namespace {
+
+using torch::stable::detail::to;
+
+std::atomic<int32_t> matmul_precision{static_cast<int32_t>(cpu::Precision::kHigh)};
+
+// The threads of torch's own pool. torch_parallel_for runs inline in a nested region and with one thread, and gives
+// each thread one index otherwise; what a thread does then is claim tasks until none is left.
+class TorchThreads {
+ public:
+  TorchThreads() { TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads_)); }
+
+  int32_t threads() const { return static_cast<int32_t>(threads_); }
+  cpu::Parallel parallel() { return {&TorchThreads::run, this, threads()}; }
+
+ private:
+  struct Job {
+    std::atomic<int64_t> next;
+    int64_t tasks;
+    void (*body)(void* context, int64_t task);
+    void* context;
+  };
+
+  static void run(void* self, int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
+    const int64_t threads = static_cast<TorchThreads*>(self)->threads_;
+    const int64_t workers = threads < tasks ? threads : tasks;
+    if (workers <= 1) {
+      for (int64_t task = 0; task < tasks; ++task) body(context, task);
+      return;
+    }
+    Job job{{0}, tasks, body, context};
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &TorchThreads::work, &job));
+  }
+
+  static void work(int64_t, int64_t, void* context) {
+    Job& job = *static_cast<Job*>(context);
+    // Relaxed: the counter only hands out numbers; the pool's fork and join order the memory around it.
+    for (int64_t task = job.next.fetch_add(1, std::memory_order_relaxed); task < job.tasks;
+         task = job.next.fetch_add(1, std::memory_order_relaxed)) {
+      job.body(job.context, task);
+    }
+  }
+
+  uint32_t threads_ = 1;
+};
+
+// Scratch memory from torch's allocator, 64-byte aligned whatever allocator is set.
+class Workspace {
+ public:
+  Workspace(size_t bytes, const Tensor& like) : memory_(nothing_or_empty(bytes, like)) {
+    if (bytes == 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data<void>());
+    pointer_ = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  void* get() const { return pointer_; }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+
+  static Tensor nothing_or_empty(size_t bytes, const Tensor& like) {
+    if (bytes == 0) return Tensor();
+    const int64_t sizes[] = {static_cast<int64_t>(bytes + kAlignment - 1)};
+    return Tensor::empty(sizes, kUInt8, like.device_type(), like.device_index());
+  }
+
+  Tensor memory_;
+  void* pointer_ = nullptr;
+};
+
+// The variable is the user's, and may have changed since the last call; an ISA that is not there must not pass for one.
+void check_isa(const char* op) {
+  if (cpu::isa_in_use() != nullptr) return;
+  std::string available;
+  for (const char* const* name = cpu::isa_names(); *name != nullptr; ++name) {
+    if (cpu::isa_available(*name)) available += (available.empty() ? "" : ", ") + std::string(*name);
+  }
+  const char* given = std::getenv("EXLLAMA_OPS_CPU_ISA");
+  throw std::invalid_argument(std::string(op) + ": EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of " +
+                              available + "; got " + (given != nullptr ? given : ""));
+}
+
+cpu::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.dtype()) {
+    case kFloat16:
+      return cpu::DType::kFloat16;
+    case kBFloat16:
+      return cpu::DType::kBFloat16;
+    default:
+      return cpu::DType::kFloat32;
+  }
+}
+
+Tensor tensor_at(const StableIValue* stack, int index) { return Tensor(to<AtenTensorHandle>(stack[index])); }
+
+void give_back(StableIValue* stack, Tensor result) { stack[0] = torch::stable::detail::from(result.release()); }
+
+// The arguments of a packed weight, which stand on the stack one after the other.
+struct PackedWeight {
+  Tensor qweight;
+  Tensor qzeros;
+  Tensor scales;
+  Tensor g_idx;
+  bool use_exllama;
+  int64_t bit;
+  bool use_v2_format;
+  int64_t group_size;
+
+  explicit PackedWeight(const StableIValue* stack)
+      : qweight(tensor_at(stack, 0)),
+        qzeros(tensor_at(stack, 1)),
+        scales(tensor_at(stack, 2)),
+        g_idx(tensor_at(stack, 3)),
+        use_exllama(to<bool>(stack[4])),
+        bit(to<int64_t>(stack[5])),
+        use_v2_format(to<bool>(stack[6])),
+        group_size(to<int64_t>(stack[7])) {}
+
+  WeightArguments arguments() const { return {qweight, qzeros, scales, g_idx, use_exllama, bit, group_size}; }
+
+  // For the kernels, after the checks. Reads g_idx, which must not lead outside the weight.
+  cpu::Weight checked(const char* op, const Shape& shape) const {
+    check_isa(op);
+    const int64_t entries = g_idx.size(0);
+    const int32_t* rows = entries != 0 ? g_idx.data<const int32_t>() : nullptr;
+    if (rows) check_index_range(op, "g_idx", rows, entries, use_exllama ? shape.K : shape.G);
+    // A raw g_idx needs no group size, and any may have come with it.
+    const bool groups_of_equal_size = use_exllama || rows == nullptr;
+    cpu::Weight weight;
+    weight.qweight = qweight.data<const uint32_t>();
+    weight.qzeros = qzeros.data<const uint32_t>();
+    weight.scales = scales.data<const void>();
+    weight.scales_dtype = dtype_of(scales);
+    weight.rows = rows;
+    weight.K = shape.K;
+    weight.N = shape.N;
+    weight.G = shape.G;
+    weight.group_size = group_size != 0 ? group_size : (groups_of_equal_size ? shape.K / shape.G : 1);
+    weight.bits = static_cast<int32_t>(bit);
+    weight.shuffled = use_exllama;
+    weight.zeros_v2 = use_v2_format;
+    return weight;
+  }
+};
+
+void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = tensor_at(stack, 0);
+  const PackedWeight packed(stack + 1);
+  const Shape shape = check_gptq_gemm(x, packed.arguments());
+  const cpu::Weight weight = packed.checked("gptq_gemm", shape);
+  const int64_t M = x.size(0);
+  const int64_t sizes[] = {M, shape.N};
+  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
+  if (M > 0) {
+    TorchThreads pool;
+    const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
+    const Workspace workspace(cpu::gemm_workspace_bytes(weight, M, dtype_of(x), precision, pool.threads()), x);
+    cpu::gemm(weight, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
+              pool.parallel());
+  }
+  give_back(stack, static_cast<Tensor&&>(out));
+}
+
+void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor grad = tensor_at(stack, 0);
+  const PackedWeight packed(stack + 1);
+  const Shape shape = check_gptq_gemm_dx(grad, packed.arguments());
+  const cpu::Weight weight = packed.checked("gptq_gemm_dx", shape);
+  const int64_t M = grad.size(0);
+  const int64_t sizes[] = {M, shape.K};
+  Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
+  if (M > 0) {
+    TorchThreads pool;
+    const Workspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, dtype_of(grad), pool.threads()), grad);
+    cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(),
+                 pool.parallel());
+  }
+  give_back(stack, static_cast<Tensor&&>(dx));
+}
+
+void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  const PackedWeight packed(stack);
+  const Shape shape = check_gptq_dequantize(packed.arguments());
+  const cpu::Weight weight = packed.checked("gptq_dequantize", shape);
+  const int64_t sizes[] = {shape.K, shape.N};
+  const Tensor& scales = packed.scales;
+  Tensor out = Tensor::empty(sizes, scales.dtype(), scales.device_type(), scales.device_index());
+  TorchThreads pool;
+  cpu::dequantize(weight, out.data<void>(), pool.parallel());
+  give_back(stack, static_cast<Tensor&&>(out));
+}
+
+const int32_t* checked_perm(const char* op, const Tensor& q_perm, int64_t K) {
+  if (q_perm.size(0) == 0) return nullptr;
+  const int32_t* perm = q_perm.data<const int32_t>();
+  check_index_range(op, "q_perm", perm, K, K);
+  return perm;
+}
+
+void gptq_shuffle(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor qweight = tensor_at(stack, 0);
+  const Tensor q_perm = tensor_at(stack, 1);
+  const auto bit = to<int64_t>(stack[2]);
+  const int64_t K = check_gptq_shuffle("gptq_shuffle", qweight, q_perm, bit);
+  const int64_t N = qweight.size(1);
+  check_isa("gptq_shuffle");
+  const int32_t* perm = checked_perm("gptq_shuffle", q_perm, K);
+  if (N == 0) return;
+  const auto bits = static_cast<int32_t>(bit);
+  TorchThreads pool;
+  const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
+  cpu::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), pool.parallel());
+}
+
+void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor qweight = tensor_at(stack, 0);
+  const Tensor q_perm = tensor_at(stack, 1);
+  const auto bit = to<int64_t>(stack[2]);
+  const int64_t K = check_gptq_shuffle("gptq_unshuffle", qweight, q_perm, bit);
+  const int64_t sizes[] = {qweight.size(0), qweight.size(1)};
+  check_isa("gptq_unshuffle");
+  const int32_t* perm = checked_perm("gptq_unshuffle", q_perm, K);
+  Tensor out = Tensor::empty(sizes, kInt32, qweight.device_type(), qweight.device_index());
+  if (sizes[1] > 0) {
+    TorchThreads pool;
+    cpu::unshuffle(qweight.data<const uint32_t>(), perm, K, sizes[1], static_cast<int32_t>(bit), out.data<uint32_t>(),
+                   pool.parallel());
+  }
+  give_back(stack, static_cast<Tensor&&>(out));
+}
+
+struct Implementation {
+  const char* op;
+  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+};
+
+// An op whose autograd kernel calls a private twin has the same kernel twice.
+constexpr Implementation kImplementations[] = {
+    {"gptq_shuffle", gptq_shuffle}, {"gptq_unshuffle", gptq_unshuffle}, {"gptq_dequantize", gptq_dequantize},
+    {"gptq_gemm", gptq_gemm},       {"_gptq_gemm", gptq_gemm},          {"gptq_gemm_dx", gptq_gemm_dx},
+    {"_gptq_gemm_dx", gptq_gemm_dx},
+};
+
+}  // namespace
+}  // namespace exllama::bindings
+
+#define EXLLAMA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Registers the kernel of one op for CPU tensors, or of every op if `op` is null, in an operator namespace that has the
+// schemas or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
+EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
+  using torch::stable::detail::StableLibrary;
+  static thread_local std::string error;
+  try {
+    bool known = false;
+    // Kept for ever: its destructor would take the kernels back, when torch may be gone already.
+    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, "CPU", __FILE__, __LINE__);
+    for (const auto& [name, kernel] : exllama::bindings::kImplementations) {
+      if (op != nullptr && std::strcmp(op, name) != 0) continue;
+      library->impl(name, kernel);
+      known = true;
+    }
+    if (known) return nullptr;
+    error = std::string("no CPU kernel named ") + op;
+  } catch (const std::exception& exception) {
+    error = exception.what();
+  }
+  return error.c_str();
+}
+
+// The values are those of exllama::cpu::Precision; whoever calls has checked them.
+EXLLAMA_EXPORT void exllama_cpu_set_matmul_precision(int32_t precision) {
+  exllama::bindings::matmul_precision.store(precision, std::memory_order_relaxed);
+}
+
+EXLLAMA_EXPORT int32_t exllama_cpu_get_matmul_precision() {
+  return exllama::bindings::matmul_precision.load(std::memory_order_relaxed);
+}
+
+// The table of instruction sets: name by index, best first, null after the last.
+EXLLAMA_EXPORT const char* exllama_cpu_isa_name(int32_t index) {
+  const char* const* names = exllama::cpu::isa_names();
+  for (int32_t i = 0; i <= index; ++i) {
+    if (names[i] == nullptr) return nullptr;
+  }
+  return names[index];
+}
+
+EXLLAMA_EXPORT bool exllama_cpu_isa_available(const char* name) { return exllama::cpu::isa_available(name); }
+
+// Null if EXLLAMA_OPS_CPU_ISA names none that this CPU has.
+EXLLAMA_EXPORT const char* exllama_cpu_isa_in_use() { return exllama::cpu::isa_in_use(); }
