@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from exllama_ops import backends
+from exllama_ops.backends.cpu import get_cpu_matmul_precision, set_cpu_matmul_precision
 from exllama_ops.layout import GptqWeight, PackedWeight
 from exllama_ops.ops import gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_shuffle, gptq_unshuffle
 from exllama_ops.prepare import prepare
@@ -28,6 +29,7 @@ __all__ = [
     "GptqWeight",
     "PackedWeight",
     "convert",
+    "get_cpu_matmul_precision",
     "gptq_dequantize",
     "gptq_gemm",
     "gptq_gemm_dx",
@@ -39,6 +41,7 @@ __all__ = [
     "quantize",
     "read_gptq",
     "save_gptq",
+    "set_cpu_matmul_precision",
 ]
 
 backends.register()

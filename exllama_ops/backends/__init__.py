@@ -1,11 +1,14 @@
 """Who computes: for each op and device, the first backend of a fixed order that can, chosen once, at import.
 
 A backend is a module of this folder with a ``BACKEND``. To add one, add its module and its place in `PRIORITY`.
+The environment variable EXLLAMA_OPS_BACKEND names one backend to be asked before the reference, and no other.
 """
 
 from __future__ import annotations
 
-from exllama_ops.backends import reference
+import os
+
+from exllama_ops.backends import cpu, reference
 from exllama_ops.backends._types import Backend, Choice
 from exllama_ops.ops import _library
 
@@ -13,11 +16,22 @@ __all__ = ["PRIORITY", "Backend", "Choice", "register", "report"]
 
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
-    "CPU": (reference.BACKEND,),
+    "CPU": (cpu.BACKEND, reference.BACKEND),
     "CUDA": (reference.BACKEND,),
 }
+VARIABLE = "EXLLAMA_OPS_BACKEND"
 
-_choices: list[Choice] = []
+
+def _only() -> str | None:
+    """The backend that the environment names, if it names one."""
+    only = os.environ.get(VARIABLE)
+    names = sorted({backend.name for backends in PRIORITY.values() for backend in backends})
+    if only and only not in names:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(names)}, or not set; got {only!r}")
+    return only or None
+
+
+_ONLY = _only()
 
 
 def register() -> None:
@@ -30,15 +44,16 @@ def register() -> None:
         for name in _library.schemas():
             op = name.removeprefix("_")  # a private twin has the kernel of its public op
             choice = _choose(op, key, backends)
-            _library.register_kernel(name, key, choice.backend.kernel(op, key))
-            if name == op:
-                _choices.append(choice)
+            _library.register_kernel(name, key, choice.backend.kernel(op, key, choice.passed_over))
 
 
 def _choose(op: str, key: str, backends: tuple[Backend, ...]) -> Choice:
     passed_over: dict[str, tuple[str, ...]] = {}
     for backend in backends:
-        reasons = backend.reasons_against(op, key)
+        if _ONLY not in (None, backend.name) and backend is not reference.BACKEND:
+            reasons = [f"{VARIABLE}={_ONLY}"]
+        else:
+            reasons = backend.reasons_against(op, key)
         if not reasons:
             return Choice(op, key, backend, passed_over)
         passed_over[backend.name] = tuple(reasons)
@@ -46,5 +61,9 @@ def _choose(op: str, key: str, backends: tuple[Backend, ...]) -> Choice:
 
 
 def report() -> list[Choice]:
-    """Which backend serves which op on which device, and why the ones before it do not."""
-    return list(_choices)
+    """Which backend serves which op on which device, and why the ones before it do not.
+
+    A backend that finds out at its first call whether it can serve shows in the report as it stands now.
+    """
+    public = [name for name in _library.schemas() if not name.startswith("_")]
+    return [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in public]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from exllama_ops.ops._library import NativeKernel
 
 
 class Backend(Protocol):
@@ -16,8 +18,14 @@ class Backend(Protocol):
         """Why this backend cannot serve an op on a device; empty if it can."""
         ...
 
-    def kernel(self, op: str, dispatch_key: str) -> Callable[..., Any]:
-        """The implementation of an op, with the op's arguments."""
+    def detail(self) -> str:
+        """What a user may want to know of it beside its name, for the report; may be empty."""
+        ...
+
+    def kernel(
+        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]
+    ) -> NativeKernel | Callable[..., Any]:
+        """The implementation of an op, with the op's arguments; ``passed_over`` says why no better backend serves."""
         ...
 
 
@@ -38,5 +46,7 @@ class Choice:
     passed_over: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
-        others = "; ".join(f"not {name}: {', '.join(reasons)}" for name, reasons in self.passed_over.items())
-        return f"{self.dispatch_key} {self.op}: {self.backend.name}" + (f" ({others})" if others else "")
+        notes = [f"not {name}: {', '.join(reasons)}" for name, reasons in self.passed_over.items()]
+        if detail := self.backend.detail():
+            notes.insert(0, detail)
+        return f"{self.dispatch_key} {self.op}: {self.backend.name}" + (f" ({'; '.join(notes)})" if notes else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,16 @@ class ReferenceBackend:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return [] if hasattr(reference, op) else [f"the reference has no {op}"]
 
-    def kernel(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+    def detail(self) -> str:
+        return ""
+
+    def kernel(self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
         compute = getattr(reference, op)
+        because = "; ".join(f"{name} ({', '.join(reasons)})" for name, reasons in passed_over.items())
 
         @functools.wraps(compute)
         def warn_and_compute(*args: Any, **kwargs: Any) -> Any:
-            _warn_once(dispatch_key)
+            _warn_once(dispatch_key, because)
             # The ops own their gradients: without this, autograd would record the steps of the reference.
             with torch.no_grad():
                 return compute(*args, **kwargs)
@@ -38,10 +42,11 @@ class ReferenceBackend:
 
 
 @functools.cache
-def _warn_once(dispatch_key: str) -> None:
+def _warn_once(dispatch_key: str, because: str) -> None:
     warnings.warn(
-        f"exllama_ops runs its PyTorch reference for {dispatch_key} tensors: results are right, but slow, because this "
-        "version has no native or Triton kernels for them. exllama_ops.backends.report() says what serves each op.",
+        f"exllama_ops runs its PyTorch reference for {dispatch_key} tensors: results are right, but slow. "
+        + (f"Passed over: {because}. " if because else "This version has no native or Triton kernels for them. ")
+        + "exllama_ops.backends.report() says what serves each op.",
         ReferenceBackendWarning,
         stacklevel=4,
     )

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 import exllama_ops
-from exllama_ops.cli import run
+from exllama_ops.cli import build, run
 from exllama_ops.cli.output import CliError, say
 
-_COMMANDS = (run,)
+_COMMANDS = (run, build)
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -7,6 +7,7 @@ call); native libraries bring implementations only, since a second definition of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,25 @@ NAMESPACE = "exllama"
 # needs_contiguous_strides would copy a weight that is a view on every call.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# Where native kernels live that come when an op has its one kernel already.
+LATE_NAMESPACE = "exllama_late"
+
+
+@dataclass(frozen=True)
+class NativeKernel:
+    """A kernel in a native library, which hands it to torch itself.
+
+    Args:
+        install: takes a namespace and the name of an op in it.
+    """
+
+    install: Callable[[str, str], None]
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
+_late_library: torch.library.Library | None = None
 _schemas: dict[str, str] = {}
-_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+_kernels: dict[tuple[str, str], Callable[..., Any] | NativeKernel] = {}
 
 
 def define_op(name: str, arguments: str, returns: str, *, fake: Callable[..., Any]) -> None:
@@ -29,12 +46,38 @@ def define_op(name: str, arguments: str, returns: str, *, fake: Callable[..., An
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any], *, with_keyset: bool = False) -> None:
+def register_kernel(
+    name: str, dispatch_key: str, kernel: Callable[..., Any] | NativeKernel, *, with_keyset: bool = False
+) -> None:
     """Register the one kernel of an op for a dispatch key; a second one is a bug in the choice of backends."""
     if (name, dispatch_key) in _kernels:
         raise RuntimeError(f"{NAMESPACE}::{name} already has a kernel for {dispatch_key}")
     _kernels[name, dispatch_key] = kernel
-    _library.impl(name, kernel, dispatch_key, with_keyset=with_keyset)
+    if isinstance(kernel, NativeKernel):
+        kernel.install(NAMESPACE, name)
+    else:
+        _library.impl(name, kernel, dispatch_key, with_keyset=with_keyset)
+
+
+def late_kernel(name: str, dispatch_key: str, kernel: NativeKernel) -> Callable[..., Any]:
+    """A function that calls a native kernel which came after ``exllama::name`` had got its own.
+
+    That one may be running in another thread and is never exchanged. The native one goes to an op of the same schema
+    in a second namespace, which nobody but the returned function calls: it enters the dispatcher at the kernel's key,
+    below autograd.
+    """
+    global _late_library
+    if _late_library is None:
+        _late_library = torch.library.Library(LATE_NAMESPACE, "DEF")
+    _late_library.define(_schemas[name])
+    kernel.install(LATE_NAMESPACE, name)
+    redispatch = getattr(getattr(torch.ops, LATE_NAMESPACE), name).default.redispatch
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return redispatch(keys, *args, **kwargs)
+
+    return call
 
 
 def no_gradient(name: str) -> None:
@@ -47,6 +90,6 @@ def schemas() -> dict[str, str]:
     return dict(_schemas)
 
 
-def kernel(name: str, dispatch_key: str) -> Callable[..., Any] | None:
+def kernel(name: str, dispatch_key: str) -> Callable[..., Any] | NativeKernel | None:
     """The kernel registered for an op and a dispatch key, or None."""
     return _kernels.get((name, dispatch_key))
