@@ -1,13 +1,27 @@
-"""What holds for every test: the ops are registered, and GPU tests skip with a counted reason without a GPU."""
+"""What holds for every test: the ops are registered and compute in float32 at least, and GPU tests skip without a GPU.
+
+They skip with a reason that is counted.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-import exllama_ops  # noqa: F401  (registers torch.ops.exllama)
+import exllama_ops  # registers torch.ops.exllama
+
+
+@pytest.fixture(autouse=True)
+def float32_arithmetic() -> Iterator[None]:
+    """The CPU's float class: tests of anything but the other classes have one bound to know, gamma of the sum."""
+    before = exllama_ops.get_cpu_matmul_precision()
+    exllama_ops.set_cpu_matmul_precision("highest")
+    yield
+    exllama_ops.set_cpu_matmul_precision(before)
+
 
 # Workers of pytest-xdist share the cores: as many threads each as there are cores waits more than it computes.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

@@ -3,23 +3,86 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from conformance.bounds import UNIT_ROUNDOFF_F32, UNIT_ROUNDOFF_F64, gamma
+import torch
+from torch import Tensor
+
+from conformance.bounds import UNIT_ROUNDOFF_F64, gamma
+from conformance.weights import Weight
 from exllama_ops import backends
+
+# The instruction sets of the native CPU library, best first; tests/backends compares the list with the library's.
+CPU_ISAS = ("avx512_vnni", "avx512", "avx2", "scalar")
+# Rows of a block, of which activations share a scale, at most; it ends where its group ends.
+CPU_BLOCK_ROWS = 128
+
+
+class Error(NamedTuple):
+    """What a backend declares for its sums, before the final rounding: ``relative |x| |W| + absolute``."""
+
+    relative: float
+    absolute: Tensor | float = 0.0
 
 
 @dataclass(frozen=True)
 class BackendUnderTest:
-    """Where the five functions of a backend are found, on which device, and what error its sums declare."""
+    """Where the five functions of a backend are found, on which device, and what error its sums declare.
+
+    precision is that of the native CPU backend, None for any other.
+    """
 
     name: str
     ops: Any
     device: str
+    precision: str | None = None
 
-    def relative_error(self, depth: int) -> float:
-        """Of a sum of ``depth`` products, before the final rounding."""
+    @property
+    def sums_are_exact(self) -> bool:
+        """Whether a product whose terms and sums all fit into float32 comes out exactly."""
+        return self.precision in (None, "highest")
+
+    def gemm_error(self, x: Tensor, weight: Weight) -> Error:
+        """Of ``x @ W``."""
+        if self.precision is None:
+            return self._reference_error(x.shape[1])
+        blocks = cpu_blocks(weight)
+        # Of floats, and of what is added up in float32 in any class: the rows of a block, the blocks, two factors.
+        depth = min(CPU_BLOCK_ROWS, x.shape[1]) + len(blocks) + 2
+        if self.precision == "highest" or weight.case.order == "raw":  # a raw g_idx has no blocks of one group
+            return Error(gamma(depth))
+        x, W = x.double(), weight.dense
+        if self.precision == "high":
+            return Error(0.0, sum(_high_error(x[:, rows], W[rows]) for rows in blocks))
+        # int8 with a power of two for a scale, of which half is at most max|x| / 127.
+        medium = sum(
+            x[:, rows].abs().amax(1, keepdim=True) / 127 * W[rows].abs().sum(0, keepdim=True) for rows in blocks
+        )
+        return Error(gamma(depth), medium)
+
+    def dx_error(self, N: int) -> Error:
+        """Of ``grad @ W.T``, whose sums run over N, in float32 at any precision."""
+        if self.precision is None:
+            return self._reference_error(N)
+        return Error(gamma(N + 3))
+
+    def _reference_error(self, depth: int) -> Error:
         names = {choice.backend.name for choice in backends.report() if choice.dispatch_key.lower() == self.device}
-        assert names == {"reference"}, f"no declared bound for {names}"
+        assert names == {"reference"} or self.ops is not torch.ops.exllama, f"no declared bound for {names}"
         # The sum is taken in float64 and rounded to float32.
-        return UNIT_ROUNDOFF_F32 + gamma(depth, UNIT_ROUNDOFF_F64)
+        return Error(2.0**-24 + gamma(depth, UNIT_ROUNDOFF_F64))
+
+
+def _high_error(x: Tensor, W: Tensor) -> Tensor:
+    """Of one block: by the norms, or element by element in the rows of x that have an outlier there."""
+    by_norms = x.norm(dim=1, keepdim=True) * W.norm(dim=0, keepdim=True)
+    by_elements = x.abs() @ W.abs()
+    has_outlier = x.abs().amax(1, keepdim=True) > 16 * x.abs().mean(1, keepdim=True)
+    return 2.0**-11 * torch.where(has_outlier, by_elements, by_norms)
+
+
+def cpu_blocks(weight: Weight) -> list[Tensor]:
+    """The rows of each block of the native CPU backend, numbered as in the checkpoint."""
+    order = weight.groups.argsort(stable=True)
+    _, sizes = weight.groups[order].unique_consecutive(return_counts=True)
+    return [block for group in order.split(sizes.tolist()) for block in group.split(CPU_BLOCK_ROWS)]

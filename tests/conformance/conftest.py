@@ -7,20 +7,45 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from conformance.backends import BackendUnderTest
-from exllama_ops import reference
+import exllama_ops
+from conformance.backends import CPU_ISAS, BackendUnderTest
+from exllama_ops import backends, reference
+
+# Every instruction set at the default precision, and every precision on the best. Between instruction sets results are
+# the same bits at any precision: tests/backends/test_cpu_bitwise.py.
+_CPU = [("", "highest"), ("", "medium"), *((isa, "high") for isa in CPU_ISAS)]
 
 
 @pytest.fixture(
     params=[
-        pytest.param(("reference", "cpu"), id="reference"),
-        pytest.param(("ops", "cpu"), id="ops-cpu"),
-        pytest.param(("ops", "cuda"), id="ops-cuda", marks=pytest.mark.gpu),
+        pytest.param(("reference", "cpu", None), id="reference"),
+        *(pytest.param(("ops", "cpu", how), id=f"ops-cpu-{how[0] or 'best'}-{how[1]}") for how in _CPU),
+        pytest.param(("ops", "cuda", None), id="ops-cuda", marks=pytest.mark.gpu),
     ]
 )
-def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
-    source, device = request.param
-    return BackendUnderTest(f"{source}-{device}", reference if source == "reference" else torch.ops.exllama, device)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
+    source, device, how = request.param
+    ops = reference if source == "reference" else torch.ops.exllama
+    if how is None:
+        yield BackendUnderTest(f"{source}-{device}", ops, device)
+        return
+    isa, precision = how
+    use_cpu_isa(monkeypatch, isa)
+    before = exllama_ops.get_cpu_matmul_precision()
+    exllama_ops.set_cpu_matmul_precision(precision)
+    yield BackendUnderTest(f"{source}-{device}", ops, device, precision)
+    exllama_ops.set_cpu_matmul_precision(before)
+
+
+def use_cpu_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """Have the native CPU library use an instruction set, "" for the best; skip where it or the CPU has it not."""
+    native = backends.cpu.BACKEND
+    native.build()
+    if native.library is None:
+        pytest.skip(f"needs the native CPU library: {native.failure[0].splitlines()[0]}")
+    if isa and not native.library.isas().get(isa):
+        pytest.skip(f"needs a CPU with {isa}")
+    monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", isa)
 
 
 @pytest.fixture(autouse=True)

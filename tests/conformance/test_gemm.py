@@ -41,10 +41,10 @@ def check_both_products(backend: BackendUnderTest, weight: Weight, M: int, dtype
     K, N = W.shape
     x = activations(M, K, dtype)
     out = backend.ops.gptq_gemm(x.to(backend.device), *on_device.args)
-    assert_within_bound(out, x, W, backend.relative_error(K))
+    assert_within_bound(out, x, W, *backend.gemm_error(x, weight))
     grad = activations(M, N, dtype)
     dx = backend.ops.gptq_gemm_dx(grad.to(backend.device), *on_device.args)
-    assert_within_bound(dx, grad, W.t(), backend.relative_error(N))
+    assert_within_bound(dx, grad, W.t(), *backend.dx_error(N))
 
 
 @pytest.mark.parametrize("case", gemm_cases(), ids=str)
@@ -129,7 +129,10 @@ def test_one_hot_weight_columns_return_columns_of_x(
     x = activations(5, K, torch.float16)
     expected = x[:, row_of_column] * torch.where(up, 1, -1).half()
     out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
-    assert torch.equal(out.cpu(), expected)
+    if backend.sums_are_exact:
+        assert torch.equal(out.cpu(), expected)
+    else:
+        assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
@@ -147,7 +150,13 @@ def test_outliers_where_q_equals_z_leave_no_trace(backend: BackendUnderTest, bit
     without[:, 3] = 0
     args = weight.to(backend.device).args
     out = backend.ops.gptq_gemm(x.to(backend.device), *args)
-    assert torch.equal(out, backend.ops.gptq_gemm(without.to(backend.device), *args))
+    if backend.sums_are_exact:
+        assert torch.equal(out, backend.ops.gptq_gemm(without.to(backend.device), *args))
+    elif backend.precision == "high":
+        # An element-wise bound has no part of the outlier, whose weight is zero.
+        assert_within_bound(out, without, weight.dense, 2.0**-11)
+    else:
+        assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,7 +171,7 @@ def test_subnormal_activations_and_scales_are_not_flushed(
     x = activations(3, K, torch.float32).mul(torch.finfo(dtype).tiny).to(dtype) if dtype == torch.float16 else None
     x = activations(3, K, dtype) if x is None else x
     out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
-    assert_within_bound(out, x, weight.dense, backend.relative_error(K))
+    assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,7 +204,7 @@ def test_nothing_overflows_before_the_final_rounding(backend: BackendUnderTest, 
     assert unscaled > torch.finfo(torch.float16).max
     out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
     assert out.isfinite().all()
-    assert_within_bound(out, x, weight.dense, backend.relative_error(K))
+    assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
 def test_a_sum_beyond_float16_is_inf_with_its_sign(backend: BackendUnderTest) -> None:

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import exllama_ops
 from exllama_ops.checkpoint import CheckpointError, save_gptq
 from exllama_ops.integrations.transformers import load_model
+from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import ExllamaLinear, quantize
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
@@ -102,6 +104,12 @@ def test_layer_outputs_are_those_of_the_tool(path: Path) -> None:
         assert (out - expected).norm() / expected.norm() < (5e-4 if dtype == torch.float16 else 4e-3), name
 
 
+@pytest.fixture(autouse=True)
+def default_precision() -> None:
+    """What a user gets who sets nothing."""
+    exllama_ops.set_cpu_matmul_precision("high")
+
+
 def tool_dtype(reference: dict[str, torch.Tensor]) -> torch.dtype:
     """Of the activations in the tool's own run."""
     return next(tensor.dtype for name, tensor in reference.items() if name.endswith(".x"))
@@ -145,6 +153,17 @@ def test_what_a_model_keeps_in_float32_is_not_rounded(
     assert model.model.layers[0].input_layernorm.weight.dtype == dtype
 
 
+def random_weight(K: int, N: int) -> GptqWeight:
+    return GptqWeight(
+        qweight=torch.randint(-(2**31), 2**31, (K // 8, N)).to(torch.int32),
+        qzeros=torch.randint(-(2**31), 2**31, (K // 32, N // 8)).to(torch.int32),
+        scales=torch.full((K // 32, N), 0.01, dtype=torch.float16),
+        g_idx=None,
+        bits=4,
+        group_size=32,
+    )
+
+
 def test_peak_memory_is_about_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     """The layers of a model are shuffled one after the other, between weights that stay."""
     torch.manual_seed(0)
@@ -152,7 +171,7 @@ def test_peak_memory_is_about_the_size_of_the_checkpoint(tmp_path: Path) -> None
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     weights = {
-        name: quantize(torch.randn(module.weight.shape), 4, 32)
+        name: random_weight(module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     }
@@ -162,6 +181,7 @@ def test_peak_memory_is_about_the_size_of_the_checkpoint(tmp_path: Path) -> None
     code = f"""
 import resource, sys, torch
 from exllama_ops.integrations.transformers import load_model
+from exllama_ops.layout import GptqWeight
 load_model({str(DATA / CHECKPOINTS[0])!r}, progress=False)  # imports what loading imports
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_model({str(tmp_path)!r}, progress=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.bounds import UNIT_ROUNDOFF_F32, error_bound, half_ulp
+from conformance.bounds import error_bound, gamma, half_ulp
 from conformance.weights import DTYPES
 from exllama_ops import ExllamaLinear, GptqWeight, quantize
 
@@ -44,7 +44,7 @@ def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtyp
     W = exact_layer.dequantize().double().t()
     assert layer.bias is not None
     expected = x.double() @ W + layer.bias.double()
-    bound = error_bound(x.reshape(-1, K), W, UNIT_ROUNDOFF_F32).reshape(expected.shape)
+    bound = error_bound(x.reshape(-1, K), W, gamma(K + 3)).reshape(expected.shape)
     error = (layer(x).double() - expected).abs()
     assert (error <= bound + half_ulp(expected.abs() + bound, dtype)).all()
 

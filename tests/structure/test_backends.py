@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ class Picky:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return ["no compiler", "no device"]
 
-    def kernel(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+    def detail(self) -> str:
+        return ""
+
+    def kernel(self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
         raise AssertionError("not to be asked")
 
 
@@ -41,6 +45,16 @@ none = torch.empty(0, dtype=torch.int32)
 for _ in range(3):
     torch.ops.exllama.gptq_unshuffle(torch.zeros(4, 8, dtype=torch.int32), none, 4)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "EXLLAMA_OPS_BACKEND": "reference"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stderr.count("ReferenceBackendWarning: exllama_ops runs its PyTorch reference for CPU tensors") == 1
     assert "exllama_ops.backends.report()" in result.stderr
+
+
+def test_a_backend_that_does_not_exist_is_refused() -> None:
+    environment = {**os.environ, "EXLLAMA_OPS_BACKEND": "refrence"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import exllama_ops"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode
+    assert "EXLLAMA_OPS_BACKEND must be one of cpu, reference, or not set; got 'refrence'" in result.stderr

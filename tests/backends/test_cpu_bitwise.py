@@ -1,0 +1,80 @@
+"""A row's result is the same bits on every instruction set, at any number of threads and tokens, and run to run.
+
+The strongest test of a kernel: sums of integers and one order of float operations make it possible, and a wrong tail,
+a race or a value that is read twice shows in it whatever the error bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import exllama_ops
+from conformance.backends import CPU_ISAS
+from conformance.conftest import use_cpu_isa
+from conformance.weights import DTYPES, Case, build
+
+PRECISIONS = ("highest", "high", "medium")
+THREADS = (1, 2, 5)
+TOKENS = (1, 2, 7, 16, 33, 130)
+CASES = [
+    Case(2, 480, 144, 32, "perm"),
+    Case(3, 480, 96, 96, v2=False),
+    Case(4, 1032, 200, 128),
+    Case(4, 480, 1048, 24, "perm"),
+    Case(4, 488, 24, 160, "raw", shuffled=False),
+    Case(8, 484, 100, 128, shuffled=False, scales_dtype=torch.bfloat16),
+]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    threads, precision = torch.get_num_threads(), exllama_ops.get_cpu_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    exllama_ops.set_cpu_matmul_precision(precision)
+
+
+def products(case: Case, dtype: torch.dtype, M: int = TOKENS[-1]) -> tuple[torch.Tensor, ...]:
+    """gptq_gemm, gptq_gemm_dx and gptq_dequantize, with an outlier and rows of one sign among the activations."""
+    generator = torch.Generator().manual_seed(3)
+    weight = build(case)
+    x = torch.randn(TOKENS[-1], case.K, generator=generator)
+    x[::5, 7] = 300.0
+    x[::3] = x[::3].abs()
+    grad = torch.randn(TOKENS[-1], case.N, generator=generator)
+    ops: Any = torch.ops.exllama
+    return (
+        ops.gptq_gemm(x[:M].to(dtype), *weight.args),
+        ops.gptq_gemm_dx(grad[:M].to(dtype), *weight.args),
+        ops.gptq_dequantize(*weight.args),
+    )
+
+
+def assert_same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], what: str) -> None:
+    for op, result, want in zip(("gptq_gemm", "gptq_gemm_dx", "gptq_dequantize"), results, expected, strict=True):
+        rows = min(len(result), len(want))
+        assert torch.equal(result[:rows], want[:rows]), f"{op}: {what}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_do_not_depend_on_isa_threads_or_tokens(
+    case: Case, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in DTYPES:
+        use_cpu_isa(monkeypatch, "scalar")
+        exllama_ops.set_cpu_matmul_precision(precision)
+        torch.set_num_threads(1)
+        expected = products(case, dtype)
+        isas = exllama_ops.backends.cpu.BACKEND.library.isas()
+        for isa in (isa for isa in CPU_ISAS if isas.get(isa)):
+            monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", isa)
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                assert_same(products(case, dtype), expected, f"{isa}, {threads} threads, {dtype}")
+            for M in TOKENS:
+                assert_same(products(case, dtype, M), expected, f"{isa}, M={M}, {dtype}")

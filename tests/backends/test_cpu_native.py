@@ -1,0 +1,423 @@
+"""The native CPU library: what it is, how it is found, built and loaded, and what happens where it cannot be.
+
+Building is tried in subprocesses on a copy of the package whose kernels are a stub that compiles in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import exllama_ops
+from conformance.backends import CPU_ISAS
+from conformance.weights import Case, build
+from exllama_ops.backends import cpu
+from exllama_ops.backends.cpu import cache
+from exllama_ops.backends.cpu import compile as compiling
+from exllama_ops.backends.cpu.native import LoadError, NativeLibrary
+from exllama_ops.integrations.demo import cache_directory
+from exllama_ops.ops import _library
+
+ROOT = Path(__file__).parents[2]
+MARK = 0x2A2A2A2A  # of the stub's gptq_unshuffle
+
+needs_compiler = pytest.mark.skipif(compiling.find_compiler() is None, reason="needs a C++ compiler")
+
+CALL = """
+import torch, exllama_ops
+none = torch.empty(0, dtype=torch.int32)
+words = torch.ops.exllama.gptq_unshuffle(torch.zeros(4, 8, dtype=torch.int32), none, 4)
+print(int(words[0, 0]))
+print(exllama_ops.backends.report()[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> NativeLibrary:
+    cpu.BACKEND.build()
+    if cpu.BACKEND.library is None:
+        pytest.skip(f"needs the native CPU library: {cpu.BACKEND.failure[0].splitlines()[0]}")
+    return cpu.BACKEND.library
+
+
+class Sandbox:
+    """A copy of the package with stub kernels, and a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "root"
+        self.cache = folder / "cache"
+        ignore = shutil.ignore_patterns("__pycache__", "_native", "_csrc")
+        shutil.copytree(ROOT / "exllama_ops", self.root / "exllama_ops", ignore=ignore)
+        csrc = next(path for path in (ROOT / "csrc", ROOT / "exllama_ops" / "_csrc") if path.is_dir())
+        for part in ("bindings", "layout"):
+            shutil.copytree(csrc / part, self.root / "csrc" / part)
+        (self.root / "csrc" / "cpu").mkdir()
+        shutil.copy(csrc / "cpu" / "cpu.h", self.root / "csrc" / "cpu")
+        self.stub = self.root / "csrc" / "cpu" / "stub.cpp"
+        shutil.copy(Path(__file__).parent / "stub_cpu.cpp", self.stub)
+
+    def environment(self, changes: Mapping[str, str]) -> dict[str, str]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("EXLLAMA_OPS_")}
+        return {**clean, "PYTHONPATH": str(self.root), "EXLLAMA_OPS_CACHE": str(self.cache), **changes}
+
+    def start(self, *command: str, **changes: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.root,
+            env=self.environment(changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, **changes: str) -> tuple[int, str, str]:
+        process = self.start(*command, **changes)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def call(self, code: str = CALL, **changes: str) -> tuple[str, str]:
+        """stdout and stderr of a process that calls an op."""
+        status, out, err = self.run("-c", code, **changes)
+        assert status == 0, err
+        return out, err
+
+    def libraries(self) -> list[Path]:
+        return sorted(self.cache.glob(f"native/*/{compiling.LIBRARY}"))
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sandbox, str, str]:
+    """A sandbox in which an op was called once, and what that wrote."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("built"))
+    return (sandbox, *sandbox.call())
+
+
+# What the library is
+
+
+def test_the_library_knows_nothing_of_python_and_only_the_c_shims_of_torch(library: NativeLibrary) -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm")
+    listed = subprocess.run([nm, "-D", str(library.path)], capture_output=True, text=True, check=True).stdout
+    undefined = re.findall(r"^\s+U (\S+)", listed, re.MULTILINE)
+    exported = re.findall(r"^\S+ T (\S+)", listed, re.MULTILINE)
+    assert not [name for name in undefined if name.startswith(("Py", "_Py"))]
+    assert not [name for name in undefined if re.search(r"^_Z.*(3c10|2at|5torch)", name)]
+    torch_names = {name for name in undefined if name.startswith(("aoti_", "torch_"))}
+    # torch 2.10 must have them all.
+    assert "torch_parallel_for" in torch_names
+    assert not torch_names & {"torch_exception_get_what", "torch_exception_get_what_without_backtrace"}
+    assert {name for name in exported if not name.startswith("_")} == {
+        "exllama_cpu_get_matmul_precision",
+        "exllama_cpu_isa_available",
+        "exllama_cpu_isa_in_use",
+        "exllama_cpu_isa_name",
+        "exllama_cpu_register",
+        "exllama_cpu_set_matmul_precision",
+    }
+
+
+def test_the_table_of_instruction_sets_is_best_first_and_ends_with_scalar(library: NativeLibrary) -> None:
+    isas = library.isas()
+    assert [isa for isa in CPU_ISAS if isa in isas] == list(isas)
+    assert list(isas)[-1] == "scalar"
+    assert isas["scalar"]
+    assert library.isa_in_use() == os.environ.get("EXLLAMA_OPS_CPU_ISA") or next(isa for isa in isas if isas[isa])
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_by_every_op(
+    library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", "mmx")
+    assert library.isa_in_use() is None
+    weight = build(Case(4, 64, 32, 16))
+    rule = "EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of .*scalar; got mmx$"
+    with pytest.raises(ValueError, match=f"^gptq_gemm: {rule}"):
+        torch.ops.exllama.gptq_gemm(torch.randn(1, 64), *weight.args)
+    with pytest.raises(ValueError, match=f"^gptq_unshuffle: {rule}"):
+        torch.ops.exllama.gptq_unshuffle(weight.qweight, weight.rows, 4)
+
+
+def test_an_index_outside_its_range_names_itself(library: NativeLibrary) -> None:
+    weight = build(Case(4, 64, 32, 16, "perm"))
+    weight.rows[5] = -1
+    with pytest.raises(IndexError, match=r"^gptq_gemm: g_idx must have values in \[0, 64\); got -1 at index 5$"):
+        torch.ops.exllama.gptq_gemm(torch.randn(1, 64), *weight.args)
+    with pytest.raises(IndexError, match=r"^gptq_shuffle: q_perm must have values in \[0, 64\); got -1 at index 5$"):
+        torch.ops.exllama.gptq_shuffle(weight.qweight, weight.rows, 4)
+
+
+def test_a_kernel_that_the_library_has_not_is_refused(library: NativeLibrary) -> None:
+    with pytest.raises(RuntimeError, match="exllama::gptq_nothing: no CPU kernel named gptq_nothing"):
+        library.register("exllama", "gptq_nothing")
+
+
+def test_no_torch_tensor_is_left_behind(library: NativeLibrary) -> None:
+    """A boxed kernel owns its arguments, also where it throws."""
+    weight = build(Case(4, 64, 32, 16))
+    x = torch.randn(2, 64)
+    counts = [x._use_count(), *(tensor._use_count() for tensor in weight.args[:4])]
+    for _ in range(3):
+        torch.ops.exllama.gptq_gemm(x, *weight.args)
+        with pytest.raises(ValueError, match="must be contiguous"):
+            torch.ops.exllama.gptq_gemm(x.t(), *weight.args)
+    assert counts == [x._use_count(), *(tensor._use_count() for tensor in weight.args[:4])]
+
+
+def test_calls_from_many_threads_agree(library: NativeLibrary) -> None:
+    weight = build(Case(4, 480, 96, 32, "perm"))
+    x = torch.randn(5, 480)
+    expected = torch.ops.exllama.gptq_gemm(x, *weight.args)
+    wrong: list[int] = []
+
+    def work() -> None:
+        for i in range(20):
+            if not torch.equal(torch.ops.exllama.gptq_gemm(x, *weight.args), expected):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Precision
+
+
+def test_precision_reaches_the_library(library: NativeLibrary) -> None:
+    before = exllama_ops.get_cpu_matmul_precision()
+    try:
+        for value, name in enumerate(("highest", "high", "medium")):
+            exllama_ops.set_cpu_matmul_precision(name)
+            assert exllama_ops.get_cpu_matmul_precision() == name
+            assert library.precision() == value
+    finally:
+        exllama_ops.set_cpu_matmul_precision(before)
+
+
+@pytest.mark.parametrize("wrong", ["low", "HIGH", "", None, 1])
+def test_other_precisions_are_refused(wrong: object) -> None:
+    before = exllama_ops.get_cpu_matmul_precision()
+    message = f"set_cpu_matmul_precision: precision must be one of highest, high, medium; got {wrong!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        exllama_ops.set_cpu_matmul_precision(wrong)
+    assert exllama_ops.get_cpu_matmul_precision() == before
+
+
+def test_the_environment_gives_the_first_precision(sandbox: Sandbox) -> None:
+    code = "import exllama_ops; print(exllama_ops.get_cpu_matmul_precision())"
+    assert sandbox.call(code) == ("high\n", "")
+    assert sandbox.call(code, EXLLAMA_OPS_CPU_MATMUL_PRECISION="medium") == ("medium\n", "")
+    status, _, err = sandbox.run("-c", code, EXLLAMA_OPS_CPU_MATMUL_PRECISION="low")
+    assert status
+    assert "EXLLAMA_OPS_CPU_MATMUL_PRECISION must be one of highest, high, medium; got 'low'" in err
+
+
+def test_precision_is_remembered_where_the_reference_computes(sandbox: Sandbox) -> None:
+    code = "import exllama_ops as e; e.set_cpu_matmul_precision('highest'); print(e.get_cpu_matmul_precision())"
+    assert sandbox.call(code, EXLLAMA_OPS_BACKEND="reference") == ("highest\n", "")
+
+
+# Finding and building
+
+
+@needs_compiler
+def test_the_first_call_builds_with_a_message_and_progress(built: tuple[Sandbox, str, str]) -> None:
+    sandbox, out, err = built
+    (path,) = sandbox.libraries()
+    assert out.splitlines()[0] == str(MARK)
+    assert out.splitlines()[1] == f"CPU gptq_dequantize: cpu (cached library {path}, scalar, high)"
+    lines = err.splitlines()
+    assert lines[0].startswith("exllama_ops: building the CPU kernels with ")
+    assert str(path.parent) in lines[0]
+    assert [re.sub(r" [a-z]+/.*", "", line) for line in lines[1:-1]] == [f"exllama_ops: [{i}/3]" for i in (1, 2, 3)]
+    assert re.fullmatch(r"exllama_ops: built in \d+ s", lines[-1])
+
+
+@needs_compiler
+def test_the_next_process_finds_it_and_registers_it_with_torch(built: tuple[Sandbox, str, str]) -> None:
+    sandbox, out, _ = built
+    before = sandbox.libraries()[0].stat()
+    code = CALL + (
+        "from exllama_ops.ops import _library\n"
+        "assert isinstance(_library.kernel('gptq_gemm', 'CPU'), _library.NativeKernel)\n"
+        "assert _library._late_library is None\n"
+    )
+    assert sandbox.call(code) == (out, "")
+    assert sandbox.libraries()[0].stat().st_mtime_ns == before.st_mtime_ns
+
+
+@needs_compiler
+def test_a_build_in_the_cache_needs_no_compiler_any_more(built: tuple[Sandbox, str, str]) -> None:
+    sandbox, out, _ = built
+    assert sandbox.call(PATH="", CXX="") == (out, "")
+
+
+@needs_compiler
+def test_importing_builds_nothing(sandbox: Sandbox) -> None:
+    out, err = sandbox.call("import exllama_ops; print(exllama_ops.backends.report()[0])")
+    assert (out, err) == ("CPU gptq_dequantize: cpu (its library is built at the first call)\n", "")
+    assert not sandbox.cache.exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF", None], ids=["empty", "truncated", "missing"])
+def test_a_damaged_library_is_built_anew(built: tuple[Sandbox, str, str], tmp_path: Path, damage: bytes | None) -> None:
+    sandbox, out, _ = built
+    damaged = tmp_path / "cache"
+    shutil.copytree(sandbox.cache, damaged)
+    (path,) = damaged.glob(f"native/*/{compiling.LIBRARY}")
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage)
+    again, err = sandbox.call(EXLLAMA_OPS_CACHE=str(damaged))
+    assert again.splitlines()[0] == out.splitlines()[0]
+    assert "built in" in err
+    leftovers = [p.name for p in (damaged / "native").iterdir() if p != path.parent and p.suffix != ".lock"]
+    assert leftovers == []
+
+
+@needs_compiler
+def test_two_processes_that_build_at_once_build_once(sandbox: Sandbox) -> None:
+    processes = [sandbox.start("-c", CALL) for _ in range(2)]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [out.splitlines()[0] for out, _ in results] == [str(MARK)] * 2
+    assert sum(err.count("[1/3]") for _, err in results) == 1
+    assert len(sandbox.libraries()) == 1
+
+
+@needs_compiler
+def test_an_edit_of_the_sources_is_another_library(built: tuple[Sandbox, str, str], tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path)
+    assert cache_key(sandbox) == cache_key(built[0])
+    sandbox.stub.write_text(sandbox.stub.read_text() + "\n")
+    assert cache_key(sandbox) != cache_key(built[0])
+    assert cache_key(built[0], CXX=f"{sys.executable}") != cache_key(built[0])
+
+
+def cache_key(sandbox: Sandbox, **changes: str) -> str:
+    code = (
+        "from exllama_ops.backends.cpu import cache, compile as c\n"
+        "print(c.source_key(cache.csrc()), c.compiler_key(c.find_compiler()))"
+    )
+    return sandbox.call(code, **changes)[0]
+
+
+@needs_compiler
+def test_a_failed_build_shows_the_compilers_error_once_and_falls_back(sandbox: Sandbox) -> None:
+    sandbox.stub.write_text(sandbox.stub.read_text() + "\n#error the words of the compiler\n")
+    twice = CALL + "torch.ops.exllama.gptq_shuffle(torch.zeros(4, 8, dtype=torch.int32), none, 4)\n"
+    out, err = sandbox.call(twice)
+    assert out.splitlines()[0] == "0"
+    assert err.count("#error the words of the compiler") == 1 + err.count(" | #error the words of the compiler")
+    assert err.count("building the CPU kernels") == 1
+    assert err.count("ReferenceBackendWarning: exllama_ops runs its PyTorch reference for CPU tensors") == 1
+    assert "CPU gptq_dequantize: reference (not cpu: the compiler failed:" in out
+    assert sandbox.libraries() == []
+
+
+def test_without_a_compiler_one_warning_says_how_to_get_the_fast_path(sandbox: Sandbox) -> None:
+    out, err = sandbox.call(PATH="", CXX="")
+    assert out.splitlines()[0] == "0"
+    assert err.count("ReferenceBackendWarning") == 1
+    assert "needs a C++ compiler, and there is no g++ or clang++ in PATH, and CXX is not set" in err
+    assert "apt-get install g++" in err
+    out, err = sandbox.call(CXX="no-such-compiler")
+    assert "CXX=no-such-compiler names no program" in err
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_named(sandbox: Sandbox, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    out, err = sandbox.call(EXLLAMA_OPS_CACHE=str(file))
+    assert out.splitlines()[0] == "0"
+    assert f"EXLLAMA_OPS_CACHE names another place than {file / 'native'}" in err
+
+
+def test_the_reference_can_be_forced(sandbox: Sandbox) -> None:
+    out, err = sandbox.call(EXLLAMA_OPS_BACKEND="reference")
+    assert out == "0\nCPU gptq_dequantize: reference (not cpu: EXLLAMA_OPS_BACKEND=reference)\n"
+    assert "building" not in err
+    assert not sandbox.cache.exists()
+
+
+@needs_compiler
+def test_the_command_builds_once_and_says_what_it_built(sandbox: Sandbox) -> None:
+    status, out, err = sandbox.run("-m", "exllama_ops", "build", "--json")
+    assert status == 0, err
+    first = json.loads(out)
+    assert first["origin"] == "built"
+    assert [first["library"]] == [str(path) for path in sandbox.libraries()]
+    assert first["isas"] == {"scalar": True}
+    assert first["isa_in_use"] == "scalar"
+    assert "-std=c++17" in first["flags"]
+    assert not [flag for flag in first["flags"] if flag.startswith("-m")]
+    assert first["compiler"]
+    status, out, err = sandbox.run("-m", "exllama_ops", "build")
+    assert (status, err) == (0, "")
+    assert f"{first['library']} (cached)" in out
+    assert "scalar (in use)" in out
+    status, out, err = sandbox.run("-m", "exllama_ops", "build", "--force", "--json")
+    assert json.loads(out)["origin"] == "built"
+
+
+def test_the_command_without_a_compiler_fails_with_the_reason(sandbox: Sandbox) -> None:
+    status, out, err = sandbox.run("-m", "exllama_ops", "build", PATH="", CXX="")
+    assert (status, out) == (2, "")
+    assert err.startswith("exllama-ops: error: build: ")
+    assert "apt-get install g++" in err
+
+
+@needs_compiler
+def test_a_late_library_serves_without_a_second_kernel(sandbox: Sandbox) -> None:
+    code = CALL + (
+        "from exllama_ops.ops import _library\n"
+        "assert not isinstance(_library.kernel('gptq_unshuffle', 'CPU'), _library.NativeKernel)\n"
+        "assert _library.LATE_NAMESPACE == 'exllama_late'\n"
+        "x = torch.empty(3, 64, requires_grad=True)\n"
+        "weight = [torch.zeros(8, 32).int(), torch.zeros(4, 4).int(), torch.ones(4, 32), none, True, 4]\n"
+        "assert torch.ops.exllama.gptq_gemm(x, *weight).requires_grad\n"
+        "torch.ops.exllama.gptq_gemm(x, *weight, True, 16).sum().backward()\n"
+        "assert x.grad.shape == x.shape\n"
+    )
+    _, err = sandbox.call(code)
+    assert "verrid" not in err  # torch's word for a kernel that took another's place
+
+
+def test_the_cache_is_that_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache.root() == cache_directory() / "native"
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    assert cache.root() == cache_directory() / "native" == tmp_path / "native"
+
+
+def test_a_file_that_is_no_library_of_ours_is_a_load_error(tmp_path: Path) -> None:
+    (tmp_path / "x.so").write_bytes(b"no library")
+    with pytest.raises(LoadError, match=r"x\.so"):
+        NativeLibrary(tmp_path / "x.so")
+    with pytest.raises(LoadError, match="exllama_cpu_register"):
+        NativeLibrary(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so")
+
+
+def test_every_op_has_one_kernel_on_the_cpu(library: NativeLibrary) -> None:
+    for name in _library.schemas():
+        dump = torch._C._dispatch_dump(f"exllama::{name}")
+        assert len(re.findall(r"^CPU(?:\[alias\])?:", dump, re.MULTILINE)) == 1
