@@ -45,16 +45,20 @@ def test_links_lead_to_files(document: str) -> None:
 
 
 def test_the_tree_of_the_architecture_exists() -> None:
-    tree = re.search(r"```\nexllama_ops/\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+    tree = re.search(r"```\n(exllama_ops/\n.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
     assert tree is not None
+    named: set[Path] = set()
+    top = ROOT
     for line in tree.group(1).splitlines():
-        if inside := re.match(r"  (\w[\w./]*)", line):
-            assert (ROOT / "exllama_ops" / inside.group(1)).exists(), line
-        elif top := re.match(r"(\w[\w./]*)", line):
-            assert (ROOT / top.group(1)).exists(), line
-    named = set(re.findall(r"^  (\w+)/", tree.group(1), re.MULTILINE))
-    folders = {path.name for path in (ROOT / "exllama_ops").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == named
+        if match := re.match(r"(  )?(\w[\w./]*)", line):
+            inside, name = match.groups()
+            path = (top if inside else ROOT) / name
+            top = top if inside else path
+            named.add(path)
+            assert path.exists(), line
+    for base in ("exllama_ops", "csrc"):
+        folders = {path for path in (ROOT / base).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert folders <= named
 
 
 def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:
