@@ -14,8 +14,7 @@ import torch
 
 NAMESPACE = "exllama"
 
-# Inductor must pass the strides that were traced: the rules for contiguity are checked there, and the looser
-# needs_contiguous_strides would copy a weight that is a view on every call.
+# The rules for contiguity are checked while tracing, so Inductor must pass the strides that were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # Where native kernels live that come when an op has its one kernel already.
