@@ -42,6 +42,8 @@ def use_cpu_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     native = backends.cpu.BACKEND
     native.build()
     if native.library is None:
+        if not backends.cpu.cache.reasons_against_building():
+            pytest.fail(f"the native CPU library could be built here, and was not: {native.failure}")
         pytest.skip(f"needs the native CPU library: {native.failure[0].splitlines()[0]}")
     if isa and not native.library.isas().get(isa):
         pytest.skip(f"needs a CPU with {isa}")
