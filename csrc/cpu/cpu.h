@@ -27,10 +27,12 @@ struct Weight {
   bool zeros_v2;  // the stored zero point is the zero point itself, not minus one
 };
 
-// Runs body(context, task) for every task in [0, tasks), in any order, on any threads, and returns when all are done.
-// Threads claim tasks one at a time, so that a stolen core delays one task and not half of them.
+// Runs body(context, task, worker) for every task in [0, tasks), in any order, on any threads, and returns when all are
+// done. Tasks that run at the same time have different workers in [0, threads). Threads claim tasks one at a time, so
+// that a stolen core delays one task and not half of them.
 struct Parallel {
-  void (*run)(void* self, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  using Body = void (*)(void* context, int64_t task, int32_t worker);
+  void (*run)(void* self, int64_t tasks, Body body, void* context);
   void* self;
   int32_t threads;
 };

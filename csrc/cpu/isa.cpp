@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+#if EXLLAMA_X86
+#include <cpuid.h>
+#endif
+
 namespace exllama::cpu {
 namespace {
 
@@ -20,6 +24,11 @@ bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool has_avx2_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kAvxVnni = 1u << 4;  // leaf 7, subleaf 1, eax; gcc 12 has no name for it
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -31,6 +40,7 @@ constexpr Isa kIsas[] = {
 #if EXLLAMA_X86
     {&kAvx512VnniKernels, has_avx512_vnni},
     {&kAvx512Kernels, has_avx512},
+    {&kAvx2VnniKernels, has_avx2_vnni},
     {&kAvx2Kernels, has_avx2},
 #endif
     {&kScalarKernels, always},
