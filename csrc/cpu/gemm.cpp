@@ -26,7 +26,8 @@ Class class_of(const Weight& weight, Precision precision) {
   return precision == Precision::kHigh ? Class::kInt16 : Class::kInt8;
 }
 
-// Packed x: entry (block, row) of each array is at block * M + row; an entry of limbs or floats has `stride` values.
+// Packed x: entry (block, row) of each array is at block * M + row, and has `stride` values. For tiles the two bytes of
+// the int16 limbs lie in their place, as MultiplyTiles has them.
 struct PackedX {
   int64_t M;
   int64_t stride;
@@ -46,10 +47,17 @@ struct Scratch {
   float* sums;  // [worker][task's sums]
 };
 
+// Rows of W in a tile.
+int tile_depth(const Weight& weight) {
+  return static_cast<int>(std::min<int64_t>(64, round_up(Blocks(weight, kBlockRows).longest(), 4)));
+}
+
 Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, Class kind, int32_t threads) {
   const Blocks blocks(weight, kBlockRows);
-  PackedX x{M, round_up(blocks.longest(), 8)};
-  const int64_t entries = blocks.count() * M;
+  const Tiles* tiles = kernels().tiles;
+  PackedX x{M, round_up(blocks.longest(), tiles ? std::max(8, tile_depth(weight)) : 8)};
+  // Tiles read on beyond the last row.
+  const int64_t entries = blocks.count() * M + (tiles ? tiles->rows : 0);
   if (kind == Class::kFloat) {
     x.floats = arena.take<float>(entries * x.stride);
   } else {
@@ -98,6 +106,7 @@ class Gemm {
     whole_words_ = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
     int8_ = kind == Class::kInt8 && isa_.multiply_int8 && whole_words_;
     gemv_ = kind != Class::kFloat && M <= kGemvRows && isa_.gemv && whole_words_;
+    tiles_ = kind != Class::kFloat && !gemv_ && whole_words_ ? isa_.tiles : nullptr;
   }
 
   void run(const Parallel& parallel) {
@@ -148,19 +157,28 @@ class Gemm {
     }
     alignas(64) float values[kBlockRows];
     isa_.load(row, dtype_, perm_, block.row, block.rows, values);
-    int16_t* first = x_.first + entry * x_.stride;
-    x_.scales[entry] =
-        isa_.quantize(values, block.rows, static_cast<int>(x_.stride), kind_ == Class::kInt16 ? 32767 : 127, first,
-                      x_.second ? x_.second + entry * x_.stride : nullptr);
-    if (int8_) {
-      uint8_t* bytes = x_.bytes + entry * x_.stride;
-      const int values = layout::block_values(weight_.bits), shift = gemv_ ? 0 : kInt8Offset;
-      for (int k = 0; k < block.rows; k += values) {
-        for (int i = 0; i < values; ++i) {
-          bytes[k + i] = static_cast<uint8_t>(first[k + quad_order(weight_.bits, i)] + shift);
-        }
-      }
+    const int stride = static_cast<int>(x_.stride), limit = kind_ == Class::kInt16 ? 32767 : 127;
+    int16_t* first = x_.first + entry * stride;
+    int16_t* second = x_.second ? x_.second + entry * stride : nullptr;
+    if (tiles_ && kind_ == Class::kInt16) {
+      alignas(64) int16_t limb[2][kBlockRows];
+      const BlockScale scale = isa_.quantize(values, block.rows, stride, limit, limb[0], limb[1]);
+      pack_two_bytes(limb[0], first);
+      if (scale.limbs == Limbs::kTwo) pack_two_bytes(limb[1], second);
+      x_.scales[entry] = scale;
+      return;
     }
+    x_.scales[entry] = isa_.quantize(values, block.rows, stride, limit, first, second);
+    // int8 panels take unsigned x, the kernels for few rows and for tiles signed.
+    const int shift = gemv_ || tiles_ ? 0 : kInt8Offset;
+    if (int8_) isa_.pack_bytes(first, stride, weight_.bits, 0, shift, x_.bytes + entry * stride);
+  }
+
+  void pack_two_bytes(const int16_t* limb, int16_t* out) const {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
+    const int stride = static_cast<int>(x_.stride);
+    isa_.pack_bytes(limb, stride, weight_.bits, 8, 0, bytes);
+    isa_.pack_bytes(limb, stride, weight_.bits, 0, 0, bytes + stride);
   }
 
   bool all_finite() const {
@@ -188,6 +206,7 @@ class Gemm {
     };
     const WordLines lines(weight_, kBlockRows, kPanelColumns);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
+    if (tiles_) tiles_->start(tile_depth(weight_));
     for (int64_t b = 0; b < blocks_.count(); ++b) {
       Runs runs;
       if (kind_ != Class::kFloat) find_runs(b, begin, rows, runs);
@@ -201,6 +220,7 @@ class Gemm {
         }
       }
     }
+    if (tiles_) tiles_->stop();
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int m = 0; m < rows; ++m) {
         isa_.store(acc + panel * panel_sums + m * kPanelColumns, columns(panel),
@@ -267,13 +287,23 @@ class Gemm {
     isa_.load_zeros(weight_, block.group, column, columns, zeros);
     isa_.load_scales(weight_, block.group, column, columns, scales);
     if (!runs.all_finite) add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);
-    if (int8_) {
+    if (tiles_ || int8_) {
       alignas(64) int8_t panel[kBlockRows * kPanelColumns];
       alignas(64) int32_t start[kPanelColumns];
       isa_.unpack_int8(weight_, block.row, block.rows, column, columns, zeros, panel, start);
       const bool whole_zero = weight_.bits != 8;
       if (!whole_zero) std::for_each(zeros, zeros + kPanelColumns, [](int32_t& zero) { zero -= kInt8Offset; });
       for (const Run& run : runs) {
+        if (tiles_) {
+          const bool two_bytes = kind_ == Class::kInt16;
+          const int64_t x_stride = two_bytes ? 2 * x_.stride : x_.stride;
+          const void* x = !two_bytes ? x_.bytes : static_cast<const void*>(run.limb == 0 ? x_.first : x_.second);
+          tiles_->multiply({static_cast<const int8_t*>(x) + (entry + run.first) * x_stride, x_stride,
+                            x_scales + run.first, run.limb, two_bytes, run.count, block.rows, tile_depth(weight_),
+                            panel, columns, scales, whole_zero ? nullptr : zeros, acc + run.first * kPanelColumns},
+                           ahead);
+          continue;
+        }
         isa_.multiply_int8({x_.bytes + (entry + run.first) * x_.stride, x_.stride, x_scales + run.first, 0,
                             run.count, block.rows, panel, columns, scales, acc + run.first * kPanelColumns, start,
                             whole_zero ? nullptr : zeros},
@@ -320,6 +350,7 @@ class Gemm {
   bool whole_words_;
   bool int8_;
   bool gemv_;
+  const Tiles* tiles_;
 };
 
 }  // namespace

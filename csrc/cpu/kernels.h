@@ -85,6 +85,32 @@ struct Gemv {
   float* acc;  // [rows][columns], all zero
 };
 
+// acc += x @ panel like Multiply, by a matrix unit. x is bytes in quad_order: signed ones, or for two_bytes x_stride / 2
+// high bytes and as many unsigned low ones. Rows up to a multiple of Tiles::rows may be read, and their sums are lost.
+struct MultiplyTiles {
+  const int8_t* x;
+  int64_t x_stride;
+  const BlockScale* x_scales;
+  int limb;
+  bool two_bytes;
+  int rows;
+  int depth;
+  int tile_depth;  // rows of W in a tile; x and the panel go on, x with zeros, to a multiple of it
+  const int8_t* panel;
+  int columns;
+  const float* scales;
+  const int32_t* zeros;
+  float* acc;
+};
+
+// A thread configures the unit before a run of products, and releases it afterwards.
+struct Tiles {
+  int rows;
+  void (*start)(int tile_depth);
+  void (*stop)();
+  void (*multiply)(const MultiplyTiles& multiply, Ahead& ahead);
+};
+
 struct Kernels {
   const char* name;
 
@@ -110,6 +136,9 @@ struct Kernels {
   void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead);
   void (*multiply_float)(const Multiply<float, float>& multiply, Ahead& ahead);
 
+  // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
+  void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out);
+
   // Null where an ISA has none: then int8 values go through the int16 panel, to the same result.
   // start[column] = -kInt8Offset * (sum of the panel's column).
   void (*unpack_int8)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
@@ -117,6 +146,8 @@ struct Kernels {
   void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead);
   // Null where panels serve few rows as well.
   void (*gemv)(const Gemv& gemv);
+  // Null where there is no matrix unit.
+  const Tiles* tiles;
 };
 
 extern const Kernels kScalarKernels;
@@ -125,6 +156,8 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAmxKernels;
+extern const Tiles kAmxTiles;
 #endif
 
 // The table of the ISA in use.

@@ -109,6 +109,19 @@ EXLLAMA_VECTOR BlockScale quantize(const float* x, int rows, int stride, int lim
   return scale;
 }
 
+EXLLAMA_VECTOR void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) {
+  alignas(16) uint8_t order[16];
+  const int values = layout::block_values(bits) < 16 ? layout::block_values(bits) : 16;
+  for (int i = 0; i < 16; ++i) order[i] = static_cast<uint8_t>(i / values * values + quad_order(bits, i % values));
+  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+  for (int k = 0; k < rows; k += 16) {
+    const __mmask16 mask = mask_of(rows - k);
+    const __m256i values16 = _mm256_sra_epi16(_mm256_maskz_loadu_epi16(mask, limb + k), _mm_cvtsi32_si128(shift));
+    const __m256i shifted = _mm256_add_epi16(values16, _mm256_set1_epi16(static_cast<int16_t>(offset)));
+    _mm_mask_storeu_epi8(out + k, mask, _mm_shuffle_epi8(_mm256_cvtepi16_epi8(shifted), shuffle));
+  }
+}
+
 // --- weights -----------------------------------------------------------------------------------------------------
 
 template <int kBits>
@@ -205,9 +218,11 @@ const Kernels kAvx512Kernels = {
     unpack_transposed,
     multiply_rows<Int16Product<false>>,
     multiply_rows<FloatProduct>,
+    pack_bytes,
     nullptr,
     nullptr,
     avx512::gemv,
+    nullptr,
 };
 
 const Kernels kAvx512VnniKernels = {
@@ -222,9 +237,31 @@ const Kernels kAvx512VnniKernels = {
     unpack_transposed,
     multiply_rows<Int16Product<true>>,
     multiply_rows<FloatProduct>,
+    pack_bytes,
     unpack_int8,
     multiply_rows<Int8Product>,
     avx512::gemv_vnni,
+    nullptr,
+};
+
+// Few rows and groups that fill no words are served as for VNNI.
+const Kernels kAmxKernels = {
+    "amx",
+    load,
+    store,
+    quantize,
+    load_zeros,
+    load_scales,
+    unpack_int16,
+    unpack_float,
+    unpack_transposed,
+    multiply_rows<Int16Product<true>>,
+    multiply_rows<FloatProduct>,
+    pack_bytes,
+    unpack_int8,
+    multiply_rows<Int8Product>,
+    avx512::gemv_vnni,
+    &kAmxTiles,
 };
 
 }  // namespace exllama::cpu

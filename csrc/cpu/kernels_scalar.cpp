@@ -154,6 +154,14 @@ void multiply_float(const Multiply<float, float>& multiply, Ahead&) {
   }
 }
 
+void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) {
+  const int values = layout::block_values(bits);
+  for (int k = 0; k < rows; ++k) {
+    const int source = k / values * values + quad_order(bits, k % values);
+    out[k] = static_cast<uint8_t>((limb[source] >> shift) + offset);
+  }
+}
+
 }  // namespace scalar
 
 const Kernels kScalarKernels = {
@@ -168,6 +176,8 @@ const Kernels kScalarKernels = {
     scalar::unpack_transposed,
     scalar::multiply_int16,
     scalar::multiply_float,
+    scalar::pack_bytes,
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

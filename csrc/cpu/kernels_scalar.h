@@ -19,6 +19,7 @@ void unpack_transposed(const Weight& weight, int64_t row, int rows, int64_t colu
                        const float* scales, float* panel);
 void multiply_int16(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead);
 void multiply_float(const Multiply<float, float>& multiply, Ahead& ahead);
+void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out);
 
 // The power-of-two scale of a block whose largest |x| has the bits `largest` (finite): its exponent.
 inline int scale_exponent(uint32_t largest, int limit) {
