@@ -135,8 +135,8 @@ def _table(result: dict[str, Any]) -> str:
         "# Decoding with the demo model",
         "",
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
-        f"{machine['commit']}, torch {machine['packages']['torch']}; both models compiled, {TURN_TOKENS} tokens a turn; "
-        "median ms of a token ± interquartile range.",
+        f"{machine['commit']}, torch {machine['packages']['torch']}; both models compiled, {TURN_TOKENS} tokens a "
+        "turn; median ms of a token ± interquartile range.",
         "",
         f"```\n{result['command']}\n```",
         "",

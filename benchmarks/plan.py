@@ -18,10 +18,10 @@ from benchmarks.results import OURS, Measurement, Timed
 from benchmarks.timing import BURST_TOKENS, Runner, interleave
 from exllama_ops.cli.output import say
 
-# Copies of a weight are used in turns; together they are more than this, and more than the caches keep.
+# Copies of a weight are used in turns; together they are as much as this, and more than the caches keep.
 ROTATION_BYTES = 256 << 20
-# Above as many tokens two copies take turns: a burst is one call, and what the limits and other kernels read between two
-# calls of a kernel is more than the rotation.
+# Above as many tokens two copies take turns: a burst is one call, and between two calls of a kernel the limits and the
+# other kernels read more than the rotation holds.
 ROTATED_TOKENS = BURST_TOKENS
 # Rows of which the error of a peer is taken.
 ERROR_ROWS = 16

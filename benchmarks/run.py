@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
-        description="Time gptq_gemm and gptq_gemm_dx on CPUs, interleaved with other libraries and the machine's limits.",
+        description="Time gptq_gemm and gptq_gemm_dx on CPUs, in turns with other libraries and the machine's limits.",
     )
     add = parser.add_argument
     add("--threads", type=int, default=1, help="threads of all, and cores of the process (default: %(default)s)")
