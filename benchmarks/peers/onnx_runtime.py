@@ -16,7 +16,8 @@ def _packed(values: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     parts = torch.nn.functional.pad(values, (0, -values.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (parts << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (parts << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def _prepare(accuracy_level: int, weight: Weight, threads: int) -> Layer:

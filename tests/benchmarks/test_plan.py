@@ -102,6 +102,27 @@ def test_the_gate_refuses_one_wrong_element_and_nan(case: Case) -> None:
         gate.check_dx(dx)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_bounds_are_those_of_the_formulas_block_by_block(case: Case) -> None:
+    weight = Weight(case)
+    x = activations(2, case.K)
+    x[1, 3] = 300.0  # an outlier of its block
+    gate = Gate(weight, x)
+    g_idx = weight.checkpoint.g_idx
+    groups = torch.arange(case.K) // case.group_size if g_idx is None else g_idx
+    for row, column in ((0, 0), (1, 7)):
+        high = medium = 0.0
+        for group in range(case.K // case.group_size):
+            rows = groups == group
+            x_b, w_b = x[row, rows].double().abs(), weight.dense[rows, column].double().abs()
+            has_outlier = x_b.max() > 16 * x_b.mean()
+            high += 2.0**-11 * float(x_b @ w_b if has_outlier else x_b.norm() * w_b.norm())
+            medium += float(x_b.max() / 127 * w_b.sum())
+        rounding = 2.0**-23 * float(x[row].double().abs() @ weight.dense[:, column].double().abs())
+        assert float(gate.errors["high"][row, column]) == pytest.approx(high, abs=rounding)
+        assert float(gate.errors["medium"][row, column]) == pytest.approx(medium, abs=case.K * rounding)
+
+
 def test_the_bound_of_high_is_tighter_than_int8_activations() -> None:
     weight = Weight(CASES[0])
     x = activations(64, weight.case.K)
