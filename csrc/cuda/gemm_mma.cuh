@@ -1,4 +1,4 @@
-// gemm on the tensor cores straight from the shuffled words, for x of 16 bits; docs of the layout: kMmaStep below.
+// gemm on the tensor cores straight from the shuffled words, for x of 16 bits; fragments by the tables of the PTX ISA.
 //
 // W^T is the A operand of mma.m16n8k16 and x^T the B operand, so that eight tokens fill a tile. Lane 4 g + t of a warp
 // has the columns 4 g to 4 g + 3 of 32: the columns 0 and 1 of them are rows g and g + 8 of one fragment, 2 and 3 of a
@@ -9,20 +9,10 @@
 // the end of a group, in float32, and an outlier of x costs nothing where q = z.
 #pragma once
 
+#include "tiles.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
-
-inline constexpr int kMmaWarpsN = 2, kMmaWarpsK = 4;
-inline constexpr int kMmaThreads = 32 * kMmaWarpsN * kMmaWarpsK;
-inline constexpr int kMmaColumns = 32 * kMmaWarpsN;  // of a thread block
-inline constexpr int kMmaRunK = 128;                 // rows of W that a warp loads ahead of their use
-inline constexpr int kMmaStageBytes = 32 * 1024;
-
-// Rows of W in a step, which four lanes share: what a group must be a multiple of.
-constexpr int mma_step_k(int bits) { return bits == 3 ? 128 : bits == 2 ? 64 : 32; }
-// Rows of W for which x lies in shared memory at a time.
-constexpr int mma_stage_k(int tiles) { return kMmaStageBytes / (2 * 8 * tiles); }
 
 template <int bits>
 struct MmaStep {
@@ -107,7 +97,7 @@ inline constexpr uint32_t kMagic<__nv_bfloat16> = 0x4300;  // 128
 // How the pairs (2 i, 2 i + 1) of a lane's words become q - z, in two halves of a register.
 template <int bits, typename T>
 struct Pairs {
-  static constexpr bool kWide = bits == 8 && sizeof(kMagic<T>) && kMagic<T> == 0x4300;  // q does not fit into 7 bits
+  static constexpr bool kWide = bits == 8 && kMagic<T> == 0x4300;  // q does not fit into the 7 bits of bfloat16
 
   // What `get` takes for a zero point.
   static __device__ uint32_t zero(uint32_t z) { return kWide ? 0x4B000000u + z : (kMagic<T> + z) * 0x00010001u; }
@@ -158,13 +148,18 @@ struct MmaGroup {
     const uint32_t* row = weight.qzeros + group * (weight.N * bits / 32);
     const int64_t bit = column * bits;
     zeros[0] = __ldg(row + bit / 32);
-    if (bits == 3 && bit % 32 > 20) zeros[bits == 3] = __ldg(row + bit / 32 + 1);
+    // Only the last of 12 bits may lie in the next word, which need not be there otherwise.
+    if constexpr (bits == 3) zeros[1] = bit % 32 > 20 ? __ldg(row + bit / 32 + 1) : 0;
   }
 
   __device__ uint32_t zero(const Weight& weight, int64_t column, int c) const {
-    const int shift = static_cast<int>(column * bits % 32) + bits * c;
-    uint32_t field = zeros[0] >> (bits == 3 ? min(shift, 31) : shift);
-    if constexpr (bits == 3) field = __funnelshift_rc(zeros[0], zeros[1], shift);
+    const int shift = static_cast<int>(column) * bits % 32 + bits * c;
+    uint32_t field;
+    if constexpr (bits == 3) {
+      field = static_cast<uint32_t>((static_cast<uint64_t>(zeros[1]) << 32 | zeros[0]) >> shift);
+    } else {
+      field = zeros[0] >> shift;
+    }
     return (field & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
   }
 
@@ -182,7 +177,7 @@ template <int bits, typename T, int tiles>
 __global__ void __launch_bounds__(kMmaThreads)
     gemm_mma(Weight weight, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
   using Step = MmaStep<bits>;
-  constexpr int kTokens = 8 * tiles, kStageK = mma_stage_k(tiles);
+  constexpr int kTokens = kMmaTokens * tiles, kStageK = mma_stage_k(tiles);
   // Rows of x are 64 bytes apart modulo 128: the 16-byte reads of two tokens by four lanes meet every bank once.
   constexpr int kPitch = kStageK + 32;
   constexpr int kSums = 8 * tiles;  // of a lane

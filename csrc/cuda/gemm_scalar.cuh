@@ -4,14 +4,10 @@
 // read once for all `rows` rows of x. q - z is exact in float32, so that an outlier of x costs nothing where q = z.
 #pragma once
 
+#include "tiles.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
-
-inline constexpr int kScalarWarps = 4;
-inline constexpr int kScalarThreads = 32 * kScalarWarps;
-inline constexpr int kScalarColumns = 128;  // of a thread block
-inline constexpr int kScalarStageK = 256;   // rows of W for which x lies in shared memory at a time
 
 __device__ inline uint4 load_four_columns(const uint32_t* words, bool aligned) {
   if (aligned) return __ldg(reinterpret_cast<const uint4*>(words));
@@ -77,13 +73,34 @@ struct ScalarSums {
   }
 };
 
+// The words of `blocks` blocks of four columns from row k of W on; zeros beyond K.
+template <int bits, int blocks>
+__device__ void load_blocks(const Weight& weight, int64_t k, int64_t column, bool aligned,
+                            uint32_t (&words)[blocks][4][layout::block_words(bits)]) {
+  constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
+#pragma unroll
+  for (int i = 0; i < blocks; ++i) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      uint4 four = make_uint4(0, 0, 0, 0);
+      if (k + i * kValues < weight.K) {
+        four = load_four_columns(weight.qweight + (k / kValues * kWords + i * kWords + w) * weight.N + column, aligned);
+      }
+      words[i][0][w] = four.x;
+      words[i][1][w] = four.y;
+      words[i][2][w] = four.z;
+      words[i][3][w] = four.w;
+    }
+  }
+}
+
 // partials (split_k, M, N) if there are several splits, else out (M, N). A split has stages_per_split stages of K.
 template <int bits, bool shuffled, typename X, int rows>
 __global__ void __launch_bounds__(kScalarThreads)
     gemm_scalar(Weight weight, const X* x, int64_t M, int64_t stages_per_split, float* partials, X* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
-  constexpr int kWarpK = kScalarStageK / kScalarWarps;       // rows of W that a warp has of a stage
-  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;        // blocks that are loaded together
+  constexpr int kWarpK = kScalarStageK / kScalarWarps;  // rows of W that a warp has of a stage
+  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;   // blocks that are loaded together
   constexpr int kXFloats = kScalarStageK * rows, kSumFloats = kScalarWarps * rows * kScalarColumns;
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
@@ -94,7 +111,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   const int64_t column = first_column + 4 * lane;
   const bool active = column < weight.N;  // N is a multiple of 4
   const bool aligned = reinterpret_cast<uintptr_t>(weight.qweight) % 16 == 0;
-  const bool groups_cut_blocks = !weight.shuffled && weight.rows ? true : weight.group_size % kValues != 0;
+  const bool raw = !weight.shuffled && weight.rows;
 
   ScalarSums<bits, rows> sums;
   const int64_t first_stage = blockIdx.y * stages_per_split;
@@ -104,42 +121,34 @@ __global__ void __launch_bounds__(kScalarThreads)
     __syncthreads();  // the last stage has been read
     stage_x<rows>(weight, x, M, first_row, stage_k, s_floats);
     __syncthreads();
+    const int64_t first_k = stage_k + warp * kWarpK;
+    const auto end = static_cast<int>(min(weight.K - first_k, static_cast<int64_t>(kWarpK)));
+    const float* const s_x = s_floats + warp * kWarpK * rows;
     if (!active) continue;
-    for (int batch = 0; batch < kWarpK; batch += kBatch * kValues) {
-      uint32_t words[kBatch][4][kWords];
+    if (raw || weight.group_size % kValues != 0) {
+      // The group may change with every row.
+      for (int i = 0; i < end; i += kValues) {
+        uint32_t words[1][4][kWords];
+        load_blocks<bits>(weight, first_k + i, column, aligned, words);
+#pragma unroll 1
+        for (int j = 0; j < kValues; ++j) {
+          sums.enter_group(weight, group_of(weight, first_k + i + j), column);
+          float r_x[rows];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t k = stage_k + warp * kWarpK + batch + i * kValues;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          uint4 four = make_uint4(0, 0, 0, 0);
-          if (k < weight.K) {
-            four = load_four_columns(weight.qweight + (k / kValues * kWords + w) * weight.N + column, aligned);
-          }
-          words[i][0][w] = four.x;
-          words[i][1][w] = four.y;
-          words[i][2][w] = four.z;
-          words[i][3][w] = four.w;
+          for (int m = 0; m < rows; ++m) r_x[m] = s_x[(i + j) * rows + m];
+          sums.template add<shuffled>(words[0], j, r_x);
         }
       }
+      continue;
+    }
+    for (int batch = 0; batch < end; batch += kBatch * kValues) {
+      uint32_t words[kBatch][4][kWords];
+      load_blocks<bits>(weight, first_k + batch, column, aligned, words);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int local = warp * kWarpK + batch + i * kValues;
-        const int64_t k = stage_k + local;
-        if (k >= weight.K) break;
-        const float4* s_x = reinterpret_cast<const float4*>(s_floats + local * rows);
-        if (groups_cut_blocks) {
-#pragma unroll 1
-          for (int j = 0; j < kValues; ++j) {
-            sums.enter_group(weight, group_of(weight, k + j), column);
-            float r_x[rows];
-#pragma unroll
-            for (int m = 0; m < rows; ++m) r_x[m] = s_floats[(local + j) * rows + m];
-            sums.template add<shuffled>(words[i], j, r_x);
-          }
-          continue;
-        }
-        sums.enter_group(weight, group_of(weight, k), column);
+        const int first = batch + i * kValues;
+        if (first >= end) break;
+        sums.enter_group(weight, (first_k + first) / weight.group_size, column);
         // As many rows of W at a time as fill float4 loads of x.
         constexpr int kTogether = rows < 4 ? 4 / rows : 1, kLoads = kTogether * rows / 4;
 #pragma unroll
@@ -147,7 +156,7 @@ __global__ void __launch_bounds__(kScalarThreads)
           float r_x[kTogether * rows];
 #pragma unroll
           for (int v = 0; v < kLoads; ++v) {
-            const float4 four = s_x[j / kTogether * kLoads + v];
+            const float4 four = *reinterpret_cast<const float4*>(s_x + (first + j) * rows + 4 * v);
             r_x[4 * v] = four.x;
             r_x[4 * v + 1] = four.y;
             r_x[4 * v + 2] = four.z;

@@ -81,4 +81,35 @@ __device__ inline int64_t source_row(const Weight& weight, int64_t k) {
   return k;
 }
 
+// visit(j, scale * (q - z)) for the values of a block of words of one column, rounded to float32.
+template <int bits, bool shuffled, typename Visit>
+__device__ inline void visit_block(const Weight& weight, int64_t block, int64_t column, const Visit& visit) {
+  constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = weight.qweight[(block * kWords + w) * weight.N + column];
+  const bool raw = !weight.shuffled && weight.rows;
+  int64_t group = -1, left_in_group = 0;
+  float scale = 0;
+  int zero = 0;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) {
+    const int64_t k = block * kValues + j;
+    const int64_t last = group;
+    if (raw || j == 0) {
+      group = group_of(weight, k);
+      left_in_group = raw ? 0 : weight.group_size - k % weight.group_size;
+    } else if (left_in_group == 0) {
+      ++group;
+      left_in_group = weight.group_size;
+    }
+    --left_in_group;
+    if (group != last) {
+      scale = scale_of(weight, group, column);
+      zero = static_cast<int>(zero_of<bits>(weight, group, column));
+    }
+    visit(j, static_cast<float>(static_cast<int>(value_of<bits, shuffled>(words, j)) - zero) * scale);
+  }
+}
+
 }  // namespace exllama::cuda
