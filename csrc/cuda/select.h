@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
 #include "../layout/weight.h"
 #include "tiles.h"
@@ -34,6 +33,8 @@ struct Problem {
 };
 
 enum class Algorithm : int32_t { kScalar, kMma, kTiled, kDense };
+
+inline constexpr Algorithm kAlgorithms[] = {Algorithm::kScalar, Algorithm::kMma, Algorithm::kTiled, Algorithm::kDense};
 
 struct Config {
   Algorithm algorithm;
@@ -234,7 +235,7 @@ constexpr Config config_of(const Problem& p, Algorithm algorithm) {
 constexpr Config select_gemm(const Problem& p) {
   if (p.batch_invariant) return config_of(p, can(p, Algorithm::kMma) ? Algorithm::kMma : Algorithm::kScalar);
   Config best = scalar_config(p);
-  for (Algorithm algorithm : {Algorithm::kMma, Algorithm::kTiled, Algorithm::kDense}) {
+  for (Algorithm algorithm : kAlgorithms) {
     if (!can(p, algorithm)) continue;
     const Config config = config_of(p, algorithm);
     if (cycles(p, config) < cycles(p, best)) best = config;

@@ -186,7 +186,7 @@ def build(
     options = [
         *(f"-D{d}" for d in defines),
         *(f"-I{d}" for d in project),
-        *(f"-isystem{d}" for d in system_include_dirs),
+        *(option for d in system_include_dirs for option in ("-isystem", str(d))),  # nvcc wants two words
     ]
     names = [str(path) for path in (*sources, *ptx_files, *bindings)]
     key = _digest(
