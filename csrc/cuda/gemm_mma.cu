@@ -27,7 +27,8 @@ MmaShape shape_of(const Weight& weight, const Config& config) {
   const int64_t step = mma_step_k(weight.bits);
   const int64_t steps = divide_up(weight.K, step);
   const int64_t of_group = divide_up(weight.group_size, step) < steps ? divide_up(weight.group_size, step) : steps;
-  return {config.k_per_split / kMmaRunK, static_cast<uint32_t>(divide_up(int64_t{1} << 32, 2 * of_group))};
+  return {config.k_per_split / kMmaRunK, static_cast<uint32_t>(divide_up(int64_t{1} << 32, 2 * of_group)),
+          weight.group_size % kMmaRunK == 0 || weight.group_size >= weight.K};
 }
 
 }  // namespace

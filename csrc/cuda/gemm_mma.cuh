@@ -27,6 +27,7 @@ struct MmaShape {
   int64_t runs_per_split;
   // ceil(2**32 / (2 * steps in a group)): see divide_steps.
   uint32_t group_reciprocal;
+  bool groups_fill_runs;  // no group ends inside a run
 };
 
 // step / steps_per_group by a multiplication: exact while step * steps_per_group < 2**30 (Granlund and Montgomery 1994).
@@ -75,57 +76,90 @@ __device__ inline uint32_t and_or(uint32_t w, uint32_t fields, uint32_t magic) {
   return result;
 }
 
+// a * factor + b, element by element, in one rounding.
 template <typename T>
-__device__ inline uint32_t subtract_pair(uint32_t a, uint32_t b);
+__device__ inline uint32_t fma_pair(uint32_t a, uint32_t factor, uint32_t b);
 template <>
-__device__ inline uint32_t subtract_pair<__half>(uint32_t a, uint32_t b) {
-  const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
-  return reinterpret_cast<const uint32_t&>(difference);
+__device__ inline uint32_t fma_pair<__half>(uint32_t a, uint32_t factor, uint32_t b) {
+  const auto half2 = [](const uint32_t& bits) { return reinterpret_cast<const __half2&>(bits); };
+  const __half2 result = __hfma2(half2(a), half2(factor), half2(b));
+  return reinterpret_cast<const uint32_t&>(result);
 }
 template <>
-__device__ inline uint32_t subtract_pair<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  const __nv_bfloat162 difference =
-      __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-  return reinterpret_cast<const uint32_t&>(difference);
+__device__ inline uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t factor, uint32_t b) {
+  const auto bfloat162 = [](const uint32_t& bits) { return reinterpret_cast<const __nv_bfloat162&>(bits); };
+  const __nv_bfloat162 result = __hfma2(bfloat162(a), bfloat162(factor), bfloat162(b));
+  return reinterpret_cast<const uint32_t&>(result);
 }
 
 template <typename T>
-inline constexpr uint32_t kMagic = 0x6400;  // 1024 in float16, whose last place is 1
+struct Format16;
 template <>
-inline constexpr uint32_t kMagic<__nv_bfloat16> = 0x4300;  // 128
+struct Format16<__half> {
+  static constexpr int kMantissa = 10, kBias = 15;
+};
+template <>
+struct Format16<__nv_bfloat16> {
+  static constexpr int kMantissa = 7, kBias = 127;
+};
 
-// How the pairs (2 i, 2 i + 1) of a lane's words become q - z, in two halves of a register.
+// How the pairs (2 i, 2 i + 1) of a lane's words become q - z, in the two halves of a register.
+//
+// With the exponent of 2**mantissa above them, the fields of a pair at bit 0 are 2**mantissa + q, and at bit s they are
+// 2**mantissa + q * 2**s. So one multiply-add by 2**-s, with -(2**(mantissa - s) + z), gives the exact q - z of several
+// pairs without a shift: of all that fit into the mantissa.
 template <int bits, typename T>
 struct Pairs {
-  static constexpr bool kWide = bits == 8 && kMagic<T> == 0x4300;  // q does not fit into the 7 bits of bfloat16
+  static constexpr int kMantissa = Format16<T>::kMantissa;
+  static constexpr bool kWide = bits > kMantissa;  // q does not fit into the mantissa: 8 bits in bfloat16
+  static constexpr int kInWord = bits == 3 ? 5 : 16 / bits;
+  // Pairs of a word that are taken without a shift between them.
+  static constexpr int kPlaces = bits == 8 ? 1 : bits == 2 ? kMantissa / 4 * 2 : kMantissa / bits;
 
   // What `get` takes for a zero point.
-  static __device__ uint32_t zero(uint32_t z) { return kWide ? 0x4B000000u + z : (kMagic<T> + z) * 0x00010001u; }
+  struct Zero {
+    uint32_t negative[kPlaces];
 
-  static __device__ uint32_t get(const uint32_t* words, int i, uint32_t zero) {
-    constexpr uint32_t kMagicPair = kMagic<T> * 0x00010001u;
-    constexpr uint32_t kFields = ((1u << bits) - 1) * 0x00010001u;
+    __device__ void set(uint32_t z) {
+      if constexpr (kWide) {
+        negative[0] = 0xCB000000u + z;  // -(2**23 + z) in float32
+      } else {
+#pragma unroll
+        for (int place = 0; place < kPlaces; ++place) {
+          // The last place of 2**(mantissa - s) is 2**-s, and z is small enough not to change its exponent.
+          const int s = bits * place;
+          const uint32_t power = (Format16<T>::kBias + kMantissa - s) << kMantissa;
+          negative[place] = (power + (z << s)) * 0x00010001u | 0x80008000u;
+        }
+      }
+    }
+  };
+
+  static __device__ uint32_t get(const uint32_t* words, int i, const Zero& zero) {
+    constexpr uint32_t kMagic = static_cast<uint32_t>(Format16<T>::kBias + kMantissa) << kMantissa;
+    constexpr uint32_t kMagicPair = kMagic * 0x00010001u, kOne = (Format16<T>::kBias << kMantissa) * 0x00010001u;
     if constexpr (kWide) {
       // In float32, where 2**23 + q is exact; the upper half of the exact difference is its bfloat16.
       const uint32_t word = words[i / 2];
       const float low = __uint_as_float(__byte_perm(word, 0x4B000000u, i % 2 ? 0x7442 : 0x7440));
       const float high = __uint_as_float(__byte_perm(word, 0x4B000000u, i % 2 ? 0x7443 : 0x7441));
-      const float z = __uint_as_float(zero);
-      return __byte_perm(__float_as_uint(low - z), __float_as_uint(high - z), 0x7632);
+      const float z = __uint_as_float(zero.negative[0]);
+      return __byte_perm(__float_as_uint(low + z), __float_as_uint(high + z), 0x7632);
     } else if constexpr (bits == 8) {
-      return subtract_pair<T>(__byte_perm(words[i / 2], kMagicPair, i % 2 ? 0x5352 : 0x5150), zero);
-    } else if constexpr (bits == 3) {
-      uint32_t pair;
-      if (i < 15) {
-        pair = and_or(words[i / 5] >> (3 * (i % 5)), kFields, kMagicPair);
-      } else {
-        pair = and_or(words[0] >> 15, 0x00010001u, kMagicPair);
+      const uint32_t pair = __byte_perm(words[i / 2], kMagicPair, i % 2 ? 0x5352 : 0x5150);
+      return fma_pair<T>(pair, kOne, zero.negative[0]);
+    } else {
+      if (bits == 3 && i == 15) {
+        uint32_t pair = and_or(words[0] >> 15, 0x00010001u, kMagicPair);
         pair = and_or(words[1] >> 14, 0x00020002u, pair);
         pair = and_or(words[2] >> 13, 0x00040004u, pair);
+        return fma_pair<T>(pair, kOne, zero.negative[0]);
       }
-      return subtract_pair<T>(pair, zero);
-    } else {
-      return subtract_pair<T>(and_or(words[0] >> (bits * i), kFields, kMagicPair), zero);
+      const int in_word = i % kInWord, place = in_word % kPlaces, s = bits * place;
+      const uint32_t fields = (((1u << bits) - 1) << s) * 0x00010001u;
+      const uint32_t pair = and_or(words[i / kInWord] >> (bits * (in_word - place)), fields, kMagicPair);
+      const uint32_t factor = static_cast<uint32_t>((Format16<T>::kBias - s) << kMantissa) * 0x00010001u;
+      return fma_pair<T>(pair, factor, zero.negative[place]);
     }
   }
 };
@@ -197,33 +231,38 @@ __global__ void __launch_bounds__(kMmaThreads)
   const auto runs = static_cast<int32_t>((K + kMmaRunK - 1) / kMmaRunK);
   const auto first_run = static_cast<int32_t>(blockIdx.y * shape.runs_per_split);
   const auto end_run = static_cast<int32_t>(min(first_run + shape.runs_per_split, static_cast<int64_t>(runs)));
-  const int64_t word_rows = K * bits / 32;
+  const auto word_rows = static_cast<int32_t>(K * bits / 32);
 
   struct Run {
     uint32_t words[Step::kPerRun][4][Step::kWords];
     MmaGroup<bits> group;
   };
+  // What lies beyond N or K is read from the last column or row: such a column is not written, and x is 0 in such a row.
+  const uint32_t* const lane_words = weight.qweight + min(column, N - 4);
   const auto load_run = [&](Run& run, int32_t number) {
     if (number >= end_run) return;
+    const int32_t first_row = number * (kMmaRunK * bits / 32) + t * Step::kWords;
+    const bool whole = static_cast<int64_t>(number + 1) * kMmaRunK <= K;
+    const uint32_t* const words = lane_words + first_row * N;
 #pragma unroll
     for (int s = 0; s < Step::kPerRun; ++s) {
 #pragma unroll
       for (int w = 0; w < Step::kWords; ++w) {
-        const int64_t row = (static_cast<int64_t>(number) * Step::kPerRun + s) * (4 * Step::kWords) + t * Step::kWords + w;
-        uint4 four = make_uint4(0, 0, 0, 0);
-        if (active && row < word_rows) four = __ldg(reinterpret_cast<const uint4*>(weight.qweight + row * N + column));
+        const int row = s * 4 * Step::kWords + w;
+        const uint32_t* const from = whole ? words + row * N : lane_words + min(first_row + row, word_rows - 1) * N;
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(from));
         run.words[s][0][w] = four.x;
         run.words[s][1][w] = four.y;
         run.words[s][2][w] = four.z;
         run.words[s][3][w] = four.w;
       }
     }
-    if (active) run.group.load(weight, divide_steps(number * Step::kPerRun, shape.group_reciprocal), column);
+    run.group.load(weight, divide_steps(number * Step::kPerRun, shape.group_reciprocal), min(column, N - 4));
   };
 
   float total[tiles][2][4] = {}, group_sum[tiles][2][4] = {};
   float scale[4] = {};
-  uint32_t zero[4] = {};
+  typename Pairs<bits, T>::Zero zero[4] = {};
   uint32_t group = ~0u;
   const auto end_group = [&] {
 #pragma unroll
@@ -268,17 +307,19 @@ __global__ void __launch_bounds__(kMmaThreads)
 #pragma unroll
       for (int s = 0; s < Step::kPerRun; ++s) {
         const uint32_t step = number * Step::kPerRun + s;
-        const uint32_t step_group = divide_steps(step, shape.group_reciprocal);
-        if (static_cast<int64_t>(step) * Step::kK >= K) break;
-        if (step_group != group) {
-          end_group();
-          group = step_group;
-          MmaGroup<bits> loaded = run.group;
-          if (s > 0 && active) loaded.load(weight, group, column);
+        if (s == 0 || !shape.groups_fill_runs) {
+          if (static_cast<int64_t>(step) * Step::kK >= K) break;
+          const uint32_t step_group = divide_steps(step, shape.group_reciprocal);
+          if (step_group != group) {
+            end_group();
+            group = step_group;
+            MmaGroup<bits> loaded = run.group;
+            if (s > 0) loaded.load(weight, group, min(column, N - 4));
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            scale[c] = loaded.scale(weight, c);
-            zero[c] = Pairs<bits, T>::zero(loaded.zero(weight, column, c));
+            for (int c = 0; c < 4; ++c) {
+              scale[c] = loaded.scale(weight, c);
+              zero[c].set(loaded.zero(weight, min(column, N - 4), c));
+            }
           }
         }
         const int in_stage = (number - stage_run) * Step::kPerRun + s;

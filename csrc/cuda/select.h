@@ -34,7 +34,8 @@ struct Problem {
 
 enum class Algorithm : int32_t { kScalar, kMma, kTiled, kDense };
 
-inline constexpr Algorithm kAlgorithms[] = {Algorithm::kScalar, Algorithm::kMma, Algorithm::kTiled, Algorithm::kDense};
+// In the order of preference where the cost model sees no difference.
+inline constexpr Algorithm kAlgorithms[] = {Algorithm::kMma, Algorithm::kScalar, Algorithm::kTiled, Algorithm::kDense};
 
 struct Config {
   Algorithm algorithm;
@@ -135,7 +136,7 @@ constexpr double mma_cycles(const Problem& p, int32_t rows) {
 // Two reads of shared memory for 16 multiply-adds, and the tile of W unpacked for every 64 rows.
 constexpr double tiled_cycles(const Problem& p) {
   const double passes = static_cast<double>(divide_up(p.M, kTiledRows)), weights = static_cast<double>(p.K) * p.N;
-  const double issue = weights * (12 + 1.4 * kTiledRows) / issues_per_cycle(p.device.arch);
+  const double issue = weights * (12 + 1.2 * kTiledRows) / issues_per_cycle(p.device.arch);
   return passes * larger(issue, weight_bytes(p) / dram_bytes_per_cycle(p.device.arch)) / p.device.sm_count;
 }
 
@@ -235,10 +236,12 @@ constexpr Config config_of(const Problem& p, Algorithm algorithm) {
 constexpr Config select_gemm(const Problem& p) {
   if (p.batch_invariant) return config_of(p, can(p, Algorithm::kMma) ? Algorithm::kMma : Algorithm::kScalar);
   Config best = scalar_config(p);
+  bool chosen = false;
   for (Algorithm algorithm : kAlgorithms) {
     if (!can(p, algorithm)) continue;
     const Config config = config_of(p, algorithm);
-    if (cycles(p, config) < cycles(p, best)) best = config;
+    if (!chosen || cycles(p, config) < cycles(p, best)) best = config;
+    chosen = true;
   }
   return best;
 }

@@ -20,9 +20,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "build",
         help="build the native CPU or CUDA kernels into the cache",
-        description="Build the native CPU kernels (with --cuda: the CUDA kernels, for which nvcc is needed and no GPU) into "
-        "the cache, unless they are built or were installed with the package. Without this command they are built when "
-        "they are first called.",
+        description="Build the native CPU kernels (with --cuda: the CUDA kernels, for which nvcc is needed and no GPU) "
+        "into the cache, unless they are built or were installed with the package. Without this command they are built "
+        "when they are first called.",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, not those of the CPU")
     parser.add_argument("--force", action="store_true", help="build into the cache even if there is a library")

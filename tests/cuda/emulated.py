@@ -54,6 +54,10 @@ class EmulatedOps:
         assert error is None, error
         self._ops = getattr(torch.ops, namespace)
 
+    def set_batch_invariant(self, enabled: bool) -> None:
+        """The library's setting, as `exllama_ops.set_batch_invariant` sets it."""
+        self.device.library.exllama_cuda_set_batch_invariant(ctypes.c_bool(enabled))
+
     def __getattr__(self, name: str) -> Any:
         op = getattr(self._ops, name)
 
