@@ -81,15 +81,19 @@ template <typename T>
 __device__ inline uint32_t fma_pair(uint32_t a, uint32_t factor, uint32_t b);
 template <>
 __device__ inline uint32_t fma_pair<__half>(uint32_t a, uint32_t factor, uint32_t b) {
-  const auto half2 = [](const uint32_t& bits) { return reinterpret_cast<const __half2&>(bits); };
-  const __half2 result = __hfma2(half2(a), half2(factor), half2(b));
-  return reinterpret_cast<const uint32_t&>(result);
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(factor), "r"(b));
+  return result;
 }
 template <>
 __device__ inline uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t factor, uint32_t b) {
-  const auto bfloat162 = [](const uint32_t& bits) { return reinterpret_cast<const __nv_bfloat162&>(bits); };
-  const __nv_bfloat162 result = __hfma2(bfloat162(a), bfloat162(factor), bfloat162(b));
-  return reinterpret_cast<const uint32_t&>(result);
+  uint32_t result = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(factor), "r"(b));
+#else
+  __trap();  // select_gemm knows the archs
+#endif
+  return result;
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""The errors that the CUDA kernels declare, by algorithm: of each sum, relative to |x| |W|, before its final rounding."""
+"""The errors that the CUDA kernels declare, by algorithm: of a sum, relative to |x| |W|, before its rounding."""
 
 from __future__ import annotations
 
