@@ -36,7 +36,8 @@ using namespace exllama::cuda;
   template __global__ void reorder<bits, shuffled>(const uint32_t*, const int32_t*, int64_t, int64_t, uint32_t*);
 namespace exllama::cuda {
 INSTANTIATE(2, true, __half) INSTANTIATE(3, true, __nv_bfloat16) INSTANTIATE(4, true, float)
-INSTANTIATE(8, true, __half) INSTANTIATE(2, false, float) INSTANTIATE(3, false, __half) INSTANTIATE(4, false, __nv_bfloat16)
+INSTANTIATE(8, true, __half) INSTANTIATE(2, false, float) INSTANTIATE(3, false, __half)
+INSTANTIATE(4, false, __nv_bfloat16)
 INSTANTIATE(8, false, float)
 template __global__ void add_splits<__half>(const float*, int, int64_t, __half*);
 template __global__ void gemm_mma<4, __half, 1>(Weight, const __half*, int64_t, MmaShape, float*, __half*);
