@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   const bool raw = !weight.shuffled && weight.rows;
 
   ScalarSums<bits, rows> sums;
+  int64_t end_of_group = 0;
   const int64_t first_stage = blockIdx.y * stages_per_split;
   for (int64_t stage = first_stage; stage < first_stage + stages_per_split; ++stage) {
     const int64_t stage_k = stage * kScalarStageK;
@@ -148,7 +149,11 @@ __global__ void __launch_bounds__(kScalarThreads)
       for (int i = 0; i < kBatch; ++i) {
         const int first = batch + i * kValues;
         if (first >= end) break;
-        sums.enter_group(weight, (first_k + first) / weight.group_size, column);
+        if (first_k + first >= end_of_group) {  // a division of 64 bits for every group and not for every block
+          const int64_t group = (first_k + first) / weight.group_size;
+          end_of_group = (group + 1) * weight.group_size;
+          sums.enter_group(weight, group, column);
+        }
         // As many rows of W at a time as fill float4 loads of x.
         constexpr int kTogether = rows < 4 ? 4 / rows : 1, kLoads = kTogether * rows / 4;
 #pragma unroll
