@@ -348,7 +348,7 @@ class _Body:
         self.scopes: list[tuple[int, dict[str, str]]] = []
         self.count = 0
         self.labels: dict[tuple[int, str], str] = {}
-        self.uses: list[tuple[int, list[int]]] = []  # instruction, and the scopes that are open at it
+        self.open_scopes: list[list[int]] = []  # at each statement of the body
 
     def parse(self) -> None:
         parser = self.parser
@@ -357,6 +357,7 @@ class _Body:
         self.open()
         while self.scopes:
             word = parser.peek()
+            here = [number for number, _ in self.scopes]
             if parser.accept("{"):
                 self.open()
             elif parser.accept("}"):
@@ -368,8 +369,8 @@ class _Body:
             elif parser.tokens[parser.at + 1].text == ":" and word != "@":
                 self.label()
             else:
-                self.uses.append((len(self.function.body), [number for number, _ in self.scopes]))
                 self.function.body.append(self.instruction())
+            self.open_scopes += [here] * (len(self.function.body) - len(self.open_scopes))
         self.resolve_labels()
 
     def open(self) -> None:
@@ -508,9 +509,10 @@ class _Body:
         return Symbol(name)
 
     def resolve_labels(self) -> None:
-        for index, scopes in self.uses:
-            statement = self.function.body[index]
-            if isinstance(statement, Instruction) and statement.opcode in ("bra", "brx"):
+        for statement, scopes in zip(self.function.body, self.open_scopes, strict=True):
+            if isinstance(statement, Label) and statement.targets is not None:
+                statement.targets = tuple(self.resolve(name, scopes) for name in statement.targets)
+            elif isinstance(statement, Instruction) and statement.opcode in ("bra", "brx"):
                 statement.operands = [
                     Symbol(self.resolve(operand.name, scopes)) if isinstance(operand, Symbol) else operand
                     for operand in statement.operands

@@ -313,7 +313,7 @@ class Translation:
         for variable in dynamic:
             shared[variable.name] = Place("shared", f"(kSharedBase + {offset}u)")
 
-        lines = ['#include "device.h"', "", "using namespace emu;", ""]
+        lines = ['#include "device.h"', "", "namespace emu {", ""]
         lines += [
             f'extern "C" unsigned char {self.global_name(v)}[];' for v in self.device_variables(self.module.variables)
         ]
@@ -336,7 +336,8 @@ class Translation:
             f"const Parameter parameters[] = {{{', '.join([*table, '{0, 0}'])}}};",
             f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, parameters, {len(table)}, {offset}, {threads}}};',
             "[[gnu::constructor]] void add() { add_kernel(&kernel); }",
-            "}  // namespace",
+            "}",
+            "}  // namespace emu",
             "",
         ]
         return "\n".join(lines)
