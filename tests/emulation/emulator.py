@@ -67,14 +67,16 @@ class Recording:
 
 
 class Emulator:
-    """The device of one library. Two libraries have two devices, which share nothing."""
+    """The device of one library, in its initial state. A library has one device; two libraries share nothing."""
 
     def __init__(self, library: Path | str, device: Device | None = None) -> None:
         self.library = ctypes.CDLL(str(library))
         for name in ("emu_fault", "emu_kernels", "emu_record_end"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.emu_record_count.restype = ctypes.c_longlong
+        self.library.emu_reset()
         self.set_device(device or DEVICES[80])
+        self.set_stream(0)
 
     def _set(self, name: str, value: int) -> None:
         if not self.library.emu_set(name.encode(), ctypes.c_longlong(value)):

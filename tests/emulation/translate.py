@@ -207,16 +207,13 @@ class Emitter:
             yield f"    {register_type(kind)} {identifier(name)} = {poison};"
         yield "    bool carry = false;"
         yield "    (void)carry;"
-        where: tuple[str, int] | None = None
         for self.index, statement in enumerate(self.function.body):
             if isinstance(statement, Label):
                 if statement.targets is None:
                     yield f"{identifier(statement.name)}:;"
                 continue
-            here = statement.source or (path, statement.line)
-            if here != where:
-                yield f'#line {here[1]} "{here[0]}"'
-                where = here
+            file, line = statement.source or (path, statement.line)
+            yield f'#line {line} "{file}"'
             yield f"    {self.statement(statement)}"
 
 

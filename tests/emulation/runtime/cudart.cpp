@@ -42,6 +42,7 @@ std::map<const void*, const Kernel*> kernel_of_function;
 std::map<const Kernel*, s64> dynamic_shared_allowed;
 std::vector<std::vector<Call>> recordings;
 bool is_recording = false;
+std::string registration_fault;  // found while the library was loaded: no launch can be trusted
 std::string returned_text;
 std::mutex one_at_a_time;
 
@@ -53,6 +54,11 @@ cudaError_t refuse(const std::string& text) {
     return cudaErrorLaunchFailure;
 }
 cudaError_t status() { return fault_text.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
+
+void refuse_library(const std::string& text) {
+    registration_fault = text;
+    refuse(text);
+}
 
 const Kernel* kernel_at(const void* function) {
     const auto found = kernel_of_function.find(function);
@@ -139,10 +145,10 @@ std::string as_json(const std::vector<Call>& calls) {
 }  // namespace
 
 void add_kernel(const Kernel* kernel) {
-    if (!kernels().emplace(kernel->name, kernel).second) refuse("two kernels are named " + std::string(kernel->name));
+    if (!kernels().emplace(kernel->name, kernel).second) refuse_library("two kernels are named " + std::string(kernel->name));
 }
 void add_variable(const ModuleVariable& variable) {
-    if (!variables().emplace(variable.name, variable).second) refuse("two variables are named " + std::string(variable.name));
+    if (!variables().emplace(variable.name, variable).second) refuse_library("two variables are named " + std::string(variable.name));
     const u64 begin = reinterpret_cast<u64>(variable.address);
     variable_ranges.push_back({begin, begin + variable.bytes});
 }
@@ -162,13 +168,13 @@ void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
     const auto found = kernels().find(name);
-    if (found == kernels().end()) refuse("the kernel " + std::string(name) + " was not translated");
+    if (found == kernels().end()) refuse_library("the kernel " + std::string(name) + " was not translated");
     else kernel_of_function[host] = found->second;
 }
 void __cudaRegisterVar(void**, char*, char*, const char* name, int, size_t, int, int) {
-    if (!variables().count(name)) refuse("the variable " + std::string(name) + " was not translated");
+    if (!variables().count(name)) refuse_library("the variable " + std::string(name) + " was not translated");
 }
-void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) { refuse("managed variable " + std::string(name)); }
+void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) { refuse_library("managed variable " + std::string(name)); }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
     configurations.push_back({grid, block, shared, stream});
     return 0;
@@ -348,6 +354,13 @@ EMU_API int emu_set(const char* name, long long value) {
     else if (device.count(what)) device[what] = value;
     else return 0;
     return 1;
+}
+// Back to what a freshly loaded library has, but for the recordings; device properties are the caller's.
+EMU_API void emu_reset() {
+    settings = {};
+    check_ranges = false;
+    dynamic_shared_allowed.clear();
+    fault_text = registration_fault;
 }
 EMU_API void emu_set_ranges(const u64* begin_and_end, u64 count) {
     ranges.clear();

@@ -65,6 +65,7 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
 void warp_barrier(Thread& thread, u32 mask, u32 site);
 u32 active_mask(const Thread& thread);
 void fence();
+void atomic_is_done();
 
 // --- cp.async of the running thread
 void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u32 bytes, u32 from_bytes);
