@@ -75,7 +75,7 @@ def operands(dtype: str, rows: int, columns: int, seed: int) -> torch.Tensor:
 
 INSTRUCTIONS = {
     "float16": "m16n8k16.row.col.f32.f16", "bfloat16": "m16n8k16.row.col.f32.bf16",
-    "float32": "m16n8k8.row.col.f32.tf32", "int8": "m16n8k32.row.col.s32.s8",
+    "float32": "m16n8k8.row.col.f32.tf32", "int8": "m16n8k32.row.col.satfinite.s32.s8",
 }  # fmt: skip
 
 

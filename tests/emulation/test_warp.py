@@ -133,6 +133,12 @@ def test_integer_mma_is_exact(emulator: Emulator, kernel: str) -> None:
     np.testing.assert_array_equal(got, exact)
 
 
+def test_integer_mma_wraps_or_saturates(emulator: Emulator) -> None:
+    a, b, c = np.ones((16, 32), np.int8), np.ones((32, 8), np.int8), np.full((16, 8), 2**31 - 10, np.int32)
+    for kernel, expected in (("mma_s8", -(2**31) + 22), ("saturating_s8", 2**31 - 1)):
+        assert (unpacked(lanes(emulator, kernel, fragments(a, b, c), 128), np.int32) == expected).all()
+
+
 def test_two_products_of_half_depth_are_one(emulator: Emulator) -> None:
     for kind in ("f16", "bf16"):
         np.testing.assert_array_equal(product(emulator, f"mma_{kind}")[0], product(emulator, f"two_mma_{kind}")[0])

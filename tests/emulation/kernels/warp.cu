@@ -46,6 +46,7 @@ extern "C" __global__ void ldmatrix_x4_trans(const uint32_t* in, uint32_t* out) 
     }
 MMA_KERNEL(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 MMA_KERNEL(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+MMA_KERNEL(saturating_s8, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32")
 MMA_KERNEL(mma_s8, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32")
 
 // The same product by two of half the depth: registers 0 and 1 of a hold the first half of k, 2 and 3 the second.
