@@ -525,6 +525,35 @@ class _Body:
         raise PtxError(f"no label {name!r} in {self.function.name}")
 
 
+_ENTRY = re.compile(r"^[^\S\n]*(?:\.(?:visible|weak|extern)\s+)*\.entry\s+([\w$]+)", re.MULTILINE)
+_NESTING = re.compile(r"[{}]|//[^\n]*|/\*.*?\*/|\"[^\"]*\"", re.DOTALL)
+
+
+def _end_of_body(text: str, start: int) -> int:
+    """Behind the brace that closes the first one after `start`."""
+    depth = 0
+    for match in _NESTING.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if match.group() == "}" and depth == 0:
+            return match.end()
+    raise PtxError("a function does not end")
+
+
+def entries(text: str) -> dict[str, tuple[int, int]]:
+    """The name of each .entry, and where its text begins and ends."""
+    return {match[1]: (match.start(), _end_of_body(text, match.end())) for match in _ENTRY.finditer(text)}
+
+
+def without_entries(text: str, keep: str | None = None) -> str:
+    """The module without its .entry functions but `keep`, every line in its place: what one kernel's translation needs."""
+    pieces, position = [], 0
+    for name, (start, end) in entries(text).items():
+        if name != keep:
+            pieces += [text[position:start], "\n" * text.count("\n", start, end)]
+            position = end
+    return "".join([*pieces, text[position:]])
+
+
 def parse(text: str) -> Module:
     """The module of a PTX file.
 

@@ -38,7 +38,9 @@ std::map<std::string, ModuleVariable>& variables() {
     static std::map<std::string, ModuleVariable> all;
     return all;
 }
-std::map<const void*, const Kernel*> kernel_of_function;
+// Handles of host functions and of __cudaGetKernel: a kernel is loaded when it is first asked for.
+std::map<const void*, std::string> name_of_function;
+int (*loader)(const char* name) = nullptr;
 std::map<const Kernel*, s64> dynamic_shared_allowed;
 std::vector<std::vector<Call>> recordings;
 bool is_recording = false;
@@ -60,12 +62,16 @@ void refuse_library(const std::string& text) {
     refuse(text);
 }
 
+const Kernel* kernel_named(const std::string& name) {
+    auto found = kernels().find(name);
+    if (found == kernels().end() && loader && loader(name.c_str())) found = kernels().find(name);
+    if (found != kernels().end()) return found->second;
+    refuse("the kernel " + name + " could not be loaded");
+    return nullptr;
+}
 const Kernel* kernel_at(const void* function) {
-    const auto found = kernel_of_function.find(function);
-    if (found != kernel_of_function.end()) return found->second;
-    for (const auto& [name, kernel] : kernels()) {
-        if (kernel == function) return kernel;  // a handle of __cudaGetKernel
-    }
+    const auto found = name_of_function.find(function);
+    if (found != name_of_function.end()) return kernel_named(found->second);
     refuse("a function that is no kernel of this library");
     return nullptr;
 }
@@ -167,9 +173,7 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
-    const auto found = kernels().find(name);
-    if (found == kernels().end()) refuse_library("the kernel " + std::string(name) + " was not translated");
-    else kernel_of_function[host] = found->second;
+    name_of_function[host] = name;
 }
 void __cudaRegisterVar(void**, char*, char*, const char* name, int, size_t, int, int) {
     if (!variables().count(name)) refuse_library("the variable " + std::string(name) + " was not translated");
@@ -189,11 +193,11 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
     return cudaSuccess;
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-    *kernel = reinterpret_cast<cudaKernel_t>(const_cast<Kernel*>(kernel_at(function)));
-    return *kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+    *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+    return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
-    return launch(reinterpret_cast<const Kernel*>(kernel), grid, block, arguments, shared, stream);
+    return launch(kernel_at(kernel), grid, block, arguments, shared, stream);
 }
 
 // --- what may be called while a graph is captured
@@ -343,8 +347,8 @@ EMU_REFUSE(cudaEventDestroy, cudaEvent_t)
 }
 
 // --- what the Python driver calls
-#define EMU_API extern "C" __attribute__((visibility("default")))
-EMU_API int emu_set(const char* name, long long value) {
+extern "C" {
+int emu_set(const char* name, long long value) {
     const std::string what = name;
     if (what == "order") settings.order = static_cast<Order>(value);
     else if (what == "seed") settings.seed = static_cast<u64>(value);
@@ -356,46 +360,40 @@ EMU_API int emu_set(const char* name, long long value) {
     return 1;
 }
 // Back to what a freshly loaded library has, but for the recordings; device properties are the caller's.
-EMU_API void emu_reset() {
+void emu_reset() {
     settings = {};
     check_ranges = false;
     dynamic_shared_allowed.clear();
     fault_text = registration_fault;
 }
-EMU_API void emu_set_ranges(const u64* begin_and_end, u64 count) {
+void emu_set_ranges(const u64* begin_and_end, u64 count) {
     ranges.clear();
     for (u64 i = 0; i < count; ++i) ranges.push_back({begin_and_end[2 * i], begin_and_end[2 * i + 1]});
 }
-EMU_API const char* emu_fault() { return fault_text.c_str(); }
-EMU_API void emu_clear_fault() { fault_text.clear(); }
-EMU_API const char* emu_kernels() {
-    returned_text.clear();
-    for (const auto& [name, kernel] : kernels()) returned_text += name + "\n";
-    return returned_text.c_str();
-}
-EMU_API void emu_record_begin() {
+const char* emu_fault() { return fault_text.c_str(); }
+void emu_clear_fault() { fault_text.clear(); }
+void emu_set_loader(int (*load)(const char* name)) { loader = load; }
+void emu_record_begin() {
     recordings.emplace_back();
     is_recording = true;
 }
-EMU_API const char* emu_record_end() {
+const char* emu_record_end() {
     is_recording = false;
     returned_text = as_json(recordings.back());
     return returned_text.c_str();
 }
-EMU_API long long emu_record_count() { return static_cast<long long>(recordings.size()); }
-EMU_API void emu_replay(long long recording) {
+long long emu_record_count() { return static_cast<long long>(recordings.size()); }
+void emu_replay(long long recording) {
     const std::lock_guard lock(one_at_a_time);
     for (const Call& call : recordings.at(static_cast<size_t>(recording))) perform(call);
 }
-EMU_API void emu_launch(const char* name, const u32* grid, const u32* block, void** arguments, u32 argument_count, u64 shared, u64 stream) {
-    const auto found = kernels().find(name);
-    if (found == kernels().end()) {
-        refuse("no kernel " + std::string(name));
+void emu_launch(const char* name, const u32* grid, const u32* block, void** arguments, u32 argument_count, u64 shared, u64 stream) {
+    const Kernel* kernel = kernel_named(name);
+    if (!kernel) return;
+    if (kernel->parameter_count != argument_count) {
+        refuse(std::string(name) + " takes " + std::to_string(kernel->parameter_count) + " arguments, got " + std::to_string(argument_count));
         return;
     }
-    if (found->second->parameter_count != argument_count) {
-        refuse(std::string(name) + " takes " + std::to_string(found->second->parameter_count) + " arguments, got " + std::to_string(argument_count));
-        return;
-    }
-    launch(found->second, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, arguments, shared, reinterpret_cast<cudaStream_t>(stream));
+    launch(kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, arguments, shared, reinterpret_cast<cudaStream_t>(stream));
+}
 }
