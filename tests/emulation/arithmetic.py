@@ -168,7 +168,7 @@ def _lop3(e: Emitter, i: Instruction, m: Modifiers) -> str:
 
 @handles("prmt")
 def _prmt(e: Emitter, i: Instruction, m: Modifiers) -> str:
-    m.type()
+    m.take("b32")  # the mode follows the type
     mode = m.one_of("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
     return _call(e, i, "prmt" + (f"_{mode}" if mode else ""), "u32", "u32", "u32")
 

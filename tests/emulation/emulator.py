@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emulation.toolchain import build, reasons_against, sanitizer_environment
+from emulation.toolchain import (
+    build,
+    compile_kernel,
+    kernel_names,
+    reasons_against,
+    sanitizer_environment,
+    translate_all,
+)
 
 __all__ = [
     "DEVICES",
@@ -66,15 +73,43 @@ class Recording:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
 
+_Loader = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)
+
+
+class _Kernels:
+    """Loads the kernels of one library when they are first launched; as a library does, it lives as long as the process."""
+
+    of_library: dict[Path, _Kernels] = {}
+
+    def __init__(self, path: Path, library: ctypes.CDLL) -> None:
+        self.path = path
+        self.error: Exception | None = None
+        self.callback = _Loader(self.load)
+        library.emu_set_loader(self.callback)
+
+    def load(self, name: bytes) -> int:
+        try:
+            ctypes.CDLL(str(compile_kernel(self.path, name.decode())))
+        except Exception as error:  # it cannot pass through the C++ that called; Emulator.check raises it
+            self.error = error
+            return 0
+        return 1
+
+
 class Emulator:
-    """The device of one library. Two libraries have two devices, which share nothing."""
+    """The device of one library, in its initial state. A library has one device; two libraries share nothing."""
 
     def __init__(self, library: Path | str, device: Device | None = None) -> None:
+        self.path = Path(library)
         self.library = ctypes.CDLL(str(library))
-        for name in ("emu_fault", "emu_kernels", "emu_record_end"):
+        if self.path not in _Kernels.of_library:
+            _Kernels.of_library[self.path] = _Kernels(self.path, self.library)
+        for name in ("emu_fault", "emu_record_end"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.emu_record_count.restype = ctypes.c_longlong
+        self.library.emu_reset()
         self.set_device(device or DEVICES[80])
+        self.set_stream(0)
 
     def _set(self, name: str, value: int) -> None:
         if not self.library.emu_set(name.encode(), ctypes.c_longlong(value)):
@@ -115,15 +150,18 @@ class Emulator:
     @property
     def kernels(self) -> list[str]:
         """The names of the .entry functions."""
-        text: bytes = self.library.emu_kernels()
-        return text.decode().split()
+        return kernel_names(self.path)
 
     def check(self) -> None:
-        """Raises EmulationError if there was a fault since the last check."""
+        """Raises EmulationError if there was a fault since the last check, or why a kernel could not be loaded."""
         text: bytes = self.library.emu_fault()
-        if text:
-            message = text.decode(errors="replace")
-            self.library.emu_clear_fault()
+        message = text.decode(errors="replace")
+        self.library.emu_clear_fault()
+        kernels = _Kernels.of_library[self.path]
+        error, kernels.error = kernels.error, None
+        if error is not None:
+            raise error
+        if message:
             raise EmulationError(message)
 
     @contextmanager

@@ -238,10 +238,11 @@ def _mma(e: Emitter, i: Instruction, m: Modifiers) -> str:
     shape = m.one_of(*(f"m16n8k{k}" for k in (4, 8, 16, 32)))
     if shape is None or not m.take("row") or not m.take("col"):
         raise PtxError("only m16n8k{4,8,16,32}.row.col is supported")
+    saturates = "true" if m.take("satfinite") else "false"
     types, m.left = tuple(m.left), []
     element, depths = MMA.get(types, ("", ()))
     k = int(shape.removeprefix("m16n8k"))
-    if k not in depths:
+    if k not in depths or (saturates == "true" and types[0] != "s32"):
         raise PtxError(f"the types {types} with k = {k} are not supported")
     width = {"f16": 2, "bf16": 2, "tf32": 4}.get(element, 1)
     words = k * width // 8  # of A in each lane: 16 * k elements in 32 lanes
@@ -251,7 +252,7 @@ def _mma(e: Emitter, i: Instruction, m: Modifiers) -> str:
         for name, operands in (("a", a), ("b", b), ("c", c))
     )
     writes = " ".join(e.write(operand, f"got.out[{n}]") for n, operand in enumerate(d))
-    return f"{{ {arrays} const Exchange got = mma<{element}, {k}>(thread, a, b, c, {i.line}); {writes} }}"
+    return f"{{ {arrays} const Exchange got = mma<{element}, {k}>(thread, a, b, c, {saturates}, {i.line}); {writes} }}"
 
 
 # --- cp.async

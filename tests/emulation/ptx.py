@@ -348,7 +348,7 @@ class _Body:
         self.scopes: list[tuple[int, dict[str, str]]] = []
         self.count = 0
         self.labels: dict[tuple[int, str], str] = {}
-        self.uses: list[tuple[int, list[int]]] = []  # instruction, and the scopes that are open at it
+        self.open_scopes: list[list[int]] = []  # at each statement of the body
 
     def parse(self) -> None:
         parser = self.parser
@@ -357,6 +357,7 @@ class _Body:
         self.open()
         while self.scopes:
             word = parser.peek()
+            here = [number for number, _ in self.scopes]
             if parser.accept("{"):
                 self.open()
             elif parser.accept("}"):
@@ -368,8 +369,8 @@ class _Body:
             elif parser.tokens[parser.at + 1].text == ":" and word != "@":
                 self.label()
             else:
-                self.uses.append((len(self.function.body), [number for number, _ in self.scopes]))
                 self.function.body.append(self.instruction())
+            self.open_scopes += [here] * (len(self.function.body) - len(self.open_scopes))
         self.resolve_labels()
 
     def open(self) -> None:
@@ -508,9 +509,10 @@ class _Body:
         return Symbol(name)
 
     def resolve_labels(self) -> None:
-        for index, scopes in self.uses:
-            statement = self.function.body[index]
-            if isinstance(statement, Instruction) and statement.opcode in ("bra", "brx"):
+        for statement, scopes in zip(self.function.body, self.open_scopes, strict=True):
+            if isinstance(statement, Label) and statement.targets is not None:
+                statement.targets = tuple(self.resolve(name, scopes) for name in statement.targets)
+            elif isinstance(statement, Instruction) and statement.opcode in ("bra", "brx"):
                 statement.operands = [
                     Symbol(self.resolve(operand.name, scopes)) if isinstance(operand, Symbol) else operand
                     for operand in statement.operands
@@ -521,6 +523,35 @@ class _Body:
             if (number, name) in self.labels:
                 return self.labels[number, name]
         raise PtxError(f"no label {name!r} in {self.function.name}")
+
+
+_ENTRY = re.compile(r"^[^\S\n]*(?:\.(?:visible|weak|extern)\s+)*\.entry\s+([\w$]+)", re.MULTILINE)
+_NESTING = re.compile(r"[{}]|//[^\n]*|/\*.*?\*/|\"[^\"]*\"", re.DOTALL)
+
+
+def _end_of_body(text: str, start: int) -> int:
+    """Behind the brace that closes the first one after `start`."""
+    depth = 0
+    for match in _NESTING.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if match.group() == "}" and depth == 0:
+            return match.end()
+    raise PtxError("a function does not end")
+
+
+def entries(text: str) -> dict[str, tuple[int, int]]:
+    """The name of each .entry, and where its text begins and ends."""
+    return {match[1]: (match.start(), _end_of_body(text, match.end())) for match in _ENTRY.finditer(text)}
+
+
+def without_entries(text: str, keep: str | None = None) -> str:
+    """The module without its .entry functions but `keep`, every line in its place: what one kernel's translation needs."""
+    pieces, position = [], 0
+    for name, (start, end) in entries(text).items():
+        if name != keep:
+            pieces += [text[position:start], "\n" * text.count("\n", start, end)]
+            position = end
+    return "".join([*pieces, text[position:]])
 
 
 def parse(text: str) -> Module:

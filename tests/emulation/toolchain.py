@@ -1,10 +1,12 @@
-"""From CUDA sources to one shared library that runs on the CPU: nvcc's PTX, translated, with nvcc's own host objects."""
+"""From CUDA sources to a shared library that runs on the CPU: nvcc's own host objects on the runtime of runtime/, and beside
+it, made when they are first launched, one small library for each kernel, translated from nvcc's PTX."""
 
 from __future__ import annotations
 
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -17,12 +19,15 @@ from pathlib import Path
 from emulation import arithmetic, machine, ptx  # arithmetic and machine register the instructions
 from emulation.translate import Translation
 
-__all__ = ["arithmetic", "build", "machine", "reasons_against", "sanitizer_environment"]
+__all__ = [
+    "arithmetic", "build", "compile_kernel", "kernel_names", "machine", "reasons_against", "sanitizer_environment",
+    "translate_all",
+]  # fmt: skip
 
 RUNTIME = Path(__file__).parent / "runtime"
 # -fwrapv: integers of PTX wrap. -ffp-contract: a product and a sum are two roundings. AVX2, FMA and F16C: __builtin_fmaf, _Float16.
 CXX_FLAGS = (
-    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off",
+    "-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off",
     "-mavx2", "-mfma", "-mf16c", "-g1",
 )  # fmt: skip
 SANITIZE_FLAGS: dict[str | None, tuple[str, ...]] = {
@@ -74,7 +79,11 @@ def reasons_against() -> tuple[str, ...]:
 
 
 def _run(command: Sequence[str]) -> str:
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # A process that runs under a sanitizer must not run its compilers under it.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
     if result.returncode:
         raise BuildError(f"{' '.join(command)}\n{result.stdout[-8000:]}")
     return result.stdout
@@ -134,11 +143,13 @@ def _object(text_or_source: str | Path, flags: Sequence[str], depends: Sequence[
     return out
 
 
-def _translated(text: str, name: str, sanitize: str | None) -> list[Path]:
-    flags = ["-O1", *CXX_FLAGS, *SANITIZE_FLAGS[sanitize], f"-I{RUNTIME}"]
-    headers = list(_tree([RUNTIME]))
-    units = Translation(ptx.parse(text), name).units()
-    return [_object(unit.text, flags, headers) for unit in units]
+def _kernel_object(text: str, sanitize: str | None) -> Path:
+    flags = ["-O1", *CXX_FLAGS, "-fvisibility=hidden", *SANITIZE_FLAGS[sanitize], f"-I{RUNTIME}"]
+    return _object(text, flags, list(_tree([RUNTIME])))
+
+
+def _sanitizers(sanitize: str | None) -> list[str]:
+    return [flag for flag in SANITIZE_FLAGS[sanitize] if flag.startswith("-fsanitize")]
 
 
 def _runtime_objects(sanitize: str | None) -> list[Path]:
@@ -163,6 +174,8 @@ def build(
 ) -> Path:
     """One shared library that runs the kernels of `sources` on the CPU, from the cache if nothing changed.
 
+    Kernels are translated and compiled when they are first launched (`compile_kernel`), or checked by `translate_all`.
+
     Args:
         sources: .cu files, compiled by `nvcc -O3 -lineinfo` for compute_<arch>; their extern "C" functions are exported.
         arch: compute capability, 75, 80, 90, ...
@@ -178,7 +191,6 @@ def build(
 
     Raises:
         BuildError: a compiler failed, or the host code calls a CUDA function that the runtime does not have.
-        PtxError: an instruction is not supported.
     """
     sources, ptx_files, bindings = ([Path(p).resolve() for p in paths] for paths in (sources, ptx_files, bindings))
     project = [Path(folder).resolve() for folder in include_dirs]
@@ -202,36 +214,103 @@ def build(
         _versions(),
     )
     library = cache_folder() / f"{key}.so"
-    with _locked(cache_folder() / f"{key}.lock"):
+    with _locked(library.with_suffix(".lock")):
         if library.exists():
             return library
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            # The runtime comes first: objects are initialized in the order of the link, and kernels register with it.
+            # The runtime comes first: objects are initialized in the order of the link, and all others register with it.
             objects = _runtime_objects(sanitize)
+            modules = [(path.read_text(), str(path)) for path in ptx_files]
             for index, source in enumerate(sources):
-                objects += _compile_cuda(source, Path(folder) / str(index), arch, options, sanitize)
-            for path in ptx_files:
-                objects += _translated(path.read_text(), str(path), sanitize)
+                host, text = _compile_cuda(source, Path(folder) / str(index), arch, options)
+                objects.append(host)
+                modules.append((text, str(source)))
+            # Their variables come before the host code that registers them.
+            objects[3:3] = [_variables_object(text, path, sanitize) for text, path in modules]
             cuda = f"-isystem{cuda_include()}"
             for path in bindings:
                 objects.append(_object(path, ["-O2", "-std=c++17", "-fPIC", *options, *flags, cuda], depends))
             made = Path(folder) / "library.so"
-            sanitizers = [flag for flag in SANITIZE_FLAGS[sanitize] if flag.startswith("-fsanitize")]
-            _run(["g++", "-shared", "-Wl,-Bsymbolic", *sanitizers, *map(str, objects), *link, "-o", str(made)])
+            _run(["g++", "-shared", "-Wl,-Bsymbolic", *_sanitizers(sanitize), *map(str, objects), *link, "-o", str(made)])
             undefined = _run(["nm", "--dynamic", "--undefined-only", str(made)]).split()
             missing = [name for name in undefined if name.startswith(("cuda", "__cuda", "emu_")) or "3emu" in name]
             if missing:
                 raise BuildError(f"the emulated runtime has no {', '.join(missing)}")
+            library.with_suffix(".json").write_text(json.dumps({"sanitize": sanitize, "modules": modules}))
             made.replace(library)
     return library
+
+
+@functools.cache
+def _modules(library: Path) -> tuple[str | None, list[tuple[str, str]]]:
+    """How the library's kernels are to be sanitized, and the text and name of each of its PTX modules."""
+    described = json.loads(library.with_suffix(".json").read_text())
+    return described["sanitize"], [(text, path) for text, path in described["modules"]]
+
+
+@functools.cache
+def _module_of_kernel(library: Path) -> dict[str, int]:
+    """Which module has a kernel; the first, where a template was instantiated in several."""
+    found: dict[str, int] = {}
+    for index, (text, _) in enumerate(_modules(library)[1]):
+        for name in ptx.entries(text):
+            found.setdefault(name, index)
+    return found
+
+
+def kernel_names(library: Path) -> list[str]:
+    """All .entry functions of the library."""
+    return list(_module_of_kernel(library))
+
+
+def _translation(text: str, path: str, kernel: str | None) -> Translation:
+    return Translation(ptx.parse(ptx.without_entries(text, keep=kernel)), path, _digest(text, path))
+
+
+def _kernel_text(library: Path, kernel: str) -> str:
+    text, path = _modules(library)[1][_module_of_kernel(library)[kernel]]
+    return _translation(text, path, kernel).kernel(kernel)
+
+
+def translate_all(library: Path) -> int:
+    """Translates every kernel, and compiles none: how many there are.
+
+    Raises:
+        PtxError: an instruction is not supported.
+    """
+    return sum(1 for kernel in kernel_names(library) if _kernel_text(library, kernel))
+
+
+def compile_kernel(library: Path, kernel: str) -> Path:
+    """The shared library of one kernel, to be loaded beside `library`; from the cache if its PTX has not changed.
+
+    Raises:
+        PtxError: an instruction is not supported.
+        BuildError: g++ failed.
+    """
+    sanitize, _ = _modules(library)
+    made = library.with_name(f"{library.stem}_{_digest(kernel)}.so")
+    with _locked(made.with_suffix(".lock")):
+        if not made.exists():
+            compiled = _kernel_object(_kernel_text(library, kernel), sanitize)
+            with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+                linked = Path(folder) / "kernel.so"
+                _run(["g++", "-shared", *_sanitizers(sanitize), str(compiled), str(library), "-o", str(linked)])
+                linked.replace(made)
+    return made
+
+
+def _variables_object(text: str, path: str, sanitize: str | None) -> Path:
+    flags = ["-O1", *CXX_FLAGS, *SANITIZE_FLAGS[sanitize], f"-I{RUNTIME}"]
+    return _object(_translation(text, path, None).variables(), flags, list(_tree([RUNTIME])))
 
 
 def _own_sources() -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
-def _compile_cuda(source: Path, folder: Path, arch: int, options: Sequence[str], sanitize: str | None) -> list[Path]:
-    """nvcc's host object, and the objects of the translated kernels: both of one compilation."""
+def _compile_cuda(source: Path, folder: Path, arch: int, options: Sequence[str]) -> tuple[Path, str]:
+    """nvcc's host object and its PTX, both of one compilation."""
     folder.mkdir()
     host = folder / "host.o"
     code = f"arch=compute_{arch},code=compute_{arch}"
@@ -240,8 +319,7 @@ def _compile_cuda(source: Path, folder: Path, arch: int, options: Sequence[str],
          "-Xcompiler", "-fPIC", *options, "-c", str(source), "-o", str(host)]
     )  # fmt: skip
     (text,) = folder.glob("*.ptx")
-    # Kernels first: their registration comes before that of the host functions that launch them.
-    return [*_translated(text.read_text(), str(source), sanitize), host]
+    return host, text.read_text()
 
 
 def sanitizer_environment(sanitize: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""PTX -> C++: one translation unit per .entry, for g++ and the headers in runtime/.
+"""PTX -> C++: one translation unit per .entry, and one for a module's variables, for g++ and the headers in runtime/.
 
 A PTX register becomes a local variable, a PTX instruction one C++ statement, a label a label; what an instruction does
 stands in runtime/*.h, how it is spelled in arithmetic.py and machine.py. What has no spelling is refused with its line.
@@ -6,7 +6,6 @@ stands in runtime/*.h, how it is spelled in arithmetic.py and machine.py. What h
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -152,6 +151,10 @@ class Emitter:
             if isinstance(operand, Immediate):
                 return "true" if operand.value else "false"
             return self.raw(operand)
+        if isinstance(operand, Register):
+            declared = self.function.registers.get(operand.name)
+            if declared is not None and register_type(declared).replace("b", "u") == value_type(kind):
+                return identifier(operand.name)  # as get would say, at a tenth of the compiler's time
         return f"get<{value_type(kind)}>({self.raw(operand)})"
 
     def write(self, operand: Operand, value: str) -> str:
@@ -207,25 +210,14 @@ class Emitter:
             yield f"    {register_type(kind)} {identifier(name)} = {poison};"
         yield "    bool carry = false;"
         yield "    (void)carry;"
-        where: tuple[str, int] | None = None
         for self.index, statement in enumerate(self.function.body):
             if isinstance(statement, Label):
                 if statement.targets is None:
                     yield f"{identifier(statement.name)}:;"
                 continue
-            here = statement.source or (path, statement.line)
-            if here != where:
-                yield f'#line {here[1]} "{here[0]}"'
-                where = here
+            file, line = statement.source or (path, statement.line)
+            yield f'#line {line} "{file}"'
             yield f"    {self.statement(statement)}"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One C++ file of the translation."""
-
-    name: str
-    text: str
 
 
 def _alignment(variable: Variable, offset: int) -> int:
@@ -233,17 +225,20 @@ def _alignment(variable: Variable, offset: int) -> int:
 
 
 class Translation:
-    """The C++ of one module: `units()` yields a file for each .entry and one for the module's variables."""
+    """The C++ of one module. `path` names it in faults and in debug information, `tag` its variables among all modules."""
 
-    def __init__(self, module: Module, path: str) -> None:
+    def __init__(self, module: Module, path: str, tag: str) -> None:
         self.module = module
         self.path = path
+        self.tag = tag
         self.functions = {f.name: f for f in module.functions if not f.is_declaration}
-        self.tag = hashlib.sha256(f"{path}{module}".encode()).hexdigest()[:12]
         self.module_places = {
             v.name: Place(v.space, f"reinterpret_cast<u64>({self.global_name(v)})")
             for v in self.device_variables(module.variables)
         }
+        for function in self.functions.values():
+            if self.device_variables(function.variables):
+                raise PtxError(f"{function.name}: a .global variable inside a function is not supported")
 
     @staticmethod
     def device_variables(variables: list[Variable]) -> list[Variable]:
@@ -252,18 +247,9 @@ class Translation:
     def global_name(self, variable: Variable) -> str:
         return f"g{self.tag}_{identifier(variable.name)}"
 
-    def units(self) -> Iterator[Unit]:
+    def variables(self) -> str:
+        """The module's __device__ and __constant__ variables."""
         variables = self.device_variables(self.module.variables)
-        for function in self.functions.values():
-            if self.device_variables(function.variables):
-                raise PtxError(f"{function.name}: a .global variable inside a function is not supported")
-        if variables:
-            yield Unit(f"variables_{self.tag}", self.variables_unit(variables))
-        for function in self.functions.values():
-            if function.is_entry:
-                yield Unit(function.name, self.entry_unit(function))
-
-    def variables_unit(self, variables: list[Variable]) -> str:
         lines = ['#include "device.h"', ""]
         for v in variables:
             if v.bytes is None:
@@ -294,7 +280,9 @@ class Translation:
         visit(entry, ())
         return order
 
-    def entry_unit(self, entry: Function) -> str:
+    def kernel(self, name: str) -> str:
+        """The .entry `name`, with the functions that it calls."""
+        entry = self.functions[name]
         functions = self.reachable(entry)
         shared: dict[str, Place] = {}
         offset = 0
@@ -313,7 +301,7 @@ class Translation:
         for variable in dynamic:
             shared[variable.name] = Place("shared", f"(kSharedBase + {offset}u)")
 
-        lines = ['#include "device.h"', "", "using namespace emu;", ""]
+        lines = ['#include "device.h"', "", "namespace emu {", ""]
         lines += [
             f'extern "C" unsigned char {self.global_name(v)}[];' for v in self.device_variables(self.module.variables)
         ]
@@ -336,7 +324,8 @@ class Translation:
             f"const Parameter parameters[] = {{{', '.join([*table, '{0, 0}'])}}};",
             f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, parameters, {len(table)}, {offset}, {threads}}};',
             "[[gnu::constructor]] void add() { add_kernel(&kernel); }",
-            "}  // namespace",
+            "}",
+            "}  // namespace emu",
             "",
         ]
         return "\n".join(lines)

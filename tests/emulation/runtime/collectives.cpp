@@ -1,4 +1,5 @@
 // What warp-wide instructions do with the operands of their lanes (PTX ISA 9.7.9.8, 9.7.13, 9.7.15).
+#include <climits>
 #include <cmath>
 
 #include "scheduler.h"
@@ -126,6 +127,12 @@ template <class Element> float operand_value(Element element) {
     }
 }
 
+int exponent_of(float value) {
+    const int biased = bit_cast<u32>(value) >> 23 & 0xff;
+    return biased ? biased - 127 : std::ilogb(value);
+}
+double power_of_two(int exponent) { return bit_cast<double>(static_cast<u64>(1023 + exponent) << 52); }
+
 // One step of a tensor core as it was measured on V100 and T4, the least exact of those that have been published (Fasi,
 // Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; newer ones keep more bits and add longer
 // sums at once): four exact products and the accumulator are aligned to the largest of their exponents, all bits below
@@ -133,8 +140,7 @@ template <class Element> float operand_value(Element element) {
 float truncating_step(const float* a, const float* b, float c) {
     constexpr int products = 4;
     double terms[products + 1];
-    int exponents[products + 1];
-    int largest = -10000;
+    int largest = INT_MIN;
     for (int i = 0; i <= products; ++i) {
         const bool is_product = i < products;
         terms[i] = is_product ? static_cast<double>(a[i]) * b[i] : c;
@@ -145,13 +151,14 @@ float truncating_step(const float* a, const float* b, float c) {
         }
         if (terms[i] == 0) continue;
         // The exponent of a product is the sum of its factors' exponents: it is not normalized before alignment.
-        exponents[i] = is_product ? std::ilogb(a[i]) + std::ilogb(b[i]) : std::ilogb(c);
-        largest = exponents[i] > largest ? exponents[i] : largest;
+        const int exponent = is_product ? exponent_of(a[i]) + exponent_of(b[i]) : exponent_of(c);
+        largest = exponent > largest ? exponent : largest;
     }
-    if (largest == -10000) return c;
+    if (largest == INT_MIN) return c;
+    const double to_units = power_of_two(23 - largest);
     s64 sum = 0;
-    for (double term : terms) sum += static_cast<s64>(std::trunc(std::ldexp(term, 23 - largest)));
-    return round_to<Round::zero, float>(std::ldexp(static_cast<double>(sum), largest - 23));
+    for (double term : terms) sum += static_cast<s64>(term * to_units);  // the cast cuts off
+    return round_to<Round::zero, float>(static_cast<double>(sum) * power_of_two(largest - 23));
 }
 
 // Element i of register r in lane l: of A row l/4 + 8(r%2), column (l%4) E + i + 4E(r/2), of B that row by column l/4, with
@@ -202,7 +209,8 @@ template <class Element, u32 K> void mma_float(Exchange* const lanes[kWarp]) {
 }
 
 template <class Element, u32 K> void mma_integer(Exchange* const lanes[kWarp]) {
-    s32 a[16][K], b[K][8], c[16][8];
+    s32 a[16][K], b[K][8];
+    s64 c[16][8];
     gather<Element, K>(lanes, a, b, [](Element element) { return static_cast<s32>(element); });
     for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) { c[row][column] = static_cast<s32>(lanes[lane]->in[6 + r]); });
     for (u32 row = 0; row < 16; ++row) {
@@ -210,7 +218,10 @@ template <class Element, u32 K> void mma_integer(Exchange* const lanes[kWarp]) {
             for (u32 column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
         }
     }
-    for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) { lanes[lane]->out[r] = static_cast<u32>(c[row][column]); });
+    for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) {
+        const bool saturates = lanes[lane]->in[10];
+        lanes[lane]->out[r] = static_cast<u32>(saturates ? saturate_cast<s32>(c[row][column]) : c[row][column]);
+    });
 }
 
 }  // namespace

@@ -38,10 +38,13 @@ std::map<std::string, ModuleVariable>& variables() {
     static std::map<std::string, ModuleVariable> all;
     return all;
 }
-std::map<const void*, const Kernel*> kernel_of_function;
+// Handles of host functions and of __cudaGetKernel: a kernel is loaded when it is first asked for.
+std::map<const void*, std::string> name_of_function;
+int (*loader)(const char* name) = nullptr;
 std::map<const Kernel*, s64> dynamic_shared_allowed;
 std::vector<std::vector<Call>> recordings;
 bool is_recording = false;
+std::string registration_fault;  // found while the library was loaded: no launch can be trusted
 std::string returned_text;
 std::mutex one_at_a_time;
 
@@ -54,12 +57,21 @@ cudaError_t refuse(const std::string& text) {
 }
 cudaError_t status() { return fault_text.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 
+void refuse_library(const std::string& text) {
+    registration_fault = text;
+    refuse(text);
+}
+
+const Kernel* kernel_named(const std::string& name) {
+    auto found = kernels().find(name);
+    if (found == kernels().end() && loader && loader(name.c_str())) found = kernels().find(name);
+    if (found != kernels().end()) return found->second;
+    refuse("the kernel " + name + " could not be loaded");
+    return nullptr;
+}
 const Kernel* kernel_at(const void* function) {
-    const auto found = kernel_of_function.find(function);
-    if (found != kernel_of_function.end()) return found->second;
-    for (const auto& [name, kernel] : kernels()) {
-        if (kernel == function) return kernel;  // a handle of __cudaGetKernel
-    }
+    const auto found = name_of_function.find(function);
+    if (found != name_of_function.end()) return kernel_named(found->second);
     refuse("a function that is no kernel of this library");
     return nullptr;
 }
@@ -139,10 +151,10 @@ std::string as_json(const std::vector<Call>& calls) {
 }  // namespace
 
 void add_kernel(const Kernel* kernel) {
-    if (!kernels().emplace(kernel->name, kernel).second) refuse("two kernels are named " + std::string(kernel->name));
+    if (!kernels().emplace(kernel->name, kernel).second) refuse_library("two kernels are named " + std::string(kernel->name));
 }
 void add_variable(const ModuleVariable& variable) {
-    if (!variables().emplace(variable.name, variable).second) refuse("two variables are named " + std::string(variable.name));
+    if (!variables().emplace(variable.name, variable).second) refuse_library("two variables are named " + std::string(variable.name));
     const u64 begin = reinterpret_cast<u64>(variable.address);
     variable_ranges.push_back({begin, begin + variable.bytes});
 }
@@ -161,14 +173,12 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
-    const auto found = kernels().find(name);
-    if (found == kernels().end()) refuse("the kernel " + std::string(name) + " was not translated");
-    else kernel_of_function[host] = found->second;
+    name_of_function[host] = name;
 }
 void __cudaRegisterVar(void**, char*, char*, const char* name, int, size_t, int, int) {
-    if (!variables().count(name)) refuse("the variable " + std::string(name) + " was not translated");
+    if (!variables().count(name)) refuse_library("the variable " + std::string(name) + " was not translated");
 }
-void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) { refuse("managed variable " + std::string(name)); }
+void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) { refuse_library("managed variable " + std::string(name)); }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
     configurations.push_back({grid, block, shared, stream});
     return 0;
@@ -183,11 +193,11 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
     return cudaSuccess;
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-    *kernel = reinterpret_cast<cudaKernel_t>(const_cast<Kernel*>(kernel_at(function)));
-    return *kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+    *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+    return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
-    return launch(reinterpret_cast<const Kernel*>(kernel), grid, block, arguments, shared, stream);
+    return launch(kernel_at(kernel), grid, block, arguments, shared, stream);
 }
 
 // --- what may be called while a graph is captured
@@ -337,8 +347,8 @@ EMU_REFUSE(cudaEventDestroy, cudaEvent_t)
 }
 
 // --- what the Python driver calls
-#define EMU_API extern "C" __attribute__((visibility("default")))
-EMU_API int emu_set(const char* name, long long value) {
+extern "C" {
+int emu_set(const char* name, long long value) {
     const std::string what = name;
     if (what == "order") settings.order = static_cast<Order>(value);
     else if (what == "seed") settings.seed = static_cast<u64>(value);
@@ -349,40 +359,41 @@ EMU_API int emu_set(const char* name, long long value) {
     else return 0;
     return 1;
 }
-EMU_API void emu_set_ranges(const u64* begin_and_end, u64 count) {
+// Back to what a freshly loaded library has, but for the recordings; device properties are the caller's.
+void emu_reset() {
+    settings = {};
+    check_ranges = false;
+    dynamic_shared_allowed.clear();
+    fault_text = registration_fault;
+}
+void emu_set_ranges(const u64* begin_and_end, u64 count) {
     ranges.clear();
     for (u64 i = 0; i < count; ++i) ranges.push_back({begin_and_end[2 * i], begin_and_end[2 * i + 1]});
 }
-EMU_API const char* emu_fault() { return fault_text.c_str(); }
-EMU_API void emu_clear_fault() { fault_text.clear(); }
-EMU_API const char* emu_kernels() {
-    returned_text.clear();
-    for (const auto& [name, kernel] : kernels()) returned_text += name + "\n";
-    return returned_text.c_str();
-}
-EMU_API void emu_record_begin() {
+const char* emu_fault() { return fault_text.c_str(); }
+void emu_clear_fault() { fault_text.clear(); }
+void emu_set_loader(int (*load)(const char* name)) { loader = load; }
+void emu_record_begin() {
     recordings.emplace_back();
     is_recording = true;
 }
-EMU_API const char* emu_record_end() {
+const char* emu_record_end() {
     is_recording = false;
     returned_text = as_json(recordings.back());
     return returned_text.c_str();
 }
-EMU_API long long emu_record_count() { return static_cast<long long>(recordings.size()); }
-EMU_API void emu_replay(long long recording) {
+long long emu_record_count() { return static_cast<long long>(recordings.size()); }
+void emu_replay(long long recording) {
     const std::lock_guard lock(one_at_a_time);
     for (const Call& call : recordings.at(static_cast<size_t>(recording))) perform(call);
 }
-EMU_API void emu_launch(const char* name, const u32* grid, const u32* block, void** arguments, u32 argument_count, u64 shared, u64 stream) {
-    const auto found = kernels().find(name);
-    if (found == kernels().end()) {
-        refuse("no kernel " + std::string(name));
+void emu_launch(const char* name, const u32* grid, const u32* block, void** arguments, u32 argument_count, u64 shared, u64 stream) {
+    const Kernel* kernel = kernel_named(name);
+    if (!kernel) return;
+    if (kernel->parameter_count != argument_count) {
+        refuse(std::string(name) + " takes " + std::to_string(kernel->parameter_count) + " arguments, got " + std::to_string(argument_count));
         return;
     }
-    if (found->second->parameter_count != argument_count) {
-        refuse(std::string(name) + " takes " + std::to_string(found->second->parameter_count) + " arguments, got " + std::to_string(argument_count));
-        return;
-    }
-    launch(found->second, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, arguments, shared, reinterpret_cast<cudaStream_t>(stream));
+    launch(kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, arguments, shared, reinterpret_cast<cudaStream_t>(stream));
+}
 }

@@ -60,6 +60,9 @@ template <class T, class Update> EMU_INLINE T atomic(unsigned char* at, Update u
     auto* word = reinterpret_cast<word_of<T>*>(at);
     const T old = bit_cast<T>(__atomic_load_n(word, __ATOMIC_RELAXED));
     __atomic_store_n(word, bit_cast<word_of<T>>(static_cast<T>(update(old))), __ATOMIC_RELAXED);
+#ifdef EMU_TSAN
+    atomic_is_done();
+#endif
     return old;
 }
 template <class T> EMU_INLINE T atom_add(unsigned char* at, T b) { return atomic<T>(at, [=](T a) { return add(a, b); }); }

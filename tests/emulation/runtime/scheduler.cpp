@@ -24,6 +24,10 @@ void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 #ifdef EMU_ASAN
@@ -82,6 +86,7 @@ struct Fiber {
     u32 site;  // where it waits
     u32 result;
     Exchange* exchange;
+    bool has_fenced;
     void* stack_pointer;
     unsigned char* stack;
     std::vector<Copy> open_copies;                 // of cp.async, not committed
@@ -91,9 +96,13 @@ struct Fiber {
 #endif
 };
 
-// Threads that synchronize release into the generation's slot and acquire from it; two slots, so that a thread which is
-// already at the next barrier does not appear to come before one that has not left this one.
-struct Sync { char slot[2]; u32 generation = 0; };
+// To the race detector, threads that synchronize release into an address and acquire from it. Each barrier of each block
+// has addresses of its own, or the block would seem to come after earlier ones; two, used in turn, or a thread which is
+// already at the next barrier would seem to come before one that has not left this one.
+struct Sync {
+    u32 index;
+    u32 generation;
+};
 
 struct Barrier {
     u32 arrived, expected, votes_true;
@@ -115,13 +124,14 @@ std::vector<Fiber*> ready;  // a ring
 size_t ready_first, ready_count;
 Barrier barriers[kBarriers];
 std::vector<Warp> warps;
+u64 block_serial;
 Fiber* current;
 void* main_stack_pointer;
 const Kernel* running_kernel;
-char fence_slot;
+char fence_address;
 #ifdef EMU_TSAN
 void* main_tsan;
-char end_slot;
+char end_address;
 #endif
 
 void acquire([[maybe_unused]] void* at) {
@@ -132,6 +142,33 @@ void acquire([[maybe_unused]] void* at) {
 void release([[maybe_unused]] void* at) {
 #ifdef EMU_TSAN
     __tsan_release(at);
+#endif
+}
+
+// The scheduler's own containers are shared by all fibers: malloc and memmove, which the detector sees, are not theirs.
+struct Unseen {
+#ifdef EMU_TSAN
+    Unseen() {
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    }
+#else
+    Unseen() {}
+#endif
+};
+
+void* address_of([[maybe_unused]] const Sync& sync) {
+#ifdef EMU_TSAN
+    constexpr size_t bytes = size_t(1) << 32;  // of address space, never touched
+    constexpr u32 per_block = kBarriers + kWarp;
+    static char* const region = static_cast<char*>(mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    return region + ((block_serial * per_block + sync.index) * 2 + (sync.generation & 1)) * 8 % bytes;
+#else
+    return nullptr;
 #endif
 }
 
@@ -192,7 +229,7 @@ void next_fiber() {
 void fiber_main() {
     running_kernel->run(current->thread);
 #ifdef EMU_TSAN
-    __tsan_release(&end_slot);
+    __tsan_release(&end_address);
 #endif
     current->state = State::done;
     ++done_count;
@@ -214,6 +251,7 @@ void prepare(Fiber& fiber, u32 index, Extent block) {
     __asan_unpoison_memory_region(fiber.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
     fiber.thread = {{index % block.x, index / block.x % block.y, index / (block.x * block.y)}, index % kWarp, index / kWarp, kFuel};
+    fiber.has_fenced = false;
     fiber.open_copies.clear();
     fiber.committed_copies.clear();
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
@@ -243,8 +281,13 @@ void run_block(Extent block, u32 salt) {
     while (fibers.size() < fiber_count) fibers.push_back(std::make_unique<Fiber>());
     ready.assign(fiber_count, nullptr);
     ready_first = ready_count = 0;
-    for (Barrier& barrier : barriers) barrier = {};
+    ++block_serial;
+    for (u32 i = 0; i < kBarriers; ++i) {
+        barriers[i] = {};
+        barriers[i].sync.index = i;
+    }
     warps.assign((fiber_count + kWarp - 1) / kWarp, {});
+    for (u32 i = 0; i < warps.size(); ++i) warps[i].sync.index = kBarriers + i;
     for (u32 i = 0; i < fiber_count; ++i) prepare(*fibers[i], i, block);
     for (u32 i : in_order(fiber_count, salt)) push_ready(fibers[i].get());
     Fiber start;  // stands for the host's stack in the first switch
@@ -326,7 +369,7 @@ void arrive(Barrier& barrier, Fiber& fiber, u32 id, u32 threads, bool aligned, u
         fault("divergent barrier %u: one warp waits at line %u and at line %u", id, first->second, site);
     }
     ++barrier.arrived;
-    release(&barrier.sync.slot[barrier.sync.generation & 1]);
+    release(address_of(barrier.sync));
 }
 
 Barrier& barrier_of(u32 id, u32 site) {
@@ -349,24 +392,26 @@ void open_if_complete(Barrier& barrier) {
 }  // namespace
 
 u32 barrier(Thread& thread, u32 id, u32 threads, bool aligned, Reduce reduce, bool predicate, u32 site) {
+    const Unseen unseen;
     Fiber& fiber = fiber_of(thread);
     Barrier& barrier = barrier_of(id, site);
     arrive(barrier, fiber, id, threads, aligned, site);
     const u32 expected = barrier.expected;
-    char* const slot = &barrier.sync.slot[barrier.sync.generation & 1];
+    void* const sync = address_of(barrier.sync);
     barrier.votes_true += predicate;
     barrier.waiting.push_back(&fiber);
     fiber.state = State::barrier;
     fiber.site = site;
     open_if_complete(barrier);
     next_fiber();
-    acquire(slot);
+    acquire(sync);
     if (reduce == Reduce::and_) return fiber.result == expected;
     if (reduce == Reduce::or_) return fiber.result != 0;
     return fiber.result;
 }
 
 void barrier_arrive(Thread& thread, u32 id, u32 threads, u32 site) {
+    const Unseen unseen;
     Barrier& barrier = barrier_of(id, site);
     arrive(barrier, fiber_of(thread), id, threads, true, site);
     open_if_complete(barrier);
@@ -374,6 +419,7 @@ void barrier_arrive(Thread& thread, u32 id, u32 threads, u32 site) {
 
 // --- warp collectives
 void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine combine) {
+    const Unseen unseen;
     Fiber& fiber = fiber_of(thread);
     Warp& warp = warps[thread.warp];
     const u32 first = thread.warp * kWarp;
@@ -394,8 +440,8 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
     if (group == warp.groups.end()) group = warp.groups.insert(group, {mask, site, 0, combine});
     if (group->combine != combine) fault("line %u: two collectives at one place", site);
     group->arrived |= 1u << thread.lane;
-    char* const slot = &warp.sync.slot[warp.sync.generation & 1];
-    if (!combine) release(slot);
+    void* const sync = address_of(warp.sync);
+    if (!combine) release(sync);
     if (group->arrived == mask) {
         warp.groups.erase(group);
         if (combine) {
@@ -414,7 +460,7 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
         fiber.state = State::collective;
         next_fiber();
     }
-    if (!combine) acquire(slot);
+    if (!combine) acquire(sync);
 }
 
 void warp_barrier(Thread& thread, u32 mask, u32 site) {
@@ -431,17 +477,24 @@ u32 active_mask(const Thread& thread) {
     return mask;
 }
 
-// To a race detector all fences are one: it may miss a race between threads that both pass a fence, and reports no false one.
+// To a race detector all fences are one, and an atomic operation after a fence is a release: a thread that has seen it and
+// passes a fence itself comes after it. It may miss a race between threads that both pass fences, and reports no false one.
 void fence() {
-    acquire(&fence_slot);
-    release(&fence_slot);
+    current->has_fenced = true;
+    acquire(&fence_address);
+    release(&fence_address);
+}
+void atomic_is_done() {
+    if (current->has_fenced) release(&fence_address);
 }
 
 // --- cp.async
 void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u32 bytes, u32 from_bytes) {
+    const Unseen unseen;
     fiber_of(thread).open_copies.push_back({to, from, bytes, from_bytes});
 }
 void async_commit(Thread& thread) {
+    const Unseen unseen;
     Fiber& fiber = fiber_of(thread);
     fiber.committed_copies.push_back(std::move(fiber.open_copies));
     fiber.open_copies.clear();
@@ -449,7 +502,9 @@ void async_commit(Thread& thread) {
 void async_retire(Thread& thread, u32 groups_left, void (*copy)(unsigned char*, const unsigned char*, u32, u32)) {
     Fiber& fiber = fiber_of(thread);
     while (fiber.committed_copies.size() > groups_left) {
+        // The copies themselves are the thread's accesses, and seen.
         for (const Copy& each : fiber.committed_copies.front()) copy(each.to, each.from, each.bytes, each.from_bytes);
+        const Unseen unseen;
         fiber.committed_copies.pop_front();
     }
 }
@@ -479,7 +534,7 @@ void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes,
         if (!fault_text.empty()) break;
     }
 #ifdef EMU_TSAN
-    __tsan_acquire(&end_slot);
+    __tsan_acquire(&end_address);
 #endif
 }
 

@@ -9,7 +9,7 @@ constexpr u32 kWarp = 32;
 // Shared addresses start above zero, so that a null or truncated pointer is out of bounds.
 constexpr u32 kSharedBase = 1024;
 // Backward branches that one thread may take: a loop that waits for another block would never end.
-constexpr s64 kFuel = 2'000'000'000;
+constexpr s64 kFuel = 1 << 28;
 
 struct Thread {
     u32 tid[3];
@@ -65,6 +65,7 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
 void warp_barrier(Thread& thread, u32 mask, u32 site);
 u32 active_mask(const Thread& thread);
 void fence();
+void atomic_is_done();
 
 // --- cp.async of the running thread
 void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u32 bytes, u32 from_bytes);

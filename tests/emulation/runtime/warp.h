@@ -60,14 +60,17 @@ template <u32 Matrices, bool Transposed> EMU_INLINE Exchange ldmatrix(Thread& th
     collective(thread, ~0u, site, exchange, combine_ldmatrix<Matrices, Transposed>);
     return exchange;
 }
-// D = A B + C of shape m16n8kK. `a` holds K*16, `b` K*8 elements per warp, `c` and `out` 16*8 words.
-template <class Element, u32 K> EMU_INLINE Exchange mma(Thread& thread, const u32* a, const u32* b, const u32* c, u32 site) {
+// D = A B + C of shape m16n8kK. `a` holds K*16, `b` K*8 elements per warp, `c` and `out` 16*8 words; integer sums wrap
+// or saturate (.satfinite).
+template <class Element, u32 K>
+EMU_INLINE Exchange mma(Thread& thread, const u32* a, const u32* b, const u32* c, bool saturates, u32 site) {
     constexpr u32 per_word = 4 / sizeof(Element);
     constexpr u32 a_words = 16 * K / kWarp / per_word, b_words = 8 * K / kWarp / per_word;
     Exchange exchange{};
     for (u32 i = 0; i < a_words; ++i) exchange.in[i] = a[i];
     for (u32 i = 0; i < b_words; ++i) exchange.in[4 + i] = b[i];
     for (u32 i = 0; i < 4; ++i) exchange.in[6 + i] = c[i];
+    exchange.in[10] = saturates;
     collective(thread, ~0u, site, exchange, combine_mma<Element, K>);
     return exchange;
 }
