@@ -36,27 +36,28 @@ class TorchThreads {
   struct Job {
     std::atomic<int64_t> next;
     int64_t tasks;
-    void (*body)(void* context, int64_t task);
+    cpu::Parallel::Body body;
     void* context;
   };
 
-  static void run(void* self, int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
+  static void run(void* self, int64_t tasks, cpu::Parallel::Body body, void* context) {
     const int64_t threads = static_cast<TorchThreads*>(self)->threads_;
     const int64_t workers = threads < tasks ? threads : tasks;
     if (workers <= 1) {
-      for (int64_t task = 0; task < tasks; ++task) body(context, task);
+      for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
       return;
     }
     Job job{{0}, tasks, body, context};
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &TorchThreads::work, &job));
   }
 
-  static void work(int64_t, int64_t, void* context) {
+  static void work(int64_t index, int64_t, void* context) {
     Job& job = *static_cast<Job*>(context);
+    const auto worker = static_cast<int32_t>(index);
     // Relaxed: the counter only hands out numbers; the pool's fork and join order the memory around it.
     for (int64_t task = job.next.fetch_add(1, std::memory_order_relaxed); task < job.tasks;
          task = job.next.fetch_add(1, std::memory_order_relaxed)) {
-      job.body(job.context, task);
+      job.body(job.context, task, worker);
     }
   }
 

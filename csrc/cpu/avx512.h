@@ -1,4 +1,4 @@
-// What the AVX-512 sources share: target attributes, dot products, unpacking of words.
+// The vocabulary of vectors.h for AVX-512 (F, BW, DQ, VL), and what its sources share beyond that.
 #pragma once
 
 #include <immintrin.h>
@@ -7,9 +7,10 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "kernels_scalar.h"
 
-#define EXLLAMA_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
-#define EXLLAMA_AVX512_INLINE EXLLAMA_AVX512 inline __attribute__((always_inline))
+#define EXLLAMA_VECTOR __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define EXLLAMA_VECTOR_INLINE EXLLAMA_VECTOR inline __attribute__((always_inline))
 
 namespace exllama::cpu {
 
@@ -20,20 +21,47 @@ void gemv_vnni(const Gemv& gemv);
 
 namespace {
 
-// The first `count` of 16 lanes.
-EXLLAMA_AVX512_INLINE __mmask16 mask_of(int64_t count) {
+using Int = __m512i;
+using Float = __m512;
+constexpr int kStrip = 16;
+// Of 32 registers 12 x 2 sums take 24, which leaves the weights and one broadcast; fewer rows take 4 strips, so that
+// enough sums are in flight for the 5 cycles of a dot product.
+constexpr int kTallRows = 12, kWideRows = 6;
+
+// The first `count` lanes.
+EXLLAMA_VECTOR_INLINE __mmask16 mask_of(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-EXLLAMA_AVX512_INLINE __m512i broadcast(const void* four_bytes) {
-  int32_t value;
-  std::memcpy(&value, four_bytes, sizeof value);
-  return _mm512_set1_epi32(value);
+EXLLAMA_VECTOR_INLINE Int set_int(int32_t value) { return _mm512_set1_epi32(value); }
+EXLLAMA_VECTOR_INLINE Int load_int(const void* from) { return _mm512_loadu_si512(from); }
+EXLLAMA_VECTOR_INLINE Int load_int(const void* from, int64_t count) {
+  return _mm512_maskz_loadu_epi32(mask_of(count), from);
 }
+EXLLAMA_VECTOR_INLINE void store_int(void* to, Int value) { _mm512_storeu_si512(to, value); }
+EXLLAMA_VECTOR_INLINE Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
+EXLLAMA_VECTOR_INLINE Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
+EXLLAMA_VECTOR_INLINE Int sub_int8(Int a, Int b) { return _mm512_sub_epi8(a, b); }
+EXLLAMA_VECTOR_INLINE Int sub_int16(Int a, Int b) { return _mm512_sub_epi16(a, b); }
+EXLLAMA_VECTOR_INLINE Int sub_int32(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+EXLLAMA_VECTOR_INLINE Int multiply_int32(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+EXLLAMA_VECTOR_INLINE Int shift_left(Int a, int bits) { return _mm512_slli_epi32(a, bits); }
+EXLLAMA_VECTOR_INLINE Int shift_right(Int a, int bits) { return _mm512_srli_epi32(a, bits); }
+EXLLAMA_VECTOR_INLINE Int shift_right(Int a, Int bits) { return _mm512_srlv_epi32(a, bits); }
+EXLLAMA_VECTOR_INLINE Int shift_right_signed(Int a, int bits) { return _mm512_srai_epi32(a, bits); }
+// Lanes below `lane` of a, the others of b.
+EXLLAMA_VECTOR_INLINE Int join(Int a, Int b, int lane) { return _mm512_mask_mov_epi32(b, mask_of(lane), a); }
+
+EXLLAMA_VECTOR_INLINE Float set_float(float value) { return _mm512_set1_ps(value); }
+EXLLAMA_VECTOR_INLINE Float load_floats(const float* from) { return _mm512_loadu_ps(from); }
+EXLLAMA_VECTOR_INLINE void store_floats(float* to, Float value) { _mm512_storeu_ps(to, value); }
+EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
+EXLLAMA_VECTOR_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+EXLLAMA_VECTOR_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
 // sum += two int16 products. As assembler, since gcc 12 copies the sums of the intrinsic to and fro.
 template <bool kVnni>
-EXLLAMA_AVX512_INLINE void dot_int16(__m512i& sum, __m512i a, __m512i b) {
+EXLLAMA_VECTOR_INLINE void dot_int16(Int& sum, Int a, Int b) {
   if (kVnni) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   } else {
@@ -42,46 +70,29 @@ EXLLAMA_AVX512_INLINE void dot_int16(__m512i& sum, __m512i a, __m512i b) {
 }
 
 // sum += four products of unsigned a with signed b.
-EXLLAMA_AVX512_INLINE void dot_int8(__m512i& sum, __m512i a, __m512i b) {
+EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-EXLLAMA_AVX512_INLINE __m512i both_halves(__m512i values) {
-  return _mm512_or_si512(values, _mm512_slli_epi32(values, 16));
+// 8-bit words as pairs: bytes 3 2 1 0 -> . 1 . 0 and . 3 . 2.
+EXLLAMA_VECTOR_INLINE void split_bytes(Int words, Int* pair) {
+  const __m512i low = _mm512_set4_epi32(-0x7ff27ff4, -0x7ff67ff8, -0x7ffa7ffc, -0x7ffe8000);
+  const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi32(0x00020002));
+  pair[0] = _mm512_shuffle_epi8(words, low);
+  pair[1] = _mm512_shuffle_epi8(words, high);
 }
 
-// A block of words of a shuffled weight, 16 columns, as pairs: pair[p] has rows 2 p and 2 p + 1 as 16-bit lanes.
-template <int kBits>
-EXLLAMA_AVX512_INLINE void split_pairs(const __m512i* words, __m512i* pair) {
-  if (kBits == 8) {
-    // 3 2 1 0 -> . 1 . 0 and . 3 . 2
-    const __m512i low = _mm512_set4_epi32(-0x7ff27ff4, -0x7ff67ff8, -0x7ffa7ffc, -0x7ffe8000);
-    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi32(0x00020002));
-    pair[0] = _mm512_shuffle_epi8(words[0], low);
-    pair[1] = _mm512_shuffle_epi8(words[0], high);
-  } else if (kBits == 3) {
-    const __m512i mask = _mm512_set1_epi32(0x00070007);
-#pragma GCC unroll 3
-    for (int w = 0; w < 3; ++w) {
-#pragma GCC unroll 5
-      for (int i = 0; i < 5; ++i) pair[5 * w + i] = _mm512_and_si512(_mm512_srli_epi32(words[w], 3 * i), mask);
-    }
-    // Bit b of the last pair is bits 15 and 31 of word b.
-    const __m512i bit = _mm512_set1_epi32(0x00010001);
-    const __m512i b0 = _mm512_and_si512(_mm512_srli_epi32(words[0], 15), bit);
-    const __m512i b1 = _mm512_and_si512(_mm512_srli_epi32(words[1], 14), _mm512_slli_epi32(bit, 1));
-    const __m512i b2 = _mm512_and_si512(_mm512_srli_epi32(words[2], 13), _mm512_slli_epi32(bit, 2));
-    pair[15] = _mm512_or_si512(_mm512_or_si512(b0, b1), b2);
-  } else {
-    const __m512i mask = _mm512_set1_epi32(kBits == 4 ? 0x000f000f : 0x00030003);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16 / kBits; ++i) pair[i] = _mm512_and_si512(_mm512_srli_epi32(words[0], kBits * i), mask);
-  }
-}
+}  // namespace
+}  // namespace exllama::cpu
 
-// The same as quads of bytes, their rows in the order of quad_order.
+#include "vectors.h"
+
+namespace exllama::cpu {
+namespace {
+
+// A block of words of a shuffled weight as quads of bytes, their rows in the order of quad_order.
 template <int kBits>
-EXLLAMA_AVX512_INLINE void split_quads(const __m512i* words, __m512i* quad) {
+EXLLAMA_VECTOR_INLINE void split_quads(const __m512i* words, __m512i* quad) {
   if (kBits == 8) {
     quad[0] = words[0];
   } else if (kBits == 3) {
@@ -98,7 +109,7 @@ EXLLAMA_AVX512_INLINE void split_quads(const __m512i* words, __m512i* quad) {
 
 // The zero points of 16 columns of a group; column is a multiple of 4 and the lanes off the mask are zero.
 template <int bits>
-EXLLAMA_AVX512_INLINE __m512i zeros_of_strip(const Weight& weight, int64_t group, int64_t column, __mmask16 mask) {
+EXLLAMA_VECTOR_INLINE __m512i zeros_of_strip(const Weight& weight, int64_t group, int64_t column, __mmask16 mask) {
   if (!mask) return _mm512_setzero_si512();
   const int64_t row_words = weight.N * bits / 32, first = column * bits / 32;
   const int shift = static_cast<int>(column * bits % 32);
@@ -116,7 +127,7 @@ EXLLAMA_AVX512_INLINE __m512i zeros_of_strip(const Weight& weight, int64_t group
   return _mm512_maskz_add_epi32(mask, stored, _mm512_set1_epi32(weight.zeros_v2 ? 0 : 1));
 }
 
-EXLLAMA_AVX512_INLINE __m512 scales_of_strip(const Weight& weight, int64_t group, int64_t column, __mmask16 mask) {
+EXLLAMA_VECTOR_INLINE __m512 scales_of_strip(const Weight& weight, int64_t group, int64_t column, __mmask16 mask) {
   const int64_t index = group * weight.N + column;
   if (weight.scales_dtype == DType::kFloat32) {
     return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(weight.scales) + index);

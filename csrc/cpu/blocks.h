@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu.h"
 
@@ -68,16 +69,23 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// parallel.run for a callable; on the calling thread where there is one task or one thread.
+// parallel.run for a callable of (task) or (task, worker); on the calling thread where there is one task or one thread.
 template <typename Body>
 void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
+  const auto call = [](void* context, int64_t task, int32_t worker) {
+    const Body& body = *static_cast<const Body*>(context);
+    if constexpr (std::is_invocable_v<Body, int64_t, int32_t>) {
+      body(task, worker);
+    } else {
+      body(task);
+    }
+  };
+  void* context = const_cast<void*>(static_cast<const void*>(&body));
   if (tasks <= 1 || parallel.threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
+    for (int64_t task = 0; task < tasks; ++task) call(context, task, 0);
     return;
   }
-  parallel.run(
-      parallel.self, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  parallel.run(parallel.self, tasks, call, context);
 }
 
 }  // namespace exllama::cpu

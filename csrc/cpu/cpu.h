@@ -14,10 +14,12 @@ using layout::Weight;
 // How exactly gemm multiplies; the bounds are those of exllama_ops.set_cpu_matmul_precision.
 enum class Precision : int32_t { kHighest = 0, kHigh = 1, kMedium = 2 };
 
-// Runs body(context, task) for every task in [0, tasks), in any order, on any threads, and returns when all are done.
-// Threads claim tasks one at a time, so that a stolen core delays one task and not half of them.
+// Runs body(context, task, worker) for every task in [0, tasks), in any order, on any threads, and returns when all are
+// done. Tasks that run at the same time have different workers in [0, threads). Threads claim tasks one at a time, so
+// that a stolen core delays one task and not half of them.
 struct Parallel {
-  void (*run)(void* self, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  using Body = void (*)(void* context, int64_t task, int32_t worker);
+  void (*run)(void* self, int64_t tasks, Body body, void* context);
   void* self;
   int32_t threads;
 };

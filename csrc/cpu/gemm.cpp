@@ -4,6 +4,7 @@
 // Kernels::quantize; a block with NaN or inf is multiplied as float. The float class (highest, and raw g_idx with any
 // precision) takes x as it is. What happens to one row and block depends on that row and block alone, and blocks are
 // added in ascending order, so that the result of a row does not depend on M or on the threads.
+#include "ahead.h"
 #include "blocks.h"
 #include "convert.h"
 #include "kernels.h"
@@ -12,12 +13,9 @@
 namespace exllama::cpu {
 namespace {
 
-// Rows of x that share an unpacked panel: their sums, 64 KiB for a panel, stay in L2, as does their block of x.
-constexpr int kChunkRows = 256;
-// Panels of a task, which takes all of them through one block before the next: so rows of words are read in runs of 2
-// KiB where few rows of x leave the time to DRAM. The sums of a task are at most 128 KiB.
-constexpr int kWidePanels = 8, kNarrowPanels = 2;
-constexpr int kWideRows = kChunkRows * kNarrowPanels / kWidePanels;
+// A task is at most kChunkRows rows of x by kTaskPanels panels, which go through one block before the next: so rows of
+// words are read in runs of 2 KiB. Its sums, 512 KiB at most, and its rows of x in one block, 64 KiB, stay in L2.
+constexpr int kChunkRows = 256, kTaskPanels = 8;
 // Below this many entries of x, packing takes less time than waking threads.
 constexpr int64_t kParallelEntries = 1 << 16;
 
@@ -28,35 +26,69 @@ Class class_of(const Weight& weight, Precision precision) {
   return precision == Precision::kHigh ? Class::kInt16 : Class::kInt8;
 }
 
-// Packed x: entry (block, row) of each array is at block * M + row; an entry of limbs or floats has `stride` values.
+// Packed x: entry (block, row) of each array is at block * M + row, and has `stride` values. For tiles the two bytes of
+// the int16 limbs lie in their place, as MultiplyTiles has them.
 struct PackedX {
   int64_t M;
   int64_t stride;
   int16_t* first = nullptr;
   int16_t* second = nullptr;
-  int8_t* bytes = nullptr;
+  uint8_t* bytes = nullptr;
   float* floats = nullptr;
   BlockScale* scales = nullptr;
 };
 
-PackedX take_x(Arena& arena, const Weight& weight, int64_t M, Class kind) {
+int64_t task_sums(int64_t N, int64_t M) {
+  return std::min<int64_t>(M, kChunkRows) * std::min<int64_t>(round_up(N, kPanelColumns), kTaskPanels * kPanelColumns);
+}
+
+struct Scratch {
+  PackedX x;
+  float* sums;  // [worker][task's sums]
+};
+
+// Rows of W in a tile.
+int tile_depth(const Weight& weight) {
+  return static_cast<int>(std::min<int64_t>(64, round_up(Blocks(weight, kBlockRows).longest(), 4)));
+}
+
+Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, Class kind, int32_t threads) {
   const Blocks blocks(weight, kBlockRows);
-  PackedX x{M, round_up(blocks.longest(), 8)};
-  const int64_t entries = blocks.count() * M;
+  const Tiles* tiles = kernels().tiles;
+  PackedX x{M, round_up(blocks.longest(), tiles ? std::max(8, tile_depth(weight)) : 8)};
+  // Tiles read on beyond the last row.
+  const int64_t entries = blocks.count() * M + (tiles ? tiles->rows : 0);
   if (kind == Class::kFloat) {
     x.floats = arena.take<float>(entries * x.stride);
-    return x;
+  } else {
+    x.first = arena.take<int16_t>(entries * x.stride);
+    if (kind == Class::kInt16) x.second = arena.take<int16_t>(entries * x.stride);
+    if (kind == Class::kInt8) x.bytes = arena.take<uint8_t>(entries * x.stride);
+    x.scales = arena.take<BlockScale>(entries);
   }
-  x.first = arena.take<int16_t>(entries * x.stride);
-  if (kind == Class::kInt16) x.second = arena.take<int16_t>(entries * x.stride);
-  if (kind == Class::kInt8) x.bytes = arena.take<int8_t>(entries * x.stride);
-  x.scales = arena.take<BlockScale>(entries);
-  return x;
+  return {x, arena.take<float>(threads * task_sums(weight.N, M))};
 }
+
+// Rows of x that are multiplied alike in one block: limb 0 or 1 of their integers.
+struct Run {
+  int first;
+  int count;
+  int limb;
+};
+
+struct Runs {
+  Run runs[2 * kChunkRows];
+  int count = 0;
+  bool all_finite = true;
+
+  const Run* begin() const { return runs; }
+  const Run* end() const { return runs + count; }
+};
 
 class Gemm {
  public:
-  Gemm(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Class kind, void* workspace)
+  Gemm(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Class kind, void* workspace,
+       int32_t threads)
       : weight_(weight),
         source_(x),
         dtype_(dtype),
@@ -67,10 +99,14 @@ class Gemm {
         blocks_(weight, kBlockRows),
         perm_(weight.shuffled ? weight.rows : nullptr) {
     Arena arena(workspace);
-    x_ = take_x(arena, weight, M, kind);
+    const Scratch scratch = take_scratch(arena, weight, M, kind, threads);
+    x_ = scratch.x;
+    sums_ = scratch.sums;
     const int values = layout::block_values(weight.bits);
     whole_words_ = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
     int8_ = kind == Class::kInt8 && isa_.multiply_int8 && whole_words_;
+    gemv_ = kind != Class::kFloat && M <= kGemvRows && isa_.gemv && whole_words_;
+    tiles_ = kind != Class::kFloat && !gemv_ && whole_words_ ? isa_.tiles : nullptr;
   }
 
   void run(const Parallel& parallel) {
@@ -82,31 +118,35 @@ class Gemm {
       }
     });
 
-    const int64_t most_rows = int8_ ? kGemvRowsInt8 : kGemvRows;
-    if (kind_ != Class::kFloat && M_ <= most_rows && isa_.gemv && whole_words_ && all_finite()) {
-      // Long rows of words, but two tasks for each thread at least.
-      int64_t width = kGemvSums / kPanelColumns / M_ * kPanelColumns;
-      while (width > kPanelColumns && parallel.threads > 1 && weight_.N < 2 * parallel.threads * width) {
-        width = width / 2 / kPanelColumns * kPanelColumns;
-      }
-      for_each(parallel, ceil_div(weight_.N, width), [&](int64_t task) {
-        multiply_words(task * width, static_cast<int>(std::min(width, weight_.N - task * width)));
-      });
-      return;
+    if (gemv_) {
+      if (all_finite()) return run_gemv(parallel);
+      int8_ = false;  // its x is not packed as the int8 panels take it
     }
-    // Narrow weights: smaller tasks, so that each thread has some.
-    int64_t chunk = kChunkRows, width = (M_ <= kWideRows ? kWidePanels : kNarrowPanels) * kPanelColumns;
+    // Narrow weights and few rows: smaller tasks, so that each thread has some.
+    int64_t chunk = kChunkRows, width = kTaskPanels * kPanelColumns;
     const auto tasks = [&] { return ceil_div(weight_.N, width) * ceil_div(M_, chunk); };
     while (width > kPanelColumns && tasks() < 4 * parallel.threads) width /= 2;
     while (chunk > 32 && tasks() < 4 * parallel.threads) chunk /= 2;
     const int64_t columns = ceil_div(weight_.N, width);
-    for_each(parallel, tasks(), [&](int64_t task) {
+    for_each(parallel, tasks(), [&](int64_t task, int32_t worker) {
       const int64_t begin = task / columns * chunk, column = task % columns * width;
-      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), column, std::min(width, weight_.N - column));
+      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), column, std::min(width, weight_.N - column),
+               sums_ + worker * task_sums(weight_.N, M_));
     });
   }
 
  private:
+  void run_gemv(const Parallel& parallel) const {
+    // Long rows of words, but two tasks for each thread at least.
+    int64_t width = kGemvSums / kPanelColumns / M_ * kPanelColumns;
+    while (width > kPanelColumns && parallel.threads > 1 && weight_.N < 2 * parallel.threads * width) {
+      width = width / 2 / kPanelColumns * kPanelColumns;
+    }
+    for_each(parallel, ceil_div(weight_.N, width), [&](int64_t task) {
+      multiply_words(task * width, static_cast<int>(std::min(width, weight_.N - task * width)));
+    });
+  }
+
   void pack(int64_t b, int64_t m) {
     const Block block = blocks_[b];
     const int64_t entry = b * M_ + m;
@@ -117,17 +157,28 @@ class Gemm {
     }
     alignas(64) float values[kBlockRows];
     isa_.load(row, dtype_, perm_, block.row, block.rows, values);
-    int16_t* first = x_.first + entry * x_.stride;
-    x_.scales[entry] =
-        isa_.quantize(values, block.rows, static_cast<int>(x_.stride), kind_ == Class::kInt16 ? 32767 : 127, first,
-                      x_.second ? x_.second + entry * x_.stride : nullptr);
-    if (int8_) {
-      int8_t* bytes = x_.bytes + entry * x_.stride;
-      const int values = layout::block_values(weight_.bits);
-      for (int k = 0; k < block.rows; k += values) {
-        for (int i = 0; i < values; ++i) bytes[k + i] = static_cast<int8_t>(first[k + quad_order(weight_.bits, i)]);
-      }
+    const int stride = static_cast<int>(x_.stride), limit = kind_ == Class::kInt16 ? 32767 : 127;
+    int16_t* first = x_.first + entry * stride;
+    int16_t* second = x_.second ? x_.second + entry * stride : nullptr;
+    if (tiles_ && kind_ == Class::kInt16) {
+      alignas(64) int16_t limb[2][kBlockRows];
+      const BlockScale scale = isa_.quantize(values, block.rows, stride, limit, limb[0], limb[1]);
+      pack_two_bytes(limb[0], first);
+      if (scale.limbs == Limbs::kTwo) pack_two_bytes(limb[1], second);
+      x_.scales[entry] = scale;
+      return;
     }
+    x_.scales[entry] = isa_.quantize(values, block.rows, stride, limit, first, second);
+    // int8 panels take unsigned x, the kernels for few rows and for tiles signed.
+    const int shift = gemv_ || tiles_ ? 0 : kInt8Offset;
+    if (int8_) isa_.pack_bytes(first, stride, weight_.bits, 0, shift, x_.bytes + entry * stride);
+  }
+
+  void pack_two_bytes(const int16_t* limb, int16_t* out) const {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
+    const int stride = static_cast<int>(x_.stride);
+    isa_.pack_bytes(limb, stride, weight_.bits, 8, 0, bytes);
+    isa_.pack_bytes(limb, stride, weight_.bits, 0, 0, bytes + stride);
   }
 
   bool all_finite() const {
@@ -137,35 +188,39 @@ class Gemm {
 
   // All rows of x, straight from the words.
   void multiply_words(int64_t column, int columns) const {
-    alignas(64) float acc[kGemvSums] = {};
+    alignas(64) float acc[kGemvSums];
+    std::fill(acc, acc + M_ * columns, 0.0f);
     const int rows = static_cast<int>(M_);
-    isa_.gemv({&weight_, rows, x_.first, x_.second, x_.stride, x_.scales, column, columns, acc});
+    const void* x = int8_ ? static_cast<const void*>(x_.bytes) : x_.first;
+    isa_.gemv({&weight_, rows, x, x_.second, int8_, x_.stride, x_.scales, column, columns, acc});
     for (int m = 0; m < rows; ++m) {
       isa_.store(acc + m * columns, columns, offset(out_, dtype_, m * weight_.N + column), dtype_);
     }
   }
 
-  // `rows` rows of x from `begin` on, by `width` columns.
-  void multiply(int64_t begin, int rows, int64_t column, int64_t width) const {
-    alignas(64) float acc[kChunkRows * kNarrowPanels * kPanelColumns];
+  // `rows` rows of x from `begin` on, by `width` columns; the sums of each panel are contiguous.
+  void multiply(int64_t begin, int rows, int64_t column, int64_t width, float* acc) const {
     const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
     const auto columns = [&](int64_t panel) {
       return static_cast<int>(std::min<int64_t>(kPanelColumns, width - panel * kPanelColumns));
     };
+    const WordLines lines(weight_, kBlockRows, kPanelColumns);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
+    if (tiles_) tiles_->start(tile_depth(weight_));
     for (int64_t b = 0; b < blocks_.count(); ++b) {
+      Runs runs;
+      if (kind_ != Class::kFloat) find_runs(b, begin, rows, runs);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t from = column + panel * kPanelColumns;
-        // The panel after this one, or the first of the next block.
-        const bool last = panel + 1 == panels;
-        prefetch(last ? b + 1 : b, last ? column : from + kPanelColumns, columns(last ? 0 : panel + 1));
+        Ahead ahead = lines_ahead(lines, b + 1, from, columns(panel));
         if (kind_ == Class::kFloat) {
-          add_float(b, begin, rows, from, columns(panel), acc + panel * panel_sums);
+          add_float(b, begin, rows, from, columns(panel), acc + panel * panel_sums, ahead);
         } else {
-          add_integer(b, begin, rows, from, columns(panel), acc + panel * panel_sums);
+          add_integer(b, begin, rows, runs, from, columns(panel), acc + panel * panel_sums, ahead);
         }
       }
     }
+    if (tiles_) tiles_->stop();
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int m = 0; m < rows; ++m) {
         isa_.store(acc + panel * panel_sums + m * kPanelColumns, columns(panel),
@@ -174,26 +229,38 @@ class Gemm {
     }
   }
 
-  // Words, zero points and scales of a panel on their way into L1: 256 bytes of each row of words, and each row is on
-  // another page, so that the hardware alone reads at a quarter of the speed of DRAM.
-  void prefetch(int64_t b, int64_t column, int columns) const {
-    if (b >= blocks_.count()) return;
-    const Block block = blocks_[b];
-    const int64_t rows = ceil_div(block.rows * weight_.bits, 32), row_bytes = columns * sizeof(uint32_t);
-    const char* words = reinterpret_cast<const char*>(words_of(weight_, block.row, column));
-    for (int64_t row = 0; row < rows; ++row, words += weight_.N * sizeof(uint32_t)) {
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(words + byte, 0, 3);
-    }
-    if (!Blocks::grouped(weight_)) return;
-    const int64_t index = block.group * weight_.N + column;
-    __builtin_prefetch(weight_.qzeros + index * weight_.bits / 32, 0, 3);
-    const char* scales = static_cast<const char*>(offset(weight_.scales, weight_.scales_dtype, index));
-    for (int64_t byte = 0; byte < columns * bytes_of(weight_.scales_dtype); byte += 64) {
-      __builtin_prefetch(scales + byte, 0, 3);
+  // The longest runs of rows whose limbs match.
+  void find_runs(int64_t b, int64_t begin, int rows, Runs& found) const {
+    const BlockScale* scales = x_.scales + b * M_ + begin;
+    for (int limb = 0; limb < 2; ++limb) {
+      int length = 0;
+      for (int m = 0; m < rows; ++m) {
+        const Limbs limbs = scales[m].limbs;
+        if (limbs == Limbs::kNone) found.all_finite = false;
+        const bool takes_part = limbs == Limbs::kTwo || (limbs == Limbs::kOne && limb == 0);
+        length = takes_part ? length + 1 : 0;
+        if (length == 1) found.runs[found.count++] = {m, 0, limb};
+        if (takes_part) ++found.runs[found.count - 1].count;
+      }
     }
   }
 
-  void add_float(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc) const {
+  // The words of a panel of block b, for prefetching; its zero points and scales are prefetched here.
+  Ahead lines_ahead(const WordLines& lines, int64_t b, int64_t column, int columns) const {
+    if (b >= blocks_.count()) return {};
+    const Block block = blocks_[b];
+    if (Blocks::grouped(weight_)) {
+      const int64_t index = block.group * weight_.N + column;
+      __builtin_prefetch(weight_.qzeros + index * weight_.bits / 32, 0, 3);
+      const char* scales = static_cast<const char*>(offset(weight_.scales, weight_.scales_dtype, index));
+      for (int64_t byte = 0; byte < columns * bytes_of(weight_.scales_dtype); byte += 64) {
+        __builtin_prefetch(scales + byte, 0, 3);
+      }
+    }
+    return lines.from(words_of(weight_, block.row, column));
+  }
+
+  void add_float(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc, Ahead& ahead) const {
     alignas(64) float panel[kBlockRows * kPanelColumns];
     float scales[kPanelColumns];
     const Block block = blocks_[b];
@@ -207,38 +274,50 @@ class Gemm {
       std::fill(scales, scales + kPanelColumns, 1.0f);
     }
     const float* x = x_.floats + (b * M_ + begin) * x_.stride;
-    isa_.multiply_float({x, x_.stride, nullptr, 0, rows, block.rows, panel, columns, scales, nullptr, acc});
+    isa_.multiply_float({x, x_.stride, nullptr, 0, rows, block.rows, panel, columns, scales, acc}, ahead);
   }
 
-  void add_integer(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc) const {
+  void add_integer(int64_t b, int64_t begin, int rows, const Runs& runs, int64_t column, int columns, float* acc,
+                   Ahead& ahead) const {
     const Block block = blocks_[b];
     const int64_t entry = b * M_ + begin;
     const BlockScale* x_scales = x_.scales + entry;
-    int32_t zeros[kPanelColumns];
-    float scales[kPanelColumns];
+    alignas(64) int32_t zeros[kPanelColumns];
+    alignas(64) float scales[kPanelColumns];
     isa_.load_zeros(weight_, block.group, column, columns, zeros);
     isa_.load_scales(weight_, block.group, column, columns, scales);
-    if (int8_) {
-      alignas(64) uint8_t panel[kBlockRows * kPanelColumns];
-      isa_.unpack_uint8(weight_, block.row, block.rows, column, columns, panel);
-      for_runs(x_scales, rows, [](Limbs limbs) { return limbs != Limbs::kNone; }, [&](int first, int count) {
-        isa_.multiply_int8({x_.bytes + (entry + first) * x_.stride, x_.stride, x_scales + first, 0, count, block.rows,
-                            panel, columns, scales, zeros, acc + first * kPanelColumns});
-      });
-    } else {
-      alignas(64) int16_t panel[kBlockRows * kPanelColumns];
-      isa_.unpack_int16(weight_, block.row, block.rows, column, columns, zeros, panel);
-      for_runs(x_scales, rows, [](Limbs limbs) { return limbs != Limbs::kNone; }, [&](int first, int count) {
-        isa_.multiply_int16({x_.first + (entry + first) * x_.stride, x_.stride, x_scales + first, 0, count, block.rows,
-                             panel, columns, scales, zeros, acc + first * kPanelColumns});
-      });
-      for_runs(x_scales, rows, [](Limbs limbs) { return limbs == Limbs::kTwo; }, [&](int first, int count) {
-        isa_.multiply_int16({x_.second + (entry + first) * x_.stride, x_.stride, x_scales + first, 1, count,
-                             block.rows, panel, columns, scales, zeros, acc + first * kPanelColumns});
-      });
+    if (!runs.all_finite) add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);
+    if (tiles_ || int8_) {
+      alignas(64) int8_t panel[kBlockRows * kPanelColumns];
+      alignas(64) int32_t start[kPanelColumns];
+      isa_.unpack_int8(weight_, block.row, block.rows, column, columns, zeros, panel, start);
+      const bool whole_zero = weight_.bits != 8;
+      if (!whole_zero) std::for_each(zeros, zeros + kPanelColumns, [](int32_t& zero) { zero -= kInt8Offset; });
+      for (const Run& run : runs) {
+        if (tiles_) {
+          const bool two_bytes = kind_ == Class::kInt16;
+          const int64_t x_stride = two_bytes ? 2 * x_.stride : x_.stride;
+          const void* x = !two_bytes ? x_.bytes : static_cast<const void*>(run.limb == 0 ? x_.first : x_.second);
+          tiles_->multiply({static_cast<const int8_t*>(x) + (entry + run.first) * x_stride, x_stride,
+                            x_scales + run.first, run.limb, two_bytes, run.count, block.rows, tile_depth(weight_),
+                            panel, columns, scales, whole_zero ? nullptr : zeros, acc + run.first * kPanelColumns},
+                           ahead);
+          continue;
+        }
+        isa_.multiply_int8({x_.bytes + (entry + run.first) * x_.stride, x_.stride, x_scales + run.first, 0,
+                            run.count, block.rows, panel, columns, scales, acc + run.first * kPanelColumns, start,
+                            whole_zero ? nullptr : zeros},
+                           ahead);
+      }
+      return;
     }
-    if (std::any_of(x_scales, x_scales + rows, [](const BlockScale& s) { return s.limbs == Limbs::kNone; })) {
-      add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);
+    alignas(64) int16_t panel[kBlockRows * kPanelColumns];
+    isa_.unpack_int16(weight_, block.row, block.rows, column, columns, zeros, panel);
+    for (const Run& run : runs) {
+      const int16_t* x = run.limb == 0 ? x_.first : x_.second;
+      isa_.multiply_int16({x + (entry + run.first) * x_.stride, x_.stride, x_scales + run.first, run.limb,
+                           run.count, block.rows, panel, columns, scales, acc + run.first * kPanelColumns},
+                          ahead);
     }
   }
 
@@ -251,22 +330,9 @@ class Gemm {
     for (int m = 0; m < rows; ++m) {
       if (x_scales[m].limbs != Limbs::kNone) continue;
       isa_.load(offset(source_, dtype_, (begin + m) * weight_.K), dtype_, perm_, block.row, block.rows, x);
-      isa_.multiply_float({x, kBlockRows, nullptr, 0, 1, block.rows, panel, columns, scales, nullptr,
-                           acc + m * kPanelColumns});
-    }
-  }
-
-  // body(first, count) for every longest run of rows whose limbs match.
-  template <typename Match, typename Body>
-  static void for_runs(const BlockScale* scales, int rows, const Match& match, const Body& body) {
-    for (int m = 0; m < rows;) {
-      const int first = m;
-      while (m < rows && match(scales[m].limbs)) ++m;
-      if (m > first) {
-        body(first, m - first);
-      } else {
-        ++m;
-      }
+      Ahead nothing{};
+      isa_.multiply_float({x, kBlockRows, nullptr, 0, 1, block.rows, panel, columns, scales, acc + m * kPanelColumns},
+                          nothing);
     }
   }
 
@@ -280,22 +346,25 @@ class Gemm {
   Blocks blocks_;
   const int32_t* perm_;
   PackedX x_;
+  float* sums_;
   bool whole_words_;
   bool int8_;
+  bool gemv_;
+  const Tiles* tiles_;
 };
 
 }  // namespace
 
-size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType, Precision precision, int32_t) {
+size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType, Precision precision, int32_t threads) {
   Arena arena(nullptr);
-  take_x(arena, weight, M, class_of(weight, precision));
+  take_scratch(arena, weight, M, class_of(weight, precision), threads);
   return arena.bytes();
 }
 
 void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel) {
   if (M == 0 || weight.N == 0) return;
-  Gemm(weight, x, x_dtype, M, out, class_of(weight, precision), workspace).run(parallel);
+  Gemm(weight, x, x_dtype, M, out, class_of(weight, precision), workspace, parallel.threads).run(parallel);
 }
 
 }  // namespace exllama::cpu

@@ -1,79 +1,144 @@
-// dx = grad @ W^T in float32.
+// dx = grad @ W^T in float32, with the scales inside the sum over columns.
 //
-// The words have columns in lanes, so a sum over columns is kept as kLanes partial sums per element of dx, which are
-// added once at the end. A task is one block of rows of W and one chunk of rows of grad; it walks all columns.
+// The panels are transposed, so that this is a product like gemm's: a task is some rows of grad by some rows of W, in
+// panels of kPanelColumns of them, and walks the columns of W in blocks, whose sums are added in ascending order.
+#include "ahead.h"
 #include "blocks.h"
 #include "convert.h"
 #include "kernels.h"
-#include "unpack.h"
 
 namespace exllama::cpu {
 namespace {
 
-// Rows of grad that share an unpacked panel: their sums are 2 KiB each, and stay in L2.
-constexpr int kGradRows = 64;
+// Columns of W in a block, the depth of a product, two unpackings.
+constexpr int kDepth = 2 * kPanelColumns;
+constexpr int kChunkRows = 256, kTaskPanels = 8;
 
-// grad in float32 as [panel of columns][row][column].
-float* take_grad(Arena& arena, const Weight& weight, int64_t M) {
-  return arena.take<float>(ceil_div(weight.N, kPanelColumns) * M * kPanelColumns);
+int64_t task_sums(int64_t K, int64_t M) {
+  return std::min<int64_t>(M, kChunkRows) * std::min<int64_t>(round_up(K, kPanelColumns), kTaskPanels * kPanelColumns);
 }
+
+struct Scratch {
+  float* grad;  // [block of columns][row][kDepth]
+  float* sums;  // [worker][task's sums]
+};
+
+Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, int32_t threads) {
+  return {arena.take<float>(ceil_div(weight.N, kDepth) * M * kDepth),
+          arena.take<float>(threads * task_sums(weight.K, M))};
+}
+
+class GemmDx {
+ public:
+  GemmDx(const Weight& weight, const void* grad, DType dtype, int64_t M, void* dx, const Scratch& scratch)
+      : weight_(weight), source_(grad), dtype_(dtype), M_(M), dx_(dx), grad_(scratch.grad), sums_(scratch.sums) {}
+
+  void run(const Parallel& parallel) const {
+    for_each(parallel, M_, [&](int64_t m) {
+      for (int64_t b = 0; b < blocks(); ++b) {
+        const void* row = offset(source_, dtype_, m * weight_.N);
+        isa_.load(row, dtype_, nullptr, b * kDepth, depth(b), grad_ + (b * M_ + m) * kDepth);
+      }
+    });
+    int64_t chunk = kChunkRows, width = kTaskPanels * kPanelColumns;
+    const auto tasks = [&] { return ceil_div(weight_.K, width) * ceil_div(M_, chunk); };
+    while (width > kPanelColumns && tasks() < 4 * parallel.threads) width /= 2;
+    while (chunk > 32 && tasks() < 4 * parallel.threads) chunk /= 2;
+    const int64_t widths = ceil_div(weight_.K, width);
+    for_each(parallel, tasks(), [&](int64_t task, int32_t worker) {
+      const int64_t begin = task / widths * chunk, row = task % widths * width;
+      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), row, std::min(width, weight_.K - row),
+               sums_ + worker * task_sums(weight_.K, M_));
+    });
+  }
+
+ private:
+  int64_t blocks() const { return ceil_div(weight_.N, kDepth); }
+  int depth(int64_t b) const { return static_cast<int>(std::min<int64_t>(kDepth, weight_.N - b * kDepth)); }
+
+  // `rows` rows of grad from `begin` on by `width` rows of W from `row` on.
+  void multiply(int64_t begin, int rows, int64_t row, int64_t width, float* acc) const {
+    static constexpr float kOnes[kPanelColumns] = {
+        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
+    const WordLines lines(weight_, kPanelColumns, kDepth);
+    std::fill(acc, acc + panels * panel_sums, 0.0f);
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const float* grad = grad_ + (b * M_ + begin) * kDepth;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        alignas(64) float W[kDepth * kPanelColumns];
+        const int64_t from = row + panel * kPanelColumns;
+        const int panel_rows = rows_of(panel, width);
+        unpack(from, panel_rows, b * kDepth, depth(b), W);
+        Ahead ahead{};
+        if (b + 1 < blocks()) ahead = lines.from(words_of(weight_, from, (b + 1) * kDepth));
+        isa_.multiply_float({grad, kDepth, nullptr, 0, rows, depth(b), W, panel_rows, kOnes, acc + panel * panel_sums},
+                            ahead);
+      }
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int m = 0; m < rows; ++m) {
+        store(acc + panel * panel_sums + m * kPanelColumns, begin + m, row + panel * kPanelColumns,
+              rows_of(panel, width));
+      }
+    }
+  }
+
+  static int rows_of(int64_t panel, int64_t width) {
+    return static_cast<int>(std::min<int64_t>(kPanelColumns, width - panel * kPanelColumns));
+  }
+
+  // scale * (q - z) as [column][row], group by group.
+  void unpack(int64_t row, int rows, int64_t column, int columns, float* W) const {
+    const int64_t group_size = Blocks::grouped(weight_) ? std::min(weight_.group_size, weight_.K) : 1;
+    for (int first = 0; first < rows;) {
+      const int64_t k = row + first;
+      const int64_t group = Blocks::grouped(weight_) ? k / group_size : weight_.rows[k];
+      const int count = static_cast<int>(std::min<int64_t>(rows - first, group_size - k % group_size));
+      for (int n = 0; n < columns; n += kPanelColumns) {
+        int32_t zeros[kPanelColumns];
+        float scales[kPanelColumns];
+        const int part = std::min(kPanelColumns, columns - n);
+        isa_.load_zeros(weight_, group, column + n, part, zeros);
+        isa_.load_scales(weight_, group, column + n, part, scales);
+        isa_.unpack_transposed(weight_, k, count, column + n, part, zeros, scales, W + n * kPanelColumns + first);
+      }
+      first += count;
+    }
+  }
+
+  void store(const float* values, int64_t m, int64_t row, int count) const {
+    void* out = offset(dx_, dtype_, m * weight_.K);
+    if (!weight_.shuffled || !weight_.rows) {
+      isa_.store(values, count, offset(out, dtype_, row), dtype_);
+      return;
+    }
+    for (int i = 0; i < count; ++i) store_float(values[i], out, dtype_, weight_.rows[row + i]);
+  }
+
+  const Weight& weight_;
+  const void* source_;
+  DType dtype_;
+  int64_t M_;
+  void* dx_;
+  float* grad_;
+  float* sums_;
+  const Kernels& isa_ = kernels();
+};
 
 }  // namespace
 
-size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType, int32_t) {
+size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType, int32_t threads) {
   Arena arena(nullptr);
-  take_grad(arena, weight, M);
+  take_scratch(arena, weight, M, threads);
   return arena.bytes();
 }
 
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, void* workspace,
              const Parallel& parallel) {
-  const Kernels& isa = kernels();
-  const int64_t N = weight.N, panels = ceil_div(N, kPanelColumns);
   Arena arena(workspace);
-  float* packed = take_grad(arena, weight, M);
-  for_each(parallel, M, [&](int64_t m) {
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t column = panel * kPanelColumns;
-      const int columns = static_cast<int>(std::min<int64_t>(kPanelColumns, N - column));
-      float* out = packed + (panel * M + m) * kPanelColumns;
-      isa.load(offset(grad, grad_dtype, m * N), grad_dtype, nullptr, column, columns, out);
-      std::fill(out + columns, out + kPanelColumns, 0.0f);
-    }
-  });
-
-  const Blocks blocks(weight, kDxRows);
-  const int64_t chunks = ceil_div(M, kGradRows);
-  const int32_t* perm = weight.shuffled ? weight.rows : nullptr;
-  for_each(parallel, blocks.count() * chunks, [&](int64_t task) {
-    alignas(64) float W[kDxParts * kDxRows * kPanelColumns];
-    alignas(64) float sums[kGradRows * kDxRows * kLanes];
-    const Block block = blocks[task / chunks];
-    const int64_t begin = task % chunks * kGradRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kGradRows, M - begin));
-    std::fill(sums, sums + rows * kDxRows * kLanes, 0.0f);
-    for (int64_t panel = 0; panel < panels; panel += kDxParts) {
-      const int parts = static_cast<int>(std::min<int64_t>(kDxParts, panels - panel));
-      for (int part = 0; part < parts; ++part) {
-        const int64_t column = (panel + part) * kPanelColumns;
-        const int columns = static_cast<int>(std::min<int64_t>(kPanelColumns, N - column));
-        unpack_scaled(isa, weight, block.row, block.rows, block.group, column, columns,
-                      W + part * kDxRows * kPanelColumns);
-      }
-      isa.multiply_dx(packed + (panel * M + begin) * kPanelColumns, M * kPanelColumns, rows, W, block.rows, parts,
-                      sums);
-    }
-    for (int m = 0; m < rows; ++m) {
-      float result[kDxRows];
-      isa.sum_lanes(sums + m * kDxRows * kLanes, block.rows, result);
-      void* out = offset(dx, grad_dtype, (begin + m) * weight.K);
-      if (!perm) {
-        isa.store(result, block.rows, offset(out, grad_dtype, block.row), grad_dtype);
-      } else {
-        for (int i = 0; i < block.rows; ++i) store_float(result[i], out, grad_dtype, perm[block.row + i]);
-      }
-    }
-  });
+  GemmDx(weight, grad, grad_dtype, M, dx, take_scratch(arena, weight, M, parallel.threads)).run(parallel);
 }
 
 }  // namespace exllama::cpu

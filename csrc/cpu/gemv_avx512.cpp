@@ -13,17 +13,22 @@
 namespace exllama::cpu {
 namespace {
 
-// How far ahead of its use a word is prefetched: 2 KiB of its row.
-constexpr int kAheadColumns = 512;
-// Vectors of x that share an unpacked word, and strips that share a broadcast pair of x: of 32 registers the sums take
-// 16, the pairs of 4-bit words 8.
+// How far ahead of its use a word is prefetched: 1 KiB of its row.
+constexpr int kAheadColumns = 256;
+// Vectors of x that share an unpacked word, and strips that share a broadcast of x: of 32 registers the sums take 16,
+// the terms of 4-bit words 8.
 constexpr int kMaxVectors = 8, nr = 2;
-// Pairs of rows in a batch: four rows of 4-bit words, or 2 of 2, 3 of 3 and 8 of 8 bits.
-constexpr int kBatchPairs = 16;
+// Rows of W in a batch: half a block, eight rows of 4-bit words, so that sums go to memory once for them; more streams
+// at a time than eight or so would read slower. Groups of 32 take the smaller batch.
+constexpr int kBatchRows = 64, kSmallBatchRows = 32;
+
+// What a lane of 32 bits multiplies at once: two int16 or four int8.
+enum class Dot { kInt16, kInt16Vnni, kInt8 };
+constexpr int depth_of(Dot dot) { return dot == Dot::kInt8 ? 4 : 2; }
 
 // One limb of one row of x in one block.
 struct Vector {
-  const int16_t* x;
+  const char* x;
   int32_t sum;
   float scale;
   float* acc;
@@ -38,11 +43,11 @@ struct Target {
 
 // Adds `kBlocks` blocks of values, a batch, to the integer sums dots[vector][column]; the last batch of a block goes on
 // to acc = fma(float(dot - zero * sum of x) * x_scale, scale, acc), and leaves zeros for the next block. `next` is where
-// the next batch begins, `pairs` has x as [pair][vector].
-template <int kBits, bool kVnni, int mr, int kBlocks, bool kLast>
-EXLLAMA_AVX512 void add_batch(const uint32_t* words, int64_t N, int columns, const uint32_t* next, const int32_t* pairs,
+// the next batch begins, `x` has the vectors' terms, 32 bits each, as [term][vector].
+template <int kBits, Dot kDot, int mr, int kBlocks, bool kLast>
+EXLLAMA_VECTOR void add_batch(const uint32_t* words, int64_t N, int columns, const uint32_t* next, const int32_t* x,
                               int32_t* dots, const Vector* vectors, const Target& target) {
-  constexpr int kWords = layout::block_words(kBits), kPairs = layout::block_values(kBits) / 2;
+  constexpr int kWords = layout::block_words(kBits), kTerms = layout::block_values(kBits) / depth_of(kDot);
   const int64_t stride = round_up(columns, 16 * nr);
   for (int n = 0; n < columns; n += 16 * nr) {
     const uint32_t* ahead =
@@ -51,7 +56,7 @@ EXLLAMA_AVX512 void add_batch(const uint32_t* words, int64_t N, int columns, con
     __m512i dot[mr][nr];
 #pragma GCC unroll 2
     for (int v = 0; v < nr; ++v) {
-#pragma GCC unroll 24
+#pragma GCC unroll 16
       for (int w = 0; w < kBlocks * kWords; ++w) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead + w * N + 16 * v), _MM_HINT_T0);
       }
@@ -59,24 +64,34 @@ EXLLAMA_AVX512 void add_batch(const uint32_t* words, int64_t N, int columns, con
 #pragma GCC unroll 8
       for (int m = 0; m < mr; ++m) dot[m][v] = _mm512_loadu_si512(dots + m * stride + n + 16 * v);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kBlocks; ++i) {
-      __m512i loaded[kWords], pair[nr][kPairs];
+      __m512i loaded[kWords], term[nr][kTerms];
 #pragma GCC unroll 2
       for (int v = 0; v < nr; ++v) {
 #pragma GCC unroll 3
         for (int w = 0; w < kWords; ++w) {
           loaded[w] = _mm512_maskz_loadu_epi32(mask[v], words + (i * kWords + w) * N + n + 16 * v);
         }
-        split_pairs<kBits>(loaded, pair[v]);
+        if constexpr (kDot == Dot::kInt8) {
+          split_quads<kBits>(loaded, term[v]);
+        } else {
+          split_pairs<kBits>(loaded, term[v]);
+        }
       }
 #pragma GCC unroll 16
-      for (int p = 0; p < kPairs; ++p) {
+      for (int t = 0; t < kTerms; ++t) {
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) {
-          const __m512i x = broadcast(pairs + (i * kPairs + p) * mr + m);
+          const __m512i spread = broadcast(x + (i * kTerms + t) * mr + m);
 #pragma GCC unroll 2
-          for (int v = 0; v < nr; ++v) dot_int16<kVnni>(dot[m][v], pair[v][p], x);
+          for (int v = 0; v < nr; ++v) {
+            if constexpr (kDot == Dot::kInt8) {
+              dot_int8(dot[m][v], term[v][t], spread);
+            } else {
+              dot_int16<kDot == Dot::kInt16Vnni>(dot[m][v], term[v][t], spread);
+            }
+          }
         }
       }
     }
@@ -107,93 +122,97 @@ EXLLAMA_AVX512 void add_batch(const uint32_t* words, int64_t N, int columns, con
 using Batch = void (*)(const uint32_t*, int64_t, int, const uint32_t*, const int32_t*, int32_t*, const Vector*,
                        const Target&);
 
-template <int kBits, bool kVnni, int kBlocks, bool kLast>
+template <int kBits, Dot kDot, int kBlocks, bool kLast>
 void add_vectors(const uint32_t* words, int64_t N, int columns, const uint32_t* next, int row, const Vector* vectors,
                  int count, int32_t* dots, const Target& target) {
-  constexpr int kPairs = kBlocks * layout::block_values(kBits) / 2;
+  constexpr int kTerms = kBlocks * layout::block_values(kBits) / depth_of(kDot);
   static constexpr Batch kBatches[kMaxVectors] = {
-      add_batch<kBits, kVnni, 1, kBlocks, kLast>, add_batch<kBits, kVnni, 2, kBlocks, kLast>,
-      add_batch<kBits, kVnni, 3, kBlocks, kLast>, add_batch<kBits, kVnni, 4, kBlocks, kLast>,
-      add_batch<kBits, kVnni, 5, kBlocks, kLast>, add_batch<kBits, kVnni, 6, kBlocks, kLast>,
-      add_batch<kBits, kVnni, 7, kBlocks, kLast>, add_batch<kBits, kVnni, 8, kBlocks, kLast>,
+      add_batch<kBits, kDot, 1, kBlocks, kLast>, add_batch<kBits, kDot, 2, kBlocks, kLast>,
+      add_batch<kBits, kDot, 3, kBlocks, kLast>, add_batch<kBits, kDot, 4, kBlocks, kLast>,
+      add_batch<kBits, kDot, 5, kBlocks, kLast>, add_batch<kBits, kDot, 6, kBlocks, kLast>,
+      add_batch<kBits, kDot, 7, kBlocks, kLast>, add_batch<kBits, kDot, 8, kBlocks, kLast>,
   };
   // Even passes: the words of all but the first come from L1.
   const int passes = (count + kMaxVectors - 1) / kMaxVectors;
   for (int pass = 0; pass < passes; ++pass) {
     const int begin = count * pass / passes, mr = count * (pass + 1) / passes - begin;
-    int32_t pairs[kPairs * kMaxVectors];
+    int32_t x[kTerms * kMaxVectors];
     for (int m = 0; m < mr; ++m) {
-      for (int p = 0; p < kPairs; ++p) {
-        std::memcpy(&pairs[p * mr + m], vectors[begin + m].x + row + 2 * p, sizeof(int32_t));
-      }
+      const char* from = vectors[begin + m].x + row / depth_of(kDot) * 4;
+      for (int t = 0; t < kTerms; ++t) std::memcpy(&x[t * mr + m], from + 4 * t, sizeof(int32_t));
     }
-    kBatches[mr - 1](words, N, columns, next, pairs, dots + begin * round_up(columns, 16 * nr), vectors + begin, target);
+    kBatches[mr - 1](words, N, columns, next, x, dots + begin * round_up(columns, 16 * nr), vectors + begin, target);
   }
 }
 
-template <int kBits, bool kVnni>
-void add_block(const Gemv& gemv, const Block& block, bool last, const Vector* vectors, int count, int32_t* dots) {
+// The rows of a block from `row` on, in batches of kBlocks blocks of values while they last, then in smaller ones.
+template <int kBits, Dot kDot, int kBlocks>
+void add_batches(const Gemv& gemv, const Block& block, int row, bool last, const Vector* vectors, int count,
+                 int32_t* dots) {
   constexpr int kValues = layout::block_values(kBits), kWords = layout::block_words(kBits);
-  constexpr int kBlocks = 2 * kBatchPairs / kValues;
-  const Weight& weight = *gemv.weight;
-  const Target target{weight, block.group, gemv.column};
-  const int64_t N = weight.N;
-  const uint32_t* words = words_of(weight, block.row, gemv.column);
-  int row = 0;
-  for (; row + kBlocks * kValues < block.rows; row += kBlocks * kValues) {
+  constexpr int kRows = kBlocks * kValues;
+  const Target target{*gemv.weight, block.group, gemv.column};
+  const int64_t N = gemv.weight->N;
+  const uint32_t* words = words_of(*gemv.weight, block.row + row, gemv.column);
+  for (; row + kRows <= block.rows; row += kRows, words += kBlocks * kWords * N) {
     const uint32_t* next = words + kBlocks * kWords * N;
-    add_vectors<kBits, kVnni, kBlocks, false>(words, N, gemv.columns, next, row, vectors, count, dots, target);
-    words = next;
+    if (row + kRows < block.rows) {
+      add_vectors<kBits, kDot, kBlocks, false>(words, N, gemv.columns, next, row, vectors, count, dots, target);
+    } else {
+      add_vectors<kBits, kDot, kBlocks, true>(words, N, gemv.columns, last ? words : next, row, vectors, count, dots,
+                                              target);
+    }
   }
-  if (row + kBlocks * kValues == block.rows) {
-    const uint32_t* next = last ? words : words + kBlocks * kWords * N;
-    add_vectors<kBits, kVnni, kBlocks, true>(words, N, gemv.columns, next, row, vectors, count, dots, target);
-    return;
+  if (row == block.rows) return;
+  if constexpr (kRows > kSmallBatchRows) {
+    add_batches<kBits, kDot, kSmallBatchRows / kValues>(gemv, block, row, last, vectors, count, dots);
+  } else if constexpr (kBlocks > 1) {
+    add_batches<kBits, kDot, 1>(gemv, block, row, last, vectors, count, dots);
   }
-  for (; row + kValues < block.rows; row += kValues) {
-    const uint32_t* next = words + kWords * N;
-    add_vectors<kBits, kVnni, 1, false>(words, N, gemv.columns, next, row, vectors, count, dots, target);
-    words = next;
-  }
-  const uint32_t* next = last ? words : words + kWords * N;
-  add_vectors<kBits, kVnni, 1, true>(words, N, gemv.columns, next, row, vectors, count, dots, target);
 }
 
-template <int kBits, bool kVnni>
+template <int kBits, Dot kDot>
 void run(const Gemv& gemv) {
   const Blocks blocks(*gemv.weight, kBlockRows);
   // Two limbs for each row at most.
-  alignas(64) int32_t dots[2 * kGemvSums] = {};
+  alignas(64) int32_t dots[2 * kGemvSums];
+  std::memset(dots, 0, sizeof(int32_t) * 2 * gemv.rows * round_up(gemv.columns, 16 * nr));
   Vector vectors[2 * kGemvRows];
   for (int64_t b = 0; b < blocks.count(); ++b) {
     int count = 0;
     for (int m = 0; m < gemv.rows; ++m) {
       const int64_t entry = b * gemv.rows + m;
       const BlockScale& scale = gemv.x_scales[entry];
+      const char* x = static_cast<const char*>(gemv.x) + entry * gemv.x_stride * (4 / depth_of(kDot));
       float* acc = gemv.acc + m * gemv.columns;
-      vectors[count++] = {gemv.x + entry * gemv.x_stride, scale.sum[0], scale.scale[0], acc};
+      vectors[count++] = {x, scale.sum[0], scale.scale[0], acc};
       if (scale.limbs == Limbs::kTwo) {
-        vectors[count++] = {gemv.x_second + entry * gemv.x_stride, scale.sum[1], scale.scale[1], acc};
+        const int16_t* second = gemv.x_second + entry * gemv.x_stride;
+        vectors[count++] = {reinterpret_cast<const char*>(second), scale.sum[1], scale.scale[1], acc};
       }
     }
-    add_block<kBits, kVnni>(gemv, blocks[b], b + 1 == blocks.count(), vectors, count, dots);
+    add_batches<kBits, kDot, kBatchRows / layout::block_values(kBits)>(gemv, blocks[b], 0, b + 1 == blocks.count(),
+                                                                       vectors, count, dots);
   }
 }
 
-template <bool kVnni>
+template <Dot kDot>
 void run_bits(const Gemv& gemv) {
   switch (gemv.weight->bits) {
-    case 2: return run<2, kVnni>(gemv);
-    case 3: return run<3, kVnni>(gemv);
-    case 4: return run<4, kVnni>(gemv);
-    default: return run<8, kVnni>(gemv);
+    case 2: return run<2, kDot>(gemv);
+    case 3: return run<3, kDot>(gemv);
+    case 4: return run<4, kDot>(gemv);
+    default: return run<8, kDot>(gemv);
   }
 }
 
 }  // namespace
 
-void avx512::gemv(const Gemv& gemv) { run_bits<false>(gemv); }
-void avx512::gemv_vnni(const Gemv& gemv) { run_bits<true>(gemv); }
+void avx512::gemv(const Gemv& gemv) { run_bits<Dot::kInt16>(gemv); }
+void avx512::gemv_vnni(const Gemv& gemv) {
+  if (gemv.int8) return run_bits<Dot::kInt8>(gemv);
+  run_bits<Dot::kInt16Vnni>(gemv);
+}
 
 }  // namespace exllama::cpu
 

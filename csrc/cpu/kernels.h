@@ -1,11 +1,13 @@
 // What each instruction set implements: one table of functions per ISA, and the layouts that they share.
 //
 // A *block* is a run of at most kBlockRows rows of one group. A *panel* is a block of rows by kPanelColumns columns,
-// unpacked: the rest of its columns, beyond N, are zero.
+// unpacked: the rest of its columns, beyond N, are never read back.
 //
 //   int16 panel  q - z as [row / 2][column][row % 2]: a 32-bit lane has the two rows that one 16-bit dot product takes
-//   int8 panel   q, unsigned, as [row / 4][column][row % 4], the rows of a block in quad_order
+//   int8 panel   q - z, or q - 128 of 8 bits, as [row / 4][column][row % 4], the rows of a block in quad_order
 //   float panel  q - z or scale * (q - z) as [row][column]
+//
+// gemm_dx sums over columns, so its panels are transposed: scale * (q - z) as [column][row], kPanelColumns rows wide.
 //
 // All sums of integers are exact, and all float operations on one element are the same ones in the same order, so
 // every ISA gives the same bits.
@@ -14,6 +16,7 @@
 #include <cstdint>
 
 #include "../layout/formats.h"
+#include "ahead.h"
 #include "cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -27,13 +30,13 @@ namespace exllama::cpu {
 // 128 rows of 8-bit weights times int16 sum to at most 128 * 256 * 32767 < 2^30: int32 holds every block.
 constexpr int kBlockRows = 128;
 
-// An int16 panel of 128 x 64 is 16 KiB and shares L1 (32 KiB or more) with the rows of x; a row of words is 256 bytes.
+// An int16 panel of 128 x 64 is 16 KiB and shares L1 (32 KiB or more) with the rows of x.
 constexpr int kPanelColumns = 64;
 
-// Up to this many rows of x are multiplied straight from the words, as int16; int8 panels pay from fewer rows on.
-constexpr int kGemvRows = 8, kGemvRowsInt8 = 4;
-// The most sums of such a task: 16 KiB of float and, with one limb, as much of integers, which stay in L1.
-constexpr int kGemvSums = 4096;
+// Up to this many rows of x are multiplied straight from the words.
+constexpr int kGemvRows = 8;
+// The most sums of such a task, in L2: rows of words are then read in runs of 8 KiB for 8 rows of x, and whole for few.
+constexpr int kGemvSums = 16384;
 
 // A block of a row of x as integers: x = scale[0] * limb 0 + scale[1] * limb 1.
 enum class Limbs : uint8_t { kNone = 0, kOne = 1, kTwo = 2 };  // kNone: x has NaN or inf and is multiplied as float
@@ -58,21 +61,54 @@ struct Multiply {
   const Panel* panel;
   int columns;
   const float* scales;  // [kPanelColumns]
-  const int32_t* zeros;  // [kPanelColumns], for int8 panels
   float* acc;
+  // For int8 panels: where the dot of column n begins, and the part of its zero point that is not in the panel, or null.
+  const int32_t* start = nullptr;
+  const int32_t* zeros = nullptr;
 };
+
+// x of int8 panels is unsigned, x + kInt8Offset: the dot product takes unsigned with signed.
+constexpr int kInt8Offset = 128;
 
 // A few rows of x times a range of columns, straight from the words of a shuffled weight whose groups fill whole words.
 struct Gemv {
   const Weight* weight;
   int rows;  // at most kGemvRows
-  const int16_t* x;  // limb 0 of block b and row m at (b * rows + m) * x_stride
-  const int16_t* x_second;
+  // Limb 0 of block b and row m, at (b * rows + m) * x_stride: int16, or int8 in quad_order.
+  const void* x;
+  const int16_t* x_second;  // with int16
+  bool int8;
   int64_t x_stride;
   const BlockScale* x_scales;  // [b * rows + m]; none has Limbs::kNone
   int64_t column;
   int columns;  // rows * columns is at most kGemvSums
   float* acc;  // [rows][columns], all zero
+};
+
+// acc += x @ panel like Multiply, by a matrix unit. x is bytes in quad_order: signed ones, or for two_bytes x_stride / 2
+// high bytes and as many unsigned low ones. Rows up to a multiple of Tiles::rows may be read, and their sums are lost.
+struct MultiplyTiles {
+  const int8_t* x;
+  int64_t x_stride;
+  const BlockScale* x_scales;
+  int limb;
+  bool two_bytes;
+  int rows;
+  int depth;
+  int tile_depth;  // rows of W in a tile; x and the panel go on, x with zeros, to a multiple of it
+  const int8_t* panel;
+  int columns;
+  const float* scales;
+  const int32_t* zeros;
+  float* acc;
+};
+
+// A thread configures the unit before a run of products, and releases it afterwards.
+struct Tiles {
+  int rows;
+  void (*start)(int tile_depth);
+  void (*stop)();
+  void (*multiply)(const MultiplyTiles& multiply, Ahead& ahead);
 };
 
 struct Kernels {
@@ -93,32 +129,35 @@ struct Kernels {
   void (*unpack_float)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
                        const float* scales, float* panel);
 
-  void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply);
-  void (*multiply_float)(const Multiply<float, float>& multiply);
+  // Rows [row, row + rows) of columns [column, column + columns), at most kPanelColumns of both, all of one group.
+  void (*unpack_transposed)(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                            const int32_t* zeros, const float* scales, float* panel);
 
-  // sums[row][k][lane] += grad[part][row][column] * panels[part][k][column] with lane = column % kLanes, and the sum
-  // of the lanes. The parts of grad are grad_stride floats apart, those of panels kDxRows * kPanelColumns.
-  void (*multiply_dx)(const float* grad, int64_t grad_stride, int rows, const float* panels, int panel_rows, int parts,
-                      float* sums);
-  void (*sum_lanes)(const float* sums, int count, float* out);
+  void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead);
+  void (*multiply_float)(const Multiply<float, float>& multiply, Ahead& ahead);
+
+  // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
+  void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out);
 
   // Null where an ISA has none: then int8 values go through the int16 panel, to the same result.
-  void (*unpack_uint8)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, uint8_t* panel);
-  void (*multiply_int8)(const Multiply<int8_t, uint8_t>& multiply);
+  // start[column] = -kInt8Offset * (sum of the panel's column).
+  void (*unpack_int8)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                      int8_t* panel, int32_t* start);
+  void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead);
   // Null where panels serve few rows as well.
   void (*gemv)(const Gemv& gemv);
+  // Null where there is no matrix unit.
+  const Tiles* tiles;
 };
-
-constexpr int kLanes = 16;
-// gemm_dx: 32 rows by four panels of float are 32 KiB; a 3-bit block is 32 rows.
-constexpr int kDxRows = 32;
-constexpr int kDxParts = 4;
 
 extern const Kernels kScalarKernels;
 #if EXLLAMA_X86
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAmxKernels;
+extern const Tiles kAmxTiles;
 #endif
 
 // The table of the ISA in use.

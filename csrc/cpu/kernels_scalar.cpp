@@ -116,7 +116,16 @@ void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, i
   }
 }
 
-void multiply_int16(const Multiply<int16_t, int16_t>& multiply) {
+void unpack_transposed(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                       const float* scales, float* panel) {
+  int32_t q[kPanelColumns];
+  for (int i = 0; i < rows; ++i) {
+    unpack_row(weight.qweight, weight.N, weight.bits, weight.shuffled, row + i, column, columns, q);
+    for (int n = 0; n < columns; ++n) panel[n * kPanelColumns + i] = static_cast<float>(q[n] - zeros[n]) * scales[n];
+  }
+}
+
+void multiply_int16(const Multiply<int16_t, int16_t>& multiply, Ahead&) {
   for (int m = 0; m < multiply.rows; ++m) {
     const int16_t* x = multiply.x + m * multiply.x_stride;
     int32_t dot[kPanelColumns] = {};
@@ -132,7 +141,7 @@ void multiply_int16(const Multiply<int16_t, int16_t>& multiply) {
   }
 }
 
-void multiply_float(const Multiply<float, float>& multiply) {
+void multiply_float(const Multiply<float, float>& multiply, Ahead&) {
   for (int m = 0; m < multiply.rows; ++m) {
     const float* x = multiply.x + m * multiply.x_stride;
     float sum[kPanelColumns] = {};
@@ -145,28 +154,11 @@ void multiply_float(const Multiply<float, float>& multiply) {
   }
 }
 
-void multiply_dx(const float* grad, int64_t grad_stride, int rows, const float* panels, int panel_rows, int parts,
-                 float* sums) {
-  for (int m = 0; m < rows; ++m) {
-    for (int k = 0; k < panel_rows; ++k) {
-      float* sum = sums + (m * kDxRows + k) * kLanes;
-      for (int part = 0; part < parts; ++part) {
-        const float* left = grad + part * grad_stride + m * kPanelColumns;
-        const float* right = panels + (part * kDxRows + k) * kPanelColumns;
-        for (int n = 0; n < kPanelColumns; ++n) sum[n % kLanes] = std::fmaf(left[n], right[n], sum[n % kLanes]);
-      }
-    }
-  }
-}
-
-void sum_lanes(const float* sums, int count, float* out) {
-  for (int i = 0; i < count; ++i, sums += kLanes) {
-    float lanes[kLanes];
-    std::memcpy(lanes, sums, sizeof lanes);
-    for (int half = kLanes / 2; half; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    out[i] = lanes[0];
+void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) {
+  const int values = layout::block_values(bits);
+  for (int k = 0; k < rows; ++k) {
+    const int source = k / values * values + quad_order(bits, k % values);
+    out[k] = static_cast<uint8_t>((limb[source] >> shift) + offset);
   }
 }
 
@@ -181,10 +173,11 @@ const Kernels kScalarKernels = {
     scalar::load_scales,
     scalar::unpack_int16,
     scalar::unpack_float,
+    scalar::unpack_transposed,
     scalar::multiply_int16,
     scalar::multiply_float,
-    scalar::multiply_dx,
-    scalar::sum_lanes,
+    scalar::pack_bytes,
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

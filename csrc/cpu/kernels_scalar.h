@@ -15,11 +15,11 @@ void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, i
                   int16_t* panel);
 void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
                   const float* scales, float* panel);
-void multiply_int16(const Multiply<int16_t, int16_t>& multiply);
-void multiply_float(const Multiply<float, float>& multiply);
-void multiply_dx(const float* grad, int64_t grad_stride, int rows, const float* panels, int panel_rows, int parts,
-                 float* sums);
-void sum_lanes(const float* sums, int count, float* out);
+void unpack_transposed(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                       const float* scales, float* panel);
+void multiply_int16(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead);
+void multiply_float(const Multiply<float, float>& multiply, Ahead& ahead);
+void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out);
 
 // The power-of-two scale of a block whose largest |x| has the bits `largest` (finite): its exponent.
 inline int scale_exponent(uint32_t largest, int limit) {

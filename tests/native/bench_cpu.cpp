@@ -33,7 +33,7 @@ double median(std::vector<double> values) {
 class Pool {
  public:
   explicit Pool(int count) : count_(count) {
-    for (int i = 1; i < count; ++i) threads_.emplace_back([this] { serve(); });
+    for (int i = 1; i < count; ++i) threads_.emplace_back([this, i] { serve(i); });
   }
   ~Pool() {
     stop_ = true;
@@ -43,7 +43,7 @@ class Pool {
   Parallel parallel() { return {run, this, count_}; }
 
  private:
-  static void run(void* self, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  static void run(void* self, int64_t tasks, Parallel::Body body, void* context) {
     Pool& pool = *static_cast<Pool*>(self);
     pool.tasks_ = tasks;
     pool.body_ = body;
@@ -51,18 +51,18 @@ class Pool {
     pool.next_ = 0;
     pool.working_ = pool.count_ - 1;
     pool.generation_.fetch_add(1);
-    pool.work();
+    pool.work(0);
     while (pool.working_.load() > 0) _mm_pause();
   }
-  void work() {
-    for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task);
+  void work(int32_t worker) {
+    for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) body_(context_, task, worker);
   }
-  void serve() {
+  void serve(int32_t worker) {
     for (int seen = 0;;) {
       while (generation_.load() == seen) _mm_pause();
       ++seen;
       if (stop_) return;
-      work();
+      work(worker);
       working_.fetch_sub(1);
     }
   }
@@ -73,7 +73,7 @@ class Pool {
   std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
   int64_t tasks_ = 0;
-  void (*body_)(void*, int64_t) = nullptr;
+  Parallel::Body body_ = nullptr;
   void* context_ = nullptr;
 };
 
@@ -116,7 +116,7 @@ double dram_time(Pool& pool, int threads, const std::vector<char>& memory) {
   const Parallel parallel = pool.parallel();
   parallel.run(
       parallel.self, 8 * threads,
-      [](void* c, int64_t task) {
+      [](void* c, int64_t task, int32_t) {
         const Context& context = *static_cast<Context*>(c);
         sink += read_memory(context.data + task * context.part, context.part);
       },
@@ -152,7 +152,7 @@ double dot_time(Pool& pool, int threads) {
   const Parallel parallel = pool.parallel();
   const double start = now();
   parallel.run(
-      parallel.self, 8 * threads, [](void*, int64_t) { spin_peak<kPeak>(kLoops); }, nullptr);
+      parallel.self, 8 * threads, [](void*, int64_t, int32_t) { spin_peak<kPeak>(kLoops); }, nullptr);
   const double lanes = kPeak == Peak::kInt16 ? 32 : kPeak == Peak::kInt8 ? 64 : 16;
   return (now() - start) / (8 * threads * kLoops * 20 * lanes * 2);
 }

@@ -23,15 +23,15 @@ using namespace exllama::cpu;
 
 // Threads started anew for each call: slow, and the easiest thing for ThreadSanitizer to judge.
 struct Threads {
-  static void run(void* self, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  static void run(void* self, int64_t tasks, Parallel::Body body, void* context) {
     const int count = *static_cast<int*>(self);
     std::atomic<int64_t> next{0};
-    const auto work = [&] {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(context, task);
+    const auto work = [&](int32_t worker) {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(context, task, worker);
     };
     std::vector<std::thread> threads;
-    for (int i = 1; i < count; ++i) threads.emplace_back(work);
-    work();
+    for (int i = 1; i < count; ++i) threads.emplace_back(work, i);
+    work(0);
     for (std::thread& thread : threads) thread.join();
   }
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/format.md",
+    "benchmarks/README.md",
     "tests/data/README.md",
 )
 
@@ -59,6 +61,13 @@ def test_the_tree_of_the_architecture_exists() -> None:
     for base in ("exllama_ops", "csrc"):
         folders = {path for path in (ROOT / base).iterdir() if path.is_dir() and path.name != "__pycache__"}
         assert folders <= named
+
+
+def test_every_results_file_has_its_command_in_the_readme_of_the_benchmarks() -> None:
+    folder = ROOT / "benchmarks"
+    commands = {line for block in shell_blocks("benchmarks/README.md") for line in block.splitlines()}
+    for path in (folder / "results").glob("*.json"):
+        assert json.loads(path.read_text())["command"] in commands, path
 
 
 def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:

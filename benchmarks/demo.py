@@ -1,0 +1,154 @@
+"""Decode speed of the demo model, on our kernels and dense: ``python -m benchmarks.demo``; README.md has the commands.
+
+Both are the model of `exllama-ops run` with the same weights, compiled the same way; the dense one has them dequantized
+into nn.Linear. They decode in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import isa
+from benchmarks.run import RESULTS
+
+# Tokens of a turn: so few that both models see the same state of the machine.
+TURN_TOKENS = 8
+PROMPT_TOKENS = 16
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        isa.hold_to(args.isa)
+        isa.hold_to_cores(args.threads)
+    except isa.HoldError as error:
+        parser.error(str(error))
+    import torch
+
+    from benchmarks.machine import description
+    from exllama_ops.backends.cpu import BACKEND
+    from exllama_ops.cli.output import emit, say
+
+    torch.set_num_threads(args.threads)
+    BACKEND.build()
+    library = BACKEND.library
+    if library is None:
+        say(f"error: the native CPU kernels are not in use: {'; '.join(BACKEND.failure)}")
+        return 1
+    machine = description(args.threads, library.isa_in_use() or "", args.isa, ["exllama-ops", "torch", "transformers"])
+    given = sys.argv[1:] if arguments is None else arguments
+    result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.demo", *given]), "machine": machine}
+    result["models"] = [_measure(dtype, args.seconds) for dtype in args.dtype or ["checkpoint"]]
+    emit(_table(result))
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"demo-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(_table(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo",
+        description="Decode with the demo model on our kernels and dense, both compiled, in turns.",
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=1, help="threads, and cores of the process (default: %(default)s)")
+    add("--dtype", nargs="+", choices=DTYPES, help="of the activations (default: that of the checkpoint)")
+    add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold both to it (default: %(default)s)")
+    add("--seconds", type=float, default=30, help="of decoding for each dtype (default: %(default)s)")
+    add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
+    return parser
+
+
+def _measure(dtype: str, seconds: float) -> dict[str, Any]:
+    """Decode for some seconds in one dtype; "checkpoint" for that of the checkpoint."""
+    import torch
+
+    from benchmarks.timing import Spread
+    from exllama_ops import load_model
+    from exllama_ops.cli.output import say
+    from exllama_ops.integrations.demo import demo_checkpoint
+    from exllama_ops.integrations.generation import CompiledGenerator
+
+    path = demo_checkpoint(say)
+    chosen = None if dtype == "checkpoint" else getattr(torch, dtype)
+    models = {"exllama_ops": load_model(path, chosen), "dense": dense(load_model(path, chosen))}
+    name = str(models["dense"].dtype).removeprefix("torch.")
+    generators = {kind: CompiledGenerator(model) for kind, model in models.items()}
+    for kind, generator in generators.items():
+        say(f"{name}, {kind}: compiling (minutes, the first time)")
+        generator.warm_up()
+    turns: dict[str, list[float]] = {kind: [] for kind in generators}
+    start = time.perf_counter()
+    while not turns["dense"] or time.perf_counter() - start < seconds:
+        for kind, generator in generators.items():
+            turns[kind].append(decode_ms(generator))
+    ratios = [dense_ms / ours for ours, dense_ms in zip(turns["exllama_ops"], turns["dense"], strict=True)]
+    spreads = {kind: Spread.of(times) for kind, times in turns.items()}
+    return {
+        "dtype": name,
+        "turns": len(ratios),
+        "ms_per_token": {kind: {"median": spread.median, "iqr": spread.iqr} for kind, spread in spreads.items()},
+        "times_faster": {"median": Spread.of(ratios).median, "iqr": Spread.of(ratios).iqr},
+    }
+
+
+def dense(model: Any) -> Any:
+    """The same model with its weights dequantized into nn.Linear, in place."""
+    from torch import nn
+
+    from exllama_ops import ExllamaLinear
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, ExllamaLinear)]
+    for name, layer in layers:
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.dequantize().to(model.dtype).contiguous(), requires_grad=False)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.to(model.dtype), requires_grad=False)
+        model.set_submodule(name, linear.eval())
+    return model
+
+
+def decode_ms(generator: Any) -> float:
+    """Milliseconds of a token in a turn; the prompt and the first token are not timed."""
+    generator.prefill(list(range(1, PROMPT_TOKENS + 1)), TURN_TOKENS + 2)
+    token = generator.decode(1).argmax()
+    start = time.perf_counter()
+    for _ in range(TURN_TOKENS):
+        token = generator.decode(token).argmax()
+    return 1e3 * (time.perf_counter() - start) / TURN_TOKENS
+
+
+def _table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    lines = [
+        "# Decoding with the demo model",
+        "",
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
+        f"{machine['commit']}, torch {machine['packages']['torch']}; both models compiled, {TURN_TOKENS} tokens a "
+        "turn; median ms of a token ± interquartile range.",
+        "",
+        f"```\n{result['command']}\n```",
+        "",
+        "| dtype | exllama_ops | dense | times faster |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in result["models"]:
+        ours, other, ratio = row["ms_per_token"]["exllama_ops"], row["ms_per_token"]["dense"], row["times_faster"]
+        cells = (f"{value['median']:.3g} ±{value['iqr']:.1g}" for value in (ours, other, ratio))
+        lines.append(f"| {row['dtype']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The machine and the software that results hold for, and the command that made them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+
+
+def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> dict[str, Any]:
+    """What a reader needs to compare results with others.
+
+    Args:
+        threads: as the kernels were told.
+        isa: the instruction set of our kernels.
+        held: the value of --isa.
+        packages: distributions whose versions matter.
+    """
+    model, flags = _cpu()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "isa": isa,
+        "held_to": held,
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "packages": {name: _version(name) for name in sorted(set(packages))},
+    }
+
+
+def _cpu() -> tuple[str, set[str]]:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    family = ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields)
+    return f"{fields.get('model name', 'unknown')} ({family})", set(fields.get("flags", "").split())
+
+
+def _commit() -> str:
+    """The commit of the checkout, with "+" if files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", ":/csrc", ":/exllama_ops") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

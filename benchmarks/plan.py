@@ -1,0 +1,191 @@
+"""Every kernel on one weight: prepared copies, checked, then timed for each number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DX_TOKENS, Case, Weight, activations
+from benchmarks.conformance import ConformanceError, Gate, relative_error
+from benchmarks.peers import exllama
+from benchmarks.peers.peer import Kind, Layer, Peer, Unsupported
+from benchmarks.results import OURS, Measurement, Timed
+from benchmarks.timing import BURST_TOKENS, Runner, interleave
+from exllama_ops.cli.output import say
+
+# Copies of a weight are used in turns; together they are as much as this, and more than the caches keep.
+ROTATION_BYTES = 256 << 20
+# Above as many tokens two copies take turns: a burst is one call, and between two calls of a kernel the limits and the
+# other kernels read more than the rotation holds.
+ROTATED_TOKENS = BURST_TOKENS
+# Rows of which the error of a peer is taken.
+ERROR_ROWS = 16
+
+MeasureLimits = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a measurement goes on: for as many seconds, and at least as many rounds."""
+
+    seconds: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A kernel that was not measured, and why."""
+
+    name: str
+    case: Case
+    tokens: int | None
+    error: str
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel with copies of its weight."""
+
+    name: str
+    kind: Kind
+    layers: Sequence[Layer]
+    # Raises ConformanceError; None for a peer, whose error is only shown.
+    check: Callable[[Tensor], None] | None = None
+
+
+class Plan:
+    """All measurements of one weight.
+
+    Args:
+        case: the weight.
+        tokens: values of M.
+        peers: the kernels beside ours.
+        threads: that every kernel uses.
+        held: the value of --isa; peers that do not obey it are missing.
+        dtype: of x for our kernels.
+        say: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        tokens: Sequence[int],
+        peers: Sequence[Peer],
+        *,
+        threads: int,
+        held: str = "native",
+        dtype: torch.dtype = torch.float16,
+        say: Callable[[str], None] = say,
+    ) -> None:
+        self.case = case
+        self.missing: list[Missing] = []
+        self._say = say
+        self._tokens = tokens
+        say(f"{case}: preparing")
+        weight = Weight(case)
+        self._x = activations(max(tokens), case.K).to(dtype)
+        self._dx_tokens = [M for M in tokens if M in DX_TOKENS]
+        self._grad = activations(max(self._dx_tokens), case.N, seed=2).to(dtype) if self._dx_tokens else None
+        gate = Gate(weight, self._x, self._grad)
+        self._dense = weight.dense
+        self._gemms = [
+            self._ours(
+                precision, kind, partial(exllama.gemm, weight, precision, dtype), partial(_check, gate, precision)
+            )
+            for precision, kind in exllama.PRECISIONS.items()
+        ]
+        self._dx = _Kernel(f"{OURS} dx", "float", _copies(partial(exllama.gemm_dx, weight, dtype)), gate.check_dx)
+        self._gemms += filter(None, (self._peer(peer, weight, threads, held) for peer in peers))
+
+    def measurements(self, measure_limits: MeasureLimits, budget: Budget) -> Iterator[Measurement]:
+        """Time everything, one number of tokens after the other.
+
+        Args:
+            measure_limits: as in `benchmarks.timing.interleave`.
+            budget: of each number of tokens.
+
+        Raises:
+            ConformanceError: one of our results is wrong. Nothing is timed with it.
+        """
+        for M in self._tokens:
+            yield self._measure("gptq_gemm", self._gemms, self._x[:M], measure_limits, budget)
+            if M in self._dx_tokens and self._grad is not None:
+                yield self._measure("gptq_gemm_dx", [self._dx], self._grad[:M], measure_limits, budget)
+
+    def _ours(
+        self, precision: str, kind: Kind, prepare: Callable[[], Layer], check: Callable[[Tensor], None]
+    ) -> _Kernel:
+        return _Kernel(f"{OURS} {precision}", kind, _copies(prepare), check)
+
+    def _peer(self, peer: Peer, weight: Weight, threads: int, held: str) -> _Kernel | None:
+        try:
+            if held != "native" and held not in peer.held:
+                raise Unsupported(f"cannot be held to {held}")
+            return _Kernel(peer.name, peer.kind, _copies(lambda: peer.prepare(weight, threads)))
+        except Exception as error:
+            self._miss(peer.name, None, error)
+            return None
+
+    def _miss(self, name: str, M: int | None, error: Exception) -> None:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        where = f"{self.case}" if M is None else f"{self.case}, M={M}"
+        self._say(f"{where}: {name} is not measured: {text}")
+        self.missing.append(Missing(name, self.case, M, text))
+
+    def _measure(
+        self, op: str, kernels: Sequence[_Kernel], x: Tensor, measure_limits: MeasureLimits, budget: Budget
+    ) -> Measurement:
+        M = x.shape[0]
+        self._say(f"{self.case}: {op}, M={M}")
+        runners: list[Runner] = []
+        errors: dict[str, float] = {}
+        ready: list[_Kernel] = []
+        for kernel in kernels:
+            try:
+                layers = kernel.layers if M <= ROTATED_TOKENS else kernel.layers[:2]
+                inputs = [layer.take(x) for layer in layers]
+                errors[kernel.name] = self._error(kernel, op, inputs[0], x)
+                calls = [partial(layer.run, given) for layer, given in zip(layers, inputs, strict=True)]
+                # Some libraries compile a kernel for each M at a layer's first call.
+                for call in calls:
+                    call()
+            except ConformanceError:
+                raise
+            except Exception as error:
+                self._miss(kernel.name, M, error)
+                continue
+            runners.append(Runner(kernel.name, calls, kernel.layers[0].enter))
+            ready.append(kernel)
+        samples = interleave(runners, measure_limits, tokens=M, seconds=budget.seconds, rounds=budget.rounds)
+        timed = [
+            Timed(kernel.name, kernel.kind, errors[kernel.name], kernel.layers[0].nbytes, samples[kernel.name])
+            for kernel in ready
+        ]
+        return Measurement(op, self.case.K, self.case.N, M, timed)
+
+    def _error(self, kernel: _Kernel, op: str, given: Any, x: Tensor) -> float:
+        """The relative error in some rows, the last one among them, after the check of all of them."""
+        layer = kernel.layers[0]
+        layer.enter()
+        out = layer.give(layer.run(given))
+        if kernel.check is not None:
+            kernel.check(out)
+        dense = self._dense if layer.dense is None else layer.dense
+        rows = torch.linspace(0, x.shape[0] - 1, min(ERROR_ROWS, x.shape[0])).long()
+        return relative_error(out[rows], x[rows], dense.t() if op == "gptq_gemm_dx" else dense)
+
+
+def _check(gate: Gate, precision: str, out: Tensor) -> None:
+    gate.check(out, precision)
+
+
+def _copies(prepare: Callable[[], Layer]) -> list[Layer]:
+    first = prepare()
+    # At least two: one alone would stay where it is.
+    count = max(2, -(-ROTATION_BYTES // first.nbytes))
+    return [first, *(prepare() for _ in range(count - 1))]

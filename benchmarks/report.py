@@ -1,0 +1,114 @@
+"""Results as a JSON record and as Markdown tables, the second made of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.plan import Missing
+from benchmarks.results import Measurement
+
+Record = dict[str, Any]
+
+
+def record(
+    command: str,
+    machine: Record,
+    configuration: Record,
+    measurements: Sequence[Measurement],
+    missing: Sequence[Missing],
+) -> Record:
+    """Everything that a results file says."""
+    return {
+        "command": command,
+        "machine": machine,
+        "configuration": configuration,
+        "measurements": [measurement.record() for measurement in measurements],
+        "missing": [
+            {"name": kernel.name, "case": str(kernel.case), "M": kernel.tokens, "error": kernel.error}
+            for kernel in missing
+        ],
+    }
+
+
+def table(result: Record) -> str:
+    """Markdown: machine, a table of times for each op and weight, our speedups, what is missing, the command."""
+    configuration = result["configuration"]
+    order = ", act-order" if configuration["act_order"] else ""
+    title = f"# {configuration['bits']} bits, group {configuration['group_size']}{order}"
+    parts = [title, _machine(result["machine"]), f"```\n{result['command']}\n```", _EXPLANATION]
+    for op, K, N in dict.fromkeys((m["op"], m["K"], m["N"]) for m in result["measurements"]):
+        columns = [m for m in result["measurements"] if (m["op"], m["K"], m["N"]) == (op, K, N)]
+        parts += [f"## {op}, K={K}, N={N}", _times(columns), _speedups(columns)]
+    if result["missing"]:
+        lines = dict.fromkeys(_missing(kernel) for kernel in result["missing"])
+        parts += ["## Not measured", "\n".join(lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_EXPLANATION = (
+    "Cells: median ms of a call, its interquartile range, percent of the limit. The limit of M=1 is reading the weight "
+    "from DRAM, that of more tokens the peak of the class: float32 multiply-add, int16 or int8 dot products, each the "
+    "median of ratios to what was measured around each call. More than 100% is another unit of the CPU (AMX) or a "
+    "weight that stayed in a cache. Errors are relative to float64, in the Frobenius norm, the largest of all M."
+)
+
+
+def _machine(machine: Record) -> str:
+    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in machine["packages"].items())
+    held = "" if machine["held_to"] == "native" else f", all held to {machine['held_to']}"
+    return (
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; our kernels: {machine['isa']}{held}; "
+        f"flags: {' '.join(machine['cpu_flags'])}; {machine['system']}, Python {machine['python']}, "
+        f"commit {machine['commit']}; {packages}."
+    )
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
+
+
+def _times(columns: Sequence[Record]) -> str:
+    kernels = dict.fromkeys((kernel["name"], kernel["class"]) for column in columns for kernel in column["kernels"])
+    rows = [["kernel", "class", "error", *(f"M={column['M']}" for column in columns)]]
+    for name, kind in kernels:
+        found = [_find(column["kernels"], name) for column in columns]
+        error = max(kernel["relative_error"] for kernel in found if kernel)
+        rows.append([name, kind, f"{error:.1e}", *map(_cell, found)])
+    limits = {"dram": "DRAM, GB/s", "float": "float32, GFLOP/s", "int16": "int16, GOP/s", "int8": "int8, GOP/s"}
+    for limit, label in limits.items():
+        values = [1e-9 * column["limits_per_s"][limit]["median"] for column in columns]
+        rows.append([f"*limit: {label}*", "", "", *(f"{value:.3g}" for value in values)])
+    return _markdown(rows)
+
+
+def _find(kernels: Iterable[Record], name: str) -> Record | None:
+    return next((kernel for kernel in kernels if kernel["name"] == name), None)
+
+
+def _cell(kernel: Record | None) -> str:
+    if kernel is None:
+        return ""
+    ms = kernel["ms"]
+    return f"{ms['median']:.3g} ±{ms['iqr']:.1g}, {kernel['percent_of_limit']['median']:.0f}%"
+
+
+def _speedups(columns: Sequence[Record]) -> str:
+    pairs = dict.fromkeys((s["ours"], s["class"]) for column in columns for s in column["speedups"])
+    if not pairs:
+        return ""
+    rows = [["times faster", *(f"M={column['M']}" for column in columns)]]
+    for ours, kind in pairs:
+        cells = []
+        for column in columns:
+            found = [s for s in column["speedups"] if (s["ours"], s["class"]) == (ours, kind)]
+            cells += [f"{s['times_faster']['median']:.2f} ({s['peer']})" for s in found] or [""]
+        rows.append([f"{ours} than the best {kind} peer", *cells])
+    return _markdown(rows)
+
+
+def _missing(kernel: Record) -> str:
+    where = "" if kernel["M"] is None else f", M={kernel['M']}"
+    return f"- {kernel['name']}{where}: {kernel['error']}"

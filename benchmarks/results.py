@@ -1,0 +1,132 @@
+"""From samples to numbers: times, percent of the limits, ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.limits import DRAM
+from benchmarks.peers.peer import Kind
+from benchmarks.timing import Sample, Spread
+
+OURS = "exllama_ops"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a kernel did on a weight (K, N) with M tokens.
+
+    Args:
+        name: of the kernel.
+        kind: how activations enter its products.
+        error: relative, in the Frobenius norm, against float64.
+        nbytes: of its weight.
+        samples: one for each round.
+    """
+
+    name: str
+    kind: Kind
+    error: float
+    nbytes: int
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All kernels of one op on one weight with M tokens."""
+
+    op: str
+    K: int
+    N: int
+    M: int
+    kernels: Sequence[Timed]
+
+    @property
+    def operations(self) -> int:
+        """Two for each product that is added."""
+        return 2 * self.M * self.K * self.N
+
+    def limit_of(self, kernel: Timed) -> str:
+        """A single token is bound by reading the weight, more by the peak of the kernel's class."""
+        return DRAM if self.M == 1 else kernel.kind
+
+    def seconds(self, kernel: Timed) -> Spread:
+        """Of a call."""
+        return Spread.of([sample.seconds for sample in kernel.samples])
+
+    def percent(self, kernel: Timed) -> Spread:
+        """Of the limit that was measured around each burst: a spread of ratios, not a ratio of medians."""
+        limit = self.limit_of(kernel)
+        work = kernel.nbytes if limit == DRAM else self.operations
+        return Spread.of([100 * work / (sample.seconds * sample.limits[limit]) for sample in kernel.samples])
+
+    def find(self, name: str) -> Timed | None:
+        """A kernel by name."""
+        return next((kernel for kernel in self.kernels if kernel.name == name), None)
+
+    def best_peer(self, *kinds: Kind) -> Timed | None:
+        """The fastest kernel of others of these classes."""
+        peers = [kernel for kernel in self.kernels if kernel.kind in kinds and not kernel.name.startswith(OURS)]
+        return min(peers, key=lambda kernel: self.seconds(kernel).median, default=None)
+
+    def speedup(self, kernel: Timed, over: Timed) -> Spread:
+        """How many times faster one kernel is than another, round by round."""
+        pairs = zip(kernel.samples, over.samples, strict=True)
+        return Spread.of([theirs.seconds / ours.seconds for ours, theirs in pairs])
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {
+            "op": self.op,
+            "K": self.K,
+            "N": self.N,
+            "M": self.M,
+            "rounds": len(self.kernels[0].samples) if self.kernels else 0,
+            "limits_per_s": self._limits(),
+            "kernels": [self._record_of(kernel) for kernel in self.kernels],
+            "speedups": [comparison.record() for comparison in self.comparisons()],
+        }
+
+    def comparisons(self) -> list[Comparison]:
+        """Our classes against the best of each class of peers."""
+        pairs: tuple[tuple[str, Kind], ...] = (("high", "float"), ("high", "int8"), ("medium", "int8"))
+        found = []
+        for precision, kind in pairs:
+            ours, theirs = self.find(f"{OURS} {precision}"), self.best_peer(kind)
+            if ours is not None and theirs is not None:
+                found.append(Comparison(precision, kind, theirs.name, self.speedup(ours, theirs)))
+        return found
+
+    def _limits(self) -> dict[str, Any]:
+        samples = [sample for kernel in self.kernels for sample in kernel.samples]
+        names: Mapping[str, float] = samples[0].limits if samples else {}
+        return {name: asdict(Spread.of([sample.limits[name] for sample in samples])) for name in names}
+
+    def _record_of(self, kernel: Timed) -> dict[str, Any]:
+        seconds = self.seconds(kernel)
+        return {
+            "name": kernel.name,
+            "class": kernel.kind,
+            "relative_error": kernel.error,
+            "weight_bytes": kernel.nbytes,
+            "ms": {"median": 1e3 * seconds.median, "iqr": 1e3 * seconds.iqr},
+            "gop_per_s": 1e-9 * self.operations / seconds.median,
+            "weight_gb_per_s": 1e-9 * kernel.nbytes / seconds.median,
+            "limit": self.limit_of(kernel),
+            "percent_of_limit": asdict(self.percent(kernel)),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A precision of ours and the fastest peer of a class."""
+
+    precision: str
+    kind: Kind
+    peer: str
+    speedup: Spread
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {"ours": self.precision, "class": self.kind, "peer": self.peer, "times_faster": asdict(self.speedup)}

@@ -1,0 +1,71 @@
+"""Time the CPU kernels beside peers and limits: ``python -m benchmarks.run``; README.md has the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import isa
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        isa.hold_to(args.isa)
+        isa.hold_to_cores(args.threads)
+    except isa.HoldError as error:
+        parser.error(str(error))
+    # Only now: what is imported here reads the variables that were just set.
+    from benchmarks.session import run
+
+    return run(args, _command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Time gptq_gemm and gptq_gemm_dx on CPUs, in turns with other libraries and the machine's limits.",
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=1, help="threads of all, and cores of the process (default: %(default)s)")
+    add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="default: %(default)s")
+    add("--group-size", type=int, default=128, choices=(32, 64, 128), help="default: %(default)s")
+    add("--act-order", action="store_true", help="groups in a random order of the rows")
+    add(
+        "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of our x (default: %(default)s)"
+    )
+    add("--shapes", nargs="+", type=_shape, metavar="KxN", help="default: those of Llama-2-7B")
+    add("--M", nargs="+", type=int, metavar="M", help="numbers of tokens (default: 1 4 16 64 256 1024)")
+    add("--peers", nargs="*", metavar="WORD", help="those whose names have one of the words; none without a word")
+    add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold all kernels to it (default: %(default)s)")
+    add("--seconds", type=float, default=12, help="of timing for each shape and M (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="at least, for each shape and M (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results there too")
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="for table, JSON and plot (default: benchmarks/results)",
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    K, _, N = text.partition("x")
+    return int(K), int(N)
+
+
+def _command(arguments: Sequence[str] | None) -> str:
+    given = sys.argv[1:] if arguments is None else arguments
+    return " ".join(["python -m benchmarks.run", *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Interleaved timing: in each round every kernel runs once between two measurements of the limits."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+
+from benchmarks.peers.peer import nothing
+
+# A burst of short calls holds several, after one that is not timed: the caches and sleeping threads of a kernel come
+# back to it, as in a model that has many layers of it.
+BURST_CALLS = 4
+BURST_TOKENS = 16
+# After a burst, until its threads have stopped spinning for more work.
+SETTLE_SECONDS = 0.002
+
+
+@dataclass
+class Runner:
+    """A kernel that is timed: calls on one copy of its weight after the other, so that weights come from memory.
+
+    Args:
+        name: of the kernel.
+        calls: one for each copy.
+        enter: called before each burst, not timed.
+    """
+
+    name: str
+    calls: Sequence[Callable[[], object]]
+    enter: Callable[[], None] = nothing
+    _copies: Iterator[Callable[[], object]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._copies = cycle(self.calls)
+
+    def burst(self, calls: int, clock: Callable[[], float]) -> float:
+        """Seconds of a call; before more than one, another one is made that is not timed."""
+        self.enter()
+        if calls > 1:
+            next(self._copies)()
+        chosen = [next(self._copies) for _ in range(calls)]
+        start = clock()
+        for call in chosen:
+            call()
+        return (clock() - start) / calls
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One burst: seconds of a call, and the limits around it."""
+
+    seconds: float
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and interquartile range."""
+
+    median: float
+    iqr: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], 0.0)
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, high - low)
+
+
+def interleave(
+    runners: Sequence[Runner],
+    measure_limits: Callable[[], Mapping[str, float]],
+    *,
+    tokens: int,
+    seconds: float,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, list[Sample]]:
+    """Time kernels in turns, in another order each round.
+
+    Args:
+        runners: the kernels.
+        measure_limits: measures the limits; called before the first burst of a round and after every one.
+        tokens: M, on which the length of a burst depends.
+        seconds: no round is begun after as many.
+        rounds: the least number of rounds, however long they take.
+        clock: tells seconds.
+        sleep: waits for seconds.
+
+    Returns:
+        For each kernel its samples, one a round; sample i of all kernels is of the same round.
+    """
+    shuffle = random.Random(0)
+    samples: dict[str, list[Sample]] = {runner.name: [] for runner in runners}
+    calls = BURST_CALLS if tokens <= BURST_TOKENS else 1
+    start = clock()
+    done = 0
+    while done < rounds or clock() - start < seconds:
+        before = measure_limits()
+        for runner in shuffle.sample(runners, len(runners)):
+            time_of_call = runner.burst(calls, clock)
+            sleep(SETTLE_SECONDS)
+            after = measure_limits()
+            around = {name: (before[name] + after[name]) / 2 for name in before}
+            samples[runner.name].append(Sample(time_of_call, around))
+            before = after
+        done += 1
+    return samples

@@ -1,0 +1,296 @@
+// The kernels that are written once for all vector widths. Each ISA's header includes this one after its vocabulary:
+// Int, Float, kStrip (their lanes of 32 bits), kTallRows, kWideRows, the functions on them, and EXLLAMA_VECTOR, the
+// target attribute of all code that uses them. It stands in the anonymous namespace of each source that includes it.
+#pragma once
+
+namespace exllama::cpu {
+namespace {
+
+constexpr int kStrips = kPanelColumns / kStrip;
+
+// Four bytes in all lanes.
+EXLLAMA_VECTOR_INLINE Int broadcast(const void* four_bytes) {
+  int32_t value;
+  std::memcpy(&value, four_bytes, sizeof value);
+  return set_int(value);
+}
+
+EXLLAMA_VECTOR_INLINE Int both_halves(Int values) { return bit_or(values, shift_left(values, 16)); }
+
+// --- weights -----------------------------------------------------------------------------------------------------
+
+// A block of words of a shuffled weight, a strip of columns, as pairs: pair[p] has rows 2 p and 2 p + 1 in 16 bits each.
+template <int kBits>
+EXLLAMA_VECTOR_INLINE void split_pairs(const Int* words, Int* pair) {
+  if (kBits == 8) {
+    split_bytes(words[0], pair);
+  } else if (kBits == 3) {
+    const Int mask = set_int(0x00070007), bit = set_int(0x00010001);
+#pragma GCC unroll 3
+    for (int w = 0; w < 3; ++w) {
+#pragma GCC unroll 5
+      for (int i = 0; i < 5; ++i) pair[5 * w + i] = bit_and(shift_right(words[w], 3 * i), mask);
+    }
+    // Bit b of the last pair is bits 15 and 31 of word b.
+    const Int b0 = bit_and(shift_right(words[0], 15), bit);
+    const Int b1 = bit_and(shift_right(words[1], 14), shift_left(bit, 1));
+    const Int b2 = bit_and(shift_right(words[2], 13), shift_left(bit, 2));
+    pair[15] = bit_or(bit_or(b0, b1), b2);
+  } else {
+    const Int mask = set_int(kBits == 4 ? 0x000f000f : 0x00030003);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16 / kBits; ++i) pair[i] = bit_and(shift_right(words[0], kBits * i), mask);
+  }
+}
+
+template <int kBits>
+EXLLAMA_VECTOR_INLINE void load_block(const uint32_t* block, int64_t N, int64_t columns, Int* words) {
+  constexpr int kWords = layout::block_words(kBits);
+#pragma GCC unroll 3
+  for (int w = 0; w < kWords; ++w) words[w] = load_int(block + w * N, columns);
+}
+
+template <int kBits>
+EXLLAMA_VECTOR void unpack_int16_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                                    const int32_t* zeros, int16_t* panel) {
+  constexpr int kWords = layout::block_words(kBits), kPairs = layout::block_values(kBits) / 2;
+  const uint32_t* block = words_of(weight, row, column);
+  Int zero[kStrips];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStrips; ++v) zero[v] = both_halves(load_int(zeros + kStrip * v));
+  for (int i = 0; i < rows; i += 2 * kPairs, block += kWords * weight.N, panel += 2 * kPairs * kPanelColumns) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kStrips; ++v) {
+      Int words[kWords], pair[kPairs];
+      load_block<kBits>(block + kStrip * v, weight.N, columns - kStrip * v, words);
+      split_pairs<kBits>(words, pair);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPairs; ++p) {
+        store_int(panel + 2 * (p * kPanelColumns + kStrip * v), sub_int16(pair[p], zero[v]));
+      }
+    }
+  }
+}
+
+template <int kBits>
+EXLLAMA_VECTOR void unpack_float_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                                    const int32_t* zeros, const float* scales, float* panel) {
+  constexpr int kWords = layout::block_words(kBits), kPairs = layout::block_values(kBits) / 2;
+  const uint32_t* block = words_of(weight, row, column);
+  for (int i = 0; i < rows; i += 2 * kPairs, block += kWords * weight.N, panel += 2 * kPairs * kPanelColumns) {
+    for (int v = 0; v < kStrips; ++v) {
+      const Int zero = both_halves(load_int(zeros + kStrip * v));
+      const Float scale = scales ? load_floats(scales + kStrip * v) : set_float(1);
+      Int words[kWords], pair[kPairs];
+      load_block<kBits>(block + kStrip * v, weight.N, columns - kStrip * v, words);
+      split_pairs<kBits>(words, pair);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPairs; ++p) {
+        const Int value = sub_int16(pair[p], zero);
+        float* out = panel + 2 * p * kPanelColumns + kStrip * v;
+        store_floats(out, multiply(to_float(shift_right_signed(shift_left(value, 16), 16)), scale));
+        store_floats(out + kPanelColumns, multiply(to_float(shift_right_signed(value, 16)), scale));
+      }
+    }
+  }
+}
+
+// A strip is rows here, so its words are one or a few, each for a run of lanes.
+template <int kBits>
+EXLLAMA_VECTOR void unpack_transposed_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                                         const int32_t* zeros, const float* scales, float* panel) {
+  constexpr int kValues = layout::block_values(kBits), kWords = layout::block_words(kBits);
+  // A strip of 2 and 3 bits is a part of a block, of 4 and 8 bits one or more of them.
+  constexpr int kPeriod = kValues > kStrip ? kValues / kStrip : 1;
+  constexpr int kMostWords = kStrip / kValues > 2 ? kStrip / kValues : 2;
+  const layout::Format& format = layout::format_of(kBits);
+  const Int mask = set_int((1 << kBits) - 1);
+  Int shift[kPeriod];
+  int first_word[kPeriod], lane_of_word[kPeriod][kMostWords], words[kPeriod];
+  for (int part = 0; part < kPeriod; ++part) {
+    alignas(64) int32_t shifts[kStrip];
+    words[part] = 0;
+    for (int lane = 0; lane < kStrip; ++lane) {
+      const int value = part * kStrip + lane;
+      const layout::Field& field = format.place_of(value % kValues, true).fields[0];
+      shifts[lane] = field.shift;
+      // The last two values of 3 bits are put together from all words below.
+      const bool sliced = kBits == 3 && value >= 30;
+      const int word = sliced ? 2 : value / kValues * kWords + field.word;
+      if (words[part] == 0) first_word[part] = word;
+      if (first_word[part] + words[part] == word) lane_of_word[part][words[part]++] = lane;
+    }
+    shift[part] = load_int(shifts);
+  }
+  const int64_t N = weight.N;
+  for (int i = 0; i < rows; i += kStrip) {
+    const int part = i / kStrip % kPeriod;
+    const uint32_t* source = words_of(weight, row + i, column) + first_word[part] * N;
+    for (int n = 0; n < columns; ++n) {
+      Int value = set_int(static_cast<int32_t>(source[n]));
+      for (int w = 1; w < words[part]; ++w) {
+        value = join(value, set_int(static_cast<int32_t>(source[w * N + n])), lane_of_word[part][w]);
+      }
+      value = bit_and(shift_right(value, shift[part]), mask);
+      if (kBits == 3 && part == kPeriod - 1) {
+        const uint32_t* block = source + n - first_word[part] * N;
+        uint32_t low = 0, high = 0;
+        for (int b = 0; b < 3; ++b) {
+          low |= (block[b * N] >> 15 & 1) << b;
+          high |= block[b * N] >> 31 << b;
+        }
+        value = join(value, set_int(static_cast<int32_t>(low)), kStrip - 2);
+        value = join(value, set_int(static_cast<int32_t>(high)), kStrip - 1);
+      }
+      const Int centered = sub_int32(value, set_int(zeros[n]));
+      store_floats(panel + n * kPanelColumns + i, multiply(to_float(centered), set_float(scales[n])));
+    }
+  }
+}
+
+inline void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                         const int32_t* zeros, int16_t* panel) {
+  if (!fills_words(weight, row, rows)) {
+    return scalar::unpack_int16(weight, row, rows, column, columns, zeros, panel);
+  }
+  switch (weight.bits) {
+    case 2: return unpack_int16_of<2>(weight, row, rows, column, columns, zeros, panel);
+    case 3: return unpack_int16_of<3>(weight, row, rows, column, columns, zeros, panel);
+    case 4: return unpack_int16_of<4>(weight, row, rows, column, columns, zeros, panel);
+    default: return unpack_int16_of<8>(weight, row, rows, column, columns, zeros, panel);
+  }
+}
+
+inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                         const int32_t* zeros, const float* scales, float* panel) {
+  if (!fills_words(weight, row, rows)) {
+    return scalar::unpack_float(weight, row, rows, column, columns, zeros, scales, panel);
+  }
+  switch (weight.bits) {
+    case 2: return unpack_float_of<2>(weight, row, rows, column, columns, zeros, scales, panel);
+    case 3: return unpack_float_of<3>(weight, row, rows, column, columns, zeros, scales, panel);
+    case 4: return unpack_float_of<4>(weight, row, rows, column, columns, zeros, scales, panel);
+    default: return unpack_float_of<8>(weight, row, rows, column, columns, zeros, scales, panel);
+  }
+}
+
+inline void unpack_transposed(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                              const int32_t* zeros, const float* scales, float* panel) {
+  if (!fills_words(weight, row, rows) || rows % kStrip != 0) {
+    return scalar::unpack_transposed(weight, row, rows, column, columns, zeros, scales, panel);
+  }
+  switch (weight.bits) {
+    case 2: return unpack_transposed_of<2>(weight, row, rows, column, columns, zeros, scales, panel);
+    case 3: return unpack_transposed_of<3>(weight, row, rows, column, columns, zeros, scales, panel);
+    case 4: return unpack_transposed_of<4>(weight, row, rows, column, columns, zeros, scales, panel);
+    default: return unpack_transposed_of<8>(weight, row, rows, column, columns, zeros, scales, panel);
+  }
+}
+
+// --- products ----------------------------------------------------------------------------------------------------
+
+// How a kind of numbers is multiplied: kDepth rows of the panel in one step, and what becomes of a sum at the end.
+template <bool kVnni>
+struct Int16Product {
+  using Args = Multiply<int16_t, int16_t>;
+  using Vector = Int;
+  static constexpr int kDepth = 2;
+
+  static EXLLAMA_VECTOR_INLINE Int start(const Args&, int) { return set_int(0); }
+  static EXLLAMA_VECTOR_INLINE Int load(const int16_t* panel) { return load_int(panel); }
+  static EXLLAMA_VECTOR_INLINE Int spread(const int16_t* x) { return broadcast(x); }
+  static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int16<kVnni>(sum, weight, x); }
+  static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Int sum, int row, int) {
+    return multiply(to_float(sum), set_float(args.x_scales[row].scale[args.limb]));
+  }
+};
+
+struct FloatProduct {
+  using Args = Multiply<float, float>;
+  using Vector = Float;
+  static constexpr int kDepth = 1;
+
+  static EXLLAMA_VECTOR_INLINE Float start(const Args&, int) { return set_float(0); }
+  static EXLLAMA_VECTOR_INLINE Float load(const float* panel) { return load_floats(panel); }
+  static EXLLAMA_VECTOR_INLINE Float spread(const float* x) { return set_float(*x); }
+  static EXLLAMA_VECTOR_INLINE void add(Float& sum, Float weight, Float x) { sum = fma(x, weight, sum); }
+  static EXLLAMA_VECTOR_INLINE Float value(const Args&, Float sum, int, int) { return sum; }
+};
+
+// mr rows of x by nr strips of the panel.
+//
+// The next rows of x and of acc come from L2: their lines, which follow those of this tile, are prefetched one in each
+// step of the inner loop.
+template <typename Product, int mr, int nr>
+EXLLAMA_VECTOR void tile(const typename Product::Args& args, int row, int strip) {
+  const int64_t stride = args.x_stride;
+  const auto* x = args.x + row * stride;
+  const auto* panel = args.panel + Product::kDepth * kStrip * strip;
+  typename Product::Vector sum[mr][nr];
+#pragma GCC unroll 4
+  for (int v = 0; v < nr; ++v) {
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; ++m) sum[m][v] = Product::start(args, kStrip * (strip + v));
+  }
+  // A pointer to every third row: the two that follow it are reached by index registers.
+  decltype(x) base[(mr + 2) / 3];
+#pragma GCC unroll 4
+  for (int i = 0; i < (mr + 2) / 3; ++i) base[i] = x + 3 * i * stride;
+  // After the last full tile nothing follows that is worth a place in L1.
+  const int64_t step = args.rows - row >= 2 * mr ? 64 : 0;
+  const char* next_x = reinterpret_cast<const char*>(x + mr * stride * (step / 64));
+  const char* next_acc = reinterpret_cast<const char*>(args.acc + (row + mr * (step / 64)) * kPanelColumns);
+  for (int k = 0; k < args.depth; k += Product::kDepth, panel += Product::kDepth * kPanelColumns) {
+    _mm_prefetch(next_x, _MM_HINT_T0);
+    _mm_prefetch(next_acc, _MM_HINT_T0);
+    next_x += step;
+    next_acc += step;
+    typename Product::Vector weight[nr];
+#pragma GCC unroll 4
+    for (int v = 0; v < nr; ++v) weight[v] = Product::load(panel + Product::kDepth * kStrip * v);
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; ++m) {
+      const auto value = Product::spread(base[m / 3] + m % 3 * stride + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < nr; ++v) Product::add(sum[m][v], weight[v], value);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < nr; ++v) {
+    const int column = kStrip * (strip + v);
+    const Float scale = load_floats(args.scales + column);
+    float* acc = args.acc + row * kPanelColumns + column;
+#pragma GCC unroll 12
+    for (int m = 0; m < mr; ++m, acc += kPanelColumns) {
+      store_floats(acc, fma(Product::value(args, sum[m][v], row + m, column), scale, load_floats(acc)));
+    }
+  }
+}
+
+// mr rows by all strips, as many at once as there are registers for.
+template <typename Product, int mr>
+void tiles(const typename Product::Args& args, int row) {
+  if (mr <= kWideRows && args.columns > 2 * kStrip) return tile<Product, mr, kStrips <= 4 ? 4 : 2>(args, row, 0);
+  for (int strip = 0; strip * kStrip < args.columns; strip += 2) tile<Product, mr, 2>(args, row, strip);
+}
+
+template <typename Product, int mr>
+void last_tiles(const typename Product::Args& args, int row) {
+  if (args.rows - row == mr) return tiles<Product, mr>(args, row);
+  if constexpr (mr > 1) last_tiles<Product, mr - 1>(args, row);
+}
+
+template <typename Product>
+void multiply_rows(const typename Product::Args& args, Ahead& ahead) {
+  int row = 0, shares = (args.rows + kTallRows - 1) / kTallRows;
+  for (; args.rows - row >= kTallRows; row += kTallRows) {
+    ahead.prefetch(shares--);
+    tiles<Product, kTallRows>(args, row);
+  }
+  if (row == args.rows) return;
+  ahead.prefetch(1);
+  last_tiles<Product, kTallRows - 1>(args, row);
+}
+
+}  // namespace
+}  // namespace exllama::cpu

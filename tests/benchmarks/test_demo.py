@@ -1,0 +1,45 @@
+"""The comparison of decoding speeds, on a tiny checkpoint and without compiling."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import demo, isa
+from exllama_ops import ExllamaLinear, load_model
+from exllama_ops.integrations import generation
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-w3g32-asym-act-v2"
+
+
+def test_the_dense_model_has_the_same_weights_and_none_of_our_layers() -> None:
+    ours, dense = load_model(CHECKPOINT, torch.float32), demo.dense(load_model(CHECKPOINT, torch.float32))
+    assert not any(isinstance(module, ExllamaLinear) for module in dense.modules())
+    assert dense.dtype == torch.float32
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.inference_mode():
+        expected, found = dense(ids).logits, ours(ids).logits
+    assert float((expected - found).norm() / expected.norm()) < 1e-3
+
+
+def test_both_models_decode_in_turns_and_the_ratio_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
+    monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
+    monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
+    threads = torch.get_num_threads()
+    try:
+        assert demo.main(["--seconds", "0", "--dtype", "float32", "bfloat16", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    models = json.loads((tmp_path / "demo-1thread.json").read_text())["models"]
+    assert [(model["dtype"], model["turns"]) for model in models] == [("float32", 1), ("bfloat16", 1)]
+    for model in models:
+        ms = {kind: spread["median"] for kind, spread in model["ms_per_token"].items()}
+        assert model["times_faster"]["median"] == pytest.approx(ms["dense"] / ms["exllama_ops"])
+    assert (tmp_path / "demo-1thread.md").read_text() == capsys.readouterr().out
