@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from emulation.emulator import DEVICES, EmulationError, Emulator, build, sanitizer_environment
 
 SOURCE = Path(__file__).parent / "kernels" / "faults.cu"
@@ -88,7 +89,9 @@ def test_reads_beyond_registered_memory_are_caught_with_their_line(kernels: Kern
     line = next(n for n, text in enumerate(SOURCE.read_text().splitlines(), 1) if "void copy(" in text)
     with kernels.emulator.only(kernels.ranges()):
         assert kernels.run("copy_from", 192)[63] == 255.0
-        with pytest.raises(EmulationError, match=rf"faults.cu:{line}: a global access of 4 bytes .* outside .*thread \(63, 0, 0\)"):
+        with pytest.raises(
+            EmulationError, match=rf"faults.cu:{line}: a global access of 4 bytes .* outside .*thread \(63, 0, 0\)"
+        ):
             kernels.run("copy_from", 193)
 
 
@@ -130,7 +133,7 @@ def test_dynamic_shared_memory_beyond_48_kib_needs_the_opt_in(kernels: Kernels) 
     kernels.run("much_shared", 100_000)
     kernels.emulator.set_device(DEVICES[75])
     kernels.emulator.library.allow_shared(100_000)
-    with pytest.raises(EmulationError, match="100000 dynamic shared bytes .* where the device has 65536"):
+    with pytest.raises(EmulationError, match=r"100000 dynamic shared bytes .* where the device has 65536"):
         kernels.emulator.check()
 
 
@@ -171,7 +174,11 @@ kernels = Kernels(Emulator({str(library)!r}))
 ctypes.memset(kernels.target, 0, 1024)
 kernels.run({name!r}, {value})
 """
-    environment = {**sanitizer_environment(sanitize), "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONMALLOC": "malloc"}
+    environment = {
+        **sanitizer_environment(sanitize),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONMALLOC": "malloc",
+    }
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 
 
