@@ -103,16 +103,19 @@ def near(triples: list[tuple[int, int, int]], width: int) -> list[tuple[int, int
     return close
 
 
+def specials(format: Format) -> list[tuple[int, int, int]]:
+    """Every pair of both zeros, both infinities, NaN, one and a subnormal: a random draw has few of them."""
+    values = [0, format.infinity, format.infinity | 1 << format.fraction_bits - 1, format.round(Fraction(1)), 1]
+    values += [exact.negative(format, 0), exact.negative(format, format.infinity)]
+    return [(a, b, values[(index + other) % 7]) for index, a in enumerate(values) for other, b in enumerate(values)]
+
+
+WIDE = [bits << 32 for bits in INTERESTING_F32] + [0x7FF0000000000000, 0x3FF0000000000000, 0x41E0000000000000]
 OPERANDS = {
-    "f32": near(draw(INTERESTING_F32, 32, COUNT), 32),
-    "f64": near(
-        draw(
-            [b << 32 for b in INTERESTING_F32] + [0x7FF0000000000000, 0x3FF0000000000000, 0x41E0000000000000], 64, COUNT
-        ),
-        64,
-    ),
-    "f16": pairs(INTERESTING_F16),
-    "bf16": pairs(INTERESTING_BF16),
+    "f32": near(draw(INTERESTING_F32, 32, COUNT), 32) + specials(F32),
+    "f64": near(draw(WIDE, 64, COUNT), 64) + specials(F64),
+    "f16": pairs(INTERESTING_F16) + specials(F16),
+    "bf16": pairs(INTERESTING_BF16) + specials(BF16),
 }
 FORMATS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16}
 
