@@ -105,8 +105,8 @@ CAUGHT = [
     ("copy_float4_from", 1, r"faults.cu:\d+: a global access of 16 bytes at 0x\w+ is misaligned"),
     ("shared_beyond_end", 64, r"faults.cu:\d+: a shared access of 1 bytes at 0x440 is out of bounds"),
     ("deadlock", 0, r"deadlock: .*16 at a barrier at line \d+, 16 at a barrier at line \d+"),
-    ("returned_early", 33, "divergent barrier 0: 31 threads have returned|deadlock"),
-    ("shuffle_returned", 0, "lane 5 of the mask 0xffffffff has returned|deadlock"),
+    ("returned_early", 33, "deadlock: threads wait for each other: 33 at a barrier at line .*, 31 at its end"),
+    ("shuffle_returned", 0, "lane 5 of the mask 0xffffffff has returned"),
     ("block_waits", 0, "a loop that does not end, or waits for a block"),
     ("bounded_launch", 65, "65 threads, where __launch_bounds__ allow 64"),
     ("much_shared", 50000, "50000 dynamic shared bytes, where 49152 are allowed"),
@@ -120,6 +120,12 @@ def test_fault_is_caught(kernels: Kernels, name: str, value: int, message: str) 
     ctypes.memset(kernels.target, 0, 4)
     with pytest.raises(EmulationError, match=message):
         kernels.run(name, value)
+
+
+def test_a_barrier_after_other_threads_have_returned_is_caught_at_once(kernels: Kernels) -> None:
+    kernels.emulator.set_order("descending")
+    with pytest.raises(EmulationError, match="divergent barrier 0: 31 threads have returned"):
+        kernels.run("returned_early", 33)
 
 
 def test_what_is_within_the_limits_is_not_caught(kernels: Kernels) -> None:

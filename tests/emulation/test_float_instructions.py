@@ -110,12 +110,14 @@ def specials(format: Format) -> list[tuple[int, int, int]]:
     return [(a, b, values[(index + other) % 7]) for index, a in enumerate(values) for other, b in enumerate(values)]
 
 
+# The product is a tie of bfloat16 and c, far below it, decides: what is rounded twice goes wrong.
+TIES = [(0x3FC0, b, c) for b in (0x3F81, 0x3F83) for c in (0x2B80, 0xAB80, 0x0D80, 0x8D80)]
 WIDE = [bits << 32 for bits in INTERESTING_F32] + [0x7FF0000000000000, 0x3FF0000000000000, 0x41E0000000000000]
 OPERANDS = {
     "f32": near(draw(INTERESTING_F32, 32, COUNT), 32) + specials(F32),
     "f64": near(draw(WIDE, 64, COUNT), 64) + specials(F64),
     "f16": pairs(INTERESTING_F16) + specials(F16),
-    "bf16": pairs(INTERESTING_BF16) + specials(BF16),
+    "bf16": pairs(INTERESTING_BF16) + specials(BF16) + TIES,
 }
 FORMATS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16}
 

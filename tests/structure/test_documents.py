@@ -16,6 +16,7 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "docs/format.md",
     "tests/data/README.md",
+    "tests/emulation/README.md",
 )
 
 
