@@ -16,6 +16,7 @@ from emulation.toolchain import (
     kernel_names,
     reasons_against,
     sanitizer_environment,
+    translate_all,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "build",
     "reasons_against",
     "sanitizer_environment",
+    "translate_all",
 ]
 
 ORDERS = ("ascending", "descending", "random")
