@@ -1,4 +1,4 @@
-"""An emulated CUDA device in this process: a library made by `build`, its settings, its record of calls and its faults."""
+"""An emulated CUDA device in this process: a library made by `build`, its settings, its record and its faults."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ __all__ = [
     "build",
     "reasons_against",
     "sanitizer_environment",
+    "translate_all",
 ]
 
 ORDERS = ("ascending", "descending", "random")
@@ -77,7 +78,7 @@ _Loader = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)
 
 
 class _Kernels:
-    """Loads the kernels of one library when they are first launched; as a library does, it lives as long as the process."""
+    """Loads the kernels of a library when they are first launched; like a library, it lives as long as the process."""
 
     of_library: dict[Path, _Kernels] = {}
 
@@ -126,8 +127,10 @@ class Emulator:
         self._set("seed", seed)
 
     def set_mma(self, *, truncates: bool = False, flushes_subnormals: bool = False) -> None:
-        """How mma.sync sums (one rounding to nearest per product in the order of k, or as a tensor core that truncates), and
-        whether subnormal fp16 operands count as zero."""
+        """How mma.sync sums, and whether subnormal fp16 operands count as zero.
+
+        It rounds to nearest once for each product in the order of k, or `truncates` as tensor cores do.
+        """
         self._set("mma_truncates", truncates)
         self._set("mma_flushes_subnormals", flushes_subnormals)
 
@@ -174,7 +177,7 @@ class Emulator:
             yield recording
         finally:
             recording.calls = json.loads(self.library.emu_record_end())
-        self.check()
+            self.check()  # also where host code has thrown at a fault: what the fault was says more
 
     def replay(self, recording: Recording) -> None:
         """Performs the recorded calls again on the same addresses, as the replay of a CUDA graph does."""

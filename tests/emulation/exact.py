@@ -112,7 +112,9 @@ def fma(format: Format, a: int, b: int, c: int, mode: str = "rn") -> int:
     x, y, z = (format.as_float(bits) for bits in (a, b, c))
     if not all(map(format.is_finite, (a, b, c))):
         if math.isinf(x) or math.isinf(y):
-            product = math.nan if x == 0 or y == 0 else math.copysign(math.inf, math.copysign(1, x) * math.copysign(1, y))
+            product = (
+                math.nan if x == 0 or y == 0 else math.copysign(math.inf, math.copysign(1, x) * math.copysign(1, y))
+            )
             product = math.nan if math.isnan(x) or math.isnan(y) else product
         else:
             product = x * y if math.isnan(x) or math.isnan(y) else 0.0  # finite beside an infinite c

@@ -1,4 +1,4 @@
-"""How memory, synchronization, warp-wide and control instructions are spelled in C++ (runtime/memory.h, runtime/warp.h)."""
+"""How memory, barrier, warp-wide and control instructions are spelled in C++ (runtime/memory.h, runtime/warp.h)."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def _bar(e: Emitter, i: Instruction, m: Modifiers) -> str:
     destination, *values, predicate = i.operands
     threads = e.read(values[1], "u32") if len(values) == 2 else "0"
     reduce = f"Reduce::{operation}" + ("" if operation == "popc" else "_")
-    call = f"barrier(thread, {e.read(values[0], 'u32')}, {threads}, {aligned}, {reduce}, {e.read(predicate, 'pred')}, {i.line})"
+    which, vote = e.read(values[0], "u32"), e.read(predicate, "pred")
+    call = f"barrier(thread, {which}, {threads}, {aligned}, {reduce}, {vote}, {i.line})"
     return e.write(destination, call if kind != "pred" else f"{call} != 0")
 
 
@@ -149,7 +150,8 @@ def _bar(e: Emitter, i: Instruction, m: Modifiers) -> str:
 def _two(e: Emitter, destination: Operand, struct: str, call: str) -> str:
     """`d|p` of a call that returns a Shuffled."""
     if isinstance(destination, Pair):
-        return f"{{ const Shuffled both = {call}; {e.write(destination.first, 'both.value')} {e.write(destination.second, 'both.in_range')} }}"
+        first, second = e.write(destination.first, "both.value"), e.write(destination.second, "both.in_range")
+        return f"{{ const Shuffled both = {call}; {first} {second} }}"
     return e.write(destination, f"{call}.{struct}")
 
 

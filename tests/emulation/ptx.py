@@ -1,6 +1,6 @@
 """A parser for the PTX that nvcc and Triton emit: text -> Module of variables and functions of instructions.
 
-It knows the grammar and the scopes, not the instruction set, which is the translator's. Source: PTX ISA, chapters 4 to 7.
+It knows the grammar and the scopes, not the instruction set, which is the translator's. Source: PTX ISA, 4 to 7.
 """
 
 from __future__ import annotations
@@ -545,7 +545,7 @@ def entries(text: str) -> dict[str, tuple[int, int]]:
 
 
 def without_entries(text: str, keep: str | None = None) -> str:
-    """The module without its .entry functions but `keep`, every line in its place: what one kernel's translation needs."""
+    """The module without its .entry functions but `keep`, every line in its place: what one kernel needs."""
     pieces, position = [], 0
     for name, (start, end) in entries(text).items():
         if name != keep:

@@ -1,4 +1,4 @@
-"""Floating-point instructions against exact rational arithmetic rounded once (exact.py), bit for bit except a NaN's payload."""
+"""Floating-point instructions against exact rational arithmetic rounded once (exact.py), bit for bit but for NaNs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,87 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
+
 from emulation import exact
 from emulation.exact import BF16, F16, F32, F64, Format
 from emulation.snippets import MASK, Snippet, draw, run
 
 # Zeros, subnormals, the smallest and largest normals, halves and ties, infinities, NaN, integers' limits.
-F32_VALUES = [0.0, 1.0, 1.5, 2.0, 0.5, 3.0, 2.5, -0.75, 65504.0, 65520.0, 6e-8, 1e-7, 2.0**31, 2.0**32, 1e10, 3.4028235e38]
+F32_VALUES = [
+    0.0,
+    1.0,
+    1.5,
+    2.0,
+    0.5,
+    3.0,
+    2.5,
+    -0.75,
+    65504.0,
+    65520.0,
+    6e-8,
+    1e-7,
+    2.0**31,
+    2.0**32,
+    1e10,
+    3.4028235e38,
+]
 INTERESTING_F32 = [struct.unpack("<I", struct.pack("<f", s * v))[0] for v in F32_VALUES for s in (1, -1)]
-INTERESTING_F32 += [1, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x3F800001, 0x33000001, 0x4F000000]
-INTERESTING_F16 = [0, 0x8000, 1, 0x8001, 0x03FF, 0x0400, 0x3C00, 0x3C01, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x3800]
-INTERESTING_BF16 = [0, 0x8000, 1, 0x8001, 0x007F, 0x0080, 0x3F80, 0x3F81, 0xBF80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0x3F00, 0x4B80]
+INTERESTING_F32 += [
+    1,
+    0x80000001,
+    0x007FFFFF,
+    0x00800000,
+    0x7F800000,
+    0xFF800000,
+    0x7FC00000,
+    0x3F800001,
+    0x33000001,
+    0x4F000000,
+]
+INTERESTING_F16 = [
+    0,
+    0x8000,
+    1,
+    0x8001,
+    0x03FF,
+    0x0400,
+    0x3C00,
+    0x3C01,
+    0xBC00,
+    0x7BFF,
+    0xFBFF,
+    0x7C00,
+    0xFC00,
+    0x7E00,
+    0x3800,
+]
+INTERESTING_BF16 = [
+    0,
+    0x8000,
+    1,
+    0x8001,
+    0x007F,
+    0x0080,
+    0x3F80,
+    0x3F81,
+    0xBF80,
+    0x7F7F,
+    0xFF7F,
+    0x7F80,
+    0xFF80,
+    0x7FC0,
+    0x3F00,
+    0x4B80,
+]
 COUNT = 256
 
 
 def pairs(interesting: list[int]) -> list[tuple[int, int, int]]:
     """Operands that hold two 16-bit values, in registers of 32 bits."""
     lows, highs = draw(interesting, 16, COUNT, 1), draw(interesting, 16, COUNT, 2)
-    return [tuple(h << 16 | l for h, l in zip(high, low, strict=True)) for high, low in zip(highs, lows, strict=True)]
+    return [
+        tuple(high << 16 | low for high, low in zip(*triples, strict=True)) for triples in zip(highs, lows, strict=True)
+    ]
 
 
 def near(triples: list[tuple[int, int, int]], width: int) -> list[tuple[int, int, int]]:
@@ -39,11 +103,21 @@ def near(triples: list[tuple[int, int, int]], width: int) -> list[tuple[int, int
     return close
 
 
+def specials(format: Format) -> list[tuple[int, int, int]]:
+    """Every pair of both zeros, both infinities, NaN, one and a subnormal: a random draw has few of them."""
+    values = [0, format.infinity, format.infinity | 1 << format.fraction_bits - 1, format.round(Fraction(1)), 1]
+    values += [exact.negative(format, 0), exact.negative(format, format.infinity)]
+    return [(a, b, values[(index + other) % 7]) for index, a in enumerate(values) for other, b in enumerate(values)]
+
+
+# The product is a tie of bfloat16 and c, far below it, decides: what is rounded twice goes wrong.
+TIES = [(0x3FC0, b, c) for b in (0x3F81, 0x3F83) for c in (0x2B80, 0xAB80, 0x0D80, 0x8D80)]
+WIDE = [bits << 32 for bits in INTERESTING_F32] + [0x7FF0000000000000, 0x3FF0000000000000, 0x41E0000000000000]
 OPERANDS = {
-    "f32": near(draw(INTERESTING_F32, 32, COUNT), 32),
-    "f64": near(draw([b << 32 for b in INTERESTING_F32] + [0x7FF0000000000000, 0x3FF0000000000000, 0x41E0000000000000], 64, COUNT), 64),
-    "f16": pairs(INTERESTING_F16),
-    "bf16": pairs(INTERESTING_BF16),
+    "f32": near(draw(INTERESTING_F32, 32, COUNT), 32) + specials(F32),
+    "f64": near(draw(WIDE, 64, COUNT), 64) + specials(F64),
+    "f16": pairs(INTERESTING_F16) + specials(F16),
+    "bf16": pairs(INTERESTING_BF16) + specials(BF16) + TIES,
 }
 FORMATS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16}
 
@@ -78,9 +152,16 @@ def compared(name: str, format: Format) -> Callable[..., bool]:
         x, y = format.as_float(a), format.as_float(b)
         if math.isnan(x) or math.isnan(y):
             return name.endswith("u") or name == "nan"
-        return {"eq": x == y, "ne": x != y, "lt": x < y, "le": x <= y, "gt": x > y, "ge": x >= y, "num": True, "nan": False}[
-            name if name in ("num", "nan") else name[:2]
-        ]
+        return {
+            "eq": x == y,
+            "ne": x != y,
+            "lt": x < y,
+            "le": x <= y,
+            "gt": x > y,
+            "ge": x >= y,
+            "num": True,
+            "nan": False,
+        }[name if name in ("num", "nan") else name[:2]]
 
     return function
 
@@ -116,30 +197,56 @@ def arithmetic(kind: str) -> list[tuple[str, Callable[..., int]]]:
 
 def halves(kind: str) -> list[Snippet]:
     f = FORMATS[kind]
-    both = [*arithmetic(kind), *((t.replace(kind, f"relu.{kind}"), lambda a, b, c, e=e: rectified(f, e(a, b, c))) for t, e in arithmetic(kind)[3:4])]
+    both = [
+        *arithmetic(kind),
+        *(
+            (t.replace(kind, f"relu.{kind}"), lambda a, b, c, e=e: rectified(f, e(a, b, c)))
+            for t, e in arithmetic(kind)[3:4]
+        ),
+    ]
     both += [(f"max.NaN.{kind} $d, $a, $b;", lambda a, b, c: exact.extremum(f, a, b, largest=True, propagates=True))]
-    snippets = [Snippet(text, lambda a, b, c, e=e: e(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF), (16, 16, 16, 16)) for text, e in both]
+    snippets = [
+        Snippet(text, lambda a, b, c, e=e: e(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF), (16, 16, 16, 16)) for text, e in both
+    ]
     snippets += [Snippet(text.replace(kind, f"{kind}x2"), each_half(f, e)) for text, e in both]
     low = lambda a: a & 0xFFFF  # noqa: E731
     snippets += [
-        Snippet(f"setp.{name}.{kind} $d, $a, $b;", lambda a, b, c, n=name: compared(n, f)(low(a), low(b), 0), (1, 16, 16, 16))
+        Snippet(
+            f"setp.{name}.{kind} $d, $a, $b;",
+            lambda a, b, c, n=name: compared(n, f)(low(a), low(b), 0),
+            (1, 16, 16, 16),
+        )
         for name in ("eq", "neu", "lt", "geu")
     ]
     snippets += [
         Snippet(f"{{.reg .pred p, q; setp.gt.{kind}x2 p|q, $a, $b; selp.b32 $d, 1, 0, p; @q add.s32 $d, $d, 2;}}",
                 lambda a, b, c: compared("gt", f)(low(a), low(b), 0) + 2 * compared("gt", f)(a >> 16, b >> 16, 0)),
         Snippet(f"cvt.f32.{kind} $d, $a;", lambda a, b, c: exact.convert(f, F32, low(a)), (32, 16, 16, 16)),
-        Snippet(f"cvt.rzi.s32.{kind} $d, $a;", lambda a, b, c: exact.to_integer(f, low(a), "rzi", 32, True), (32, 16, 16, 16)),
+        Snippet(f"cvt.rzi.s32.{kind} $d, $a;",
+                lambda a, b, c: exact.to_integer(f, low(a), "rzi", 32, True), (32, 16, 16, 16)),
         Snippet(f"cvt.rn.{kind}.s32 $d, $a;", lambda a, b, c: f.round(Fraction(a - (a >> 31 << 32))), (16, 32, 32, 32)),
         Snippet(f"cvt.rn.{kind}.u16 $d, $a;", lambda a, b, c: f.round(Fraction(low(a))), (16, 16, 32, 32)),
     ]  # fmt: skip
     if kind == "f16":
         snippets += [
-            Snippet("fma.rn.sat.f16x2 $d, $a, $b, $c;", each_half(f, lambda a, b, c: saturated(f, exact.fma(f, a, b, c)))),
-            Snippet("set.ge.f16x2.f16x2 $d, $a, $b;", each_half(f, lambda a, b, c: 0x3C00 * compared("ge", f)(a, b, 0))),
-            Snippet("set.ltu.u32.f16x2 $d, $a, $b;", each_half(f, lambda a, b, c: 0xFFFF * compared("ltu", f)(a, b, 0))),
+            Snippet(
+                "fma.rn.sat.f16x2 $d, $a, $b, $c;", each_half(f, lambda a, b, c: saturated(f, exact.fma(f, a, b, c)))
+            ),
+            Snippet(
+                "set.ge.f16x2.f16x2 $d, $a, $b;", each_half(f, lambda a, b, c: 0x3C00 * compared("ge", f)(a, b, 0))
+            ),
+            Snippet(
+                "set.ltu.u32.f16x2 $d, $a, $b;", each_half(f, lambda a, b, c: 0xFFFF * compared("ltu", f)(a, b, 0))
+            ),
         ]
     return snippets
+
+
+def two(format: Format, after: Callable[[Format, int], int] = lambda format, bits: bits) -> Callable[..., int]:
+    """Two f32 to a pair of halves, the first one above."""
+    return lambda a, b, c: (
+        after(format, exact.convert(F32, format, a)) << 16 | after(format, exact.convert(F32, format, b))
+    )
 
 
 def singles() -> list[Snippet]:
@@ -152,28 +259,35 @@ def singles() -> list[Snippet]:
             Snippet(f"fma.{mode}.f32 $d, $a, $b, $c;", lambda a, b, c, m=mode: exact.fma(f, a, b, c, m)),
             Snippet(f"mul.{mode}.f32 $d, $a, $b;", lambda a, b, c, m=mode: exact.mul(f, a, b, m)),
             Snippet(f"add.{mode}.f32 $d, $a, $b;", lambda a, b, c, m=mode: exact.add(f, a, b, m)),
-            Snippet(f"cvt.{mode}.f16.f32 $d, $a;", lambda a, b, c, m=mode: exact.convert(f, F16, a, m), (16, 32, 32, 32)),
+            Snippet(
+                f"cvt.{mode}.f16.f32 $d, $a;", lambda a, b, c, m=mode: exact.convert(f, F16, a, m), (16, 32, 32, 32)
+            ),
             Snippet(f"cvt.{mode}.f32.s32 $d, $a;", lambda a, b, c, m=mode: f.round(Fraction(a - (a >> 31 << 32)), m)),
         ]
     for mode in ("rni", "rzi", "rmi", "rpi"):
         snippets += [
             Snippet(f"cvt.{mode}.s32.f32 $d, $a;", lambda a, b, c, m=mode: exact.to_integer(f, a, m, 32, True)),
-            Snippet(f"cvt.{mode}.u64.f32 $d, $a;", lambda a, b, c, m=mode: exact.to_integer(f, a, m, 64, False), (64, 32, 32, 32)),
+            Snippet(
+                f"cvt.{mode}.u64.f32 $d, $a;",
+                lambda a, b, c, m=mode: exact.to_integer(f, a, m, 64, False),
+                (64, 32, 32, 32),
+            ),
             Snippet(f"cvt.{mode}.f32.f32 $d, $a;", lambda a, b, c, m=mode: integral(a, m)),
         ]
     names = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
     snippets += [Snippet(f"setp.{name}.f32 $d, $a, $b;", compared(name, f), (1, 32, 32, 32)) for name in names]
     snippets += [
-        Snippet("setp.lt.ftz.f32 $d, $a, $b;", lambda a, b, c: compared("lt", f)(f.flush(a), f.flush(b), 0), (1, 32, 32, 32)),
+        Snippet("setp.lt.ftz.f32 $d, $a, $b;",
+                lambda a, b, c: compared("lt", f)(f.flush(a), f.flush(b), 0), (1, 32, 32, 32)),
         Snippet("div.rn.f32 $d, $a, $b;", lambda a, b, c: exact.div(f, a, b)),
         Snippet("div.full.f32 $d, $a, $b;", lambda a, b, c: exact.div(f, a, b)),
         Snippet("rcp.approx.f32 $d, $a;", lambda a, b, c: exact.div(f, 0x3F800000, a)),
         Snippet("fma.rn.sat.f32 $d, $a, $b, $c;", lambda a, b, c: saturated(f, exact.fma(f, a, b, c))),
         Snippet("cvt.rn.f16.f32 $d, $a;", lambda a, b, c: exact.convert(f, F16, a), (16, 32, 32, 32)),
         Snippet("cvt.rn.bf16.f32 $d, $a;", lambda a, b, c: exact.convert(f, BF16, a), (16, 32, 32, 32)),
-        Snippet("cvt.rn.f16x2.f32 $d, $a, $b;", lambda a, b, c: exact.convert(f, F16, a) << 16 | exact.convert(f, F16, b)),
-        Snippet("cvt.rn.bf16x2.f32 $d, $a, $b;", lambda a, b, c: exact.convert(f, BF16, a) << 16 | exact.convert(f, BF16, b)),
-        Snippet("cvt.rn.relu.f16x2.f32 $d, $a, $b;", lambda a, b, c: rectified(F16, exact.convert(f, F16, a)) << 16 | rectified(F16, exact.convert(f, F16, b))),
+        Snippet("cvt.rn.f16x2.f32 $d, $a, $b;", two(F16)),
+        Snippet("cvt.rn.bf16x2.f32 $d, $a, $b;", two(BF16)),
+        Snippet("cvt.rn.relu.f16x2.f32 $d, $a, $b;", two(F16, rectified)),
         Snippet("cvt.rn.f32.u32 $d, $a;", lambda a, b, c: f.round(Fraction(a))),
         Snippet("cvt.sat.f32.f32 $d, $a;", lambda a, b, c: saturated(f, a)),
         Snippet("cvt.rna.tf32.f32 $d, $a;", lambda a, b, c: tf32(a)),
@@ -214,7 +328,9 @@ def doubles() -> list[Snippet]:
         Snippet("cvt.rn.f32.f64 $d, $a;", lambda a, b, c: exact.convert(F64, F32, a), (32, 64, 64, 64)),
         Snippet("cvt.rz.f32.f64 $d, $a;", lambda a, b, c: exact.convert(F64, F32, a, "rz"), (32, 64, 64, 64)),
         Snippet("cvt.rzi.s64.f64 $d, $a;", lambda a, b, c: exact.to_integer(F64, a, "rzi", 64, True), wide),
-        Snippet("cvt.rzi.u32.f64 $d, $a;", lambda a, b, c: exact.to_integer(F64, a, "rzi", 32, False), (32, 64, 64, 64)),
+        Snippet(
+            "cvt.rzi.u32.f64 $d, $a;", lambda a, b, c: exact.to_integer(F64, a, "rzi", 32, False), (32, 64, 64, 64)
+        ),
         Snippet("cvt.rn.f64.u64 $d, $a;", lambda a, b, c: F64.round(Fraction(a)), wide),
         Snippet("cvt.rn.f32.s64 $d, $a;", lambda a, b, c: F32.round(Fraction(a - (a >> 63 << 64))), (32, 64, 64, 64)),
         Snippet("setp.ltu.f64 $d, $a, $b;", compared("ltu", F64), (1, 64, 64, 64)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from emulation.snippets import MASK, Snippet, draw, run
 
 INTERESTING = [0, 1, 2, 3, 7, 8, 15, 16, 24, 31, 32, 33, 63, 64, 65, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF]
@@ -34,16 +35,16 @@ def quotient(a: int, b: int) -> int:
 
 def lop3(table: int):
     def function(a, b, c):
-        return sum(
-            (table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32)
-        )
+        return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
 
     return u(32, function)
 
 
 def permute(a: int, b: int, selectors: list[int]) -> int:
     pool = [(b << 32 | a) >> 8 * i & 0xFF for i in range(8)]
-    return sum((pool[s & 7] if not s & 8 else (0xFF if pool[s & 7] & 0x80 else 0)) << 8 * i for i, s in enumerate(selectors))
+    return sum(
+        (pool[s & 7] if not s & 8 else (0xFF if pool[s & 7] & 0x80 else 0)) << 8 * i for i, s in enumerate(selectors)
+    )
 
 
 def field(value: int, position: int, length: int, bits: int, is_signed: bool) -> int:
@@ -51,9 +52,7 @@ def field(value: int, position: int, length: int, bits: int, is_signed: bool) ->
     position, length = position & 0xFF, length & 0xFF
     top = min(position + length - 1, bits - 1)
     sign = value >> top & 1 if is_signed and length else 0
-    return sum(
-        (value >> (position + i) & 1 if i < length and position + i < bits else sign) << i for i in range(bits)
-    )
+    return sum((value >> (position + i) & 1 if i < length and position + i < bits else sign) << i for i in range(bits))
 
 
 def inserted(a: int, b: int, position: int, length: int, bits: int) -> int:
@@ -122,7 +121,7 @@ SNIPPETS = [
     Snippet("shf.r.wrap.b32 $d, $a, $b, $c;", u(32, lambda a, b, c: (b << 32 | a) >> c % 32)),
     Snippet("shf.l.clamp.b32 $d, $a, $b, $c;", u(32, lambda a, b, c: (b << 32 | a) << min(c, 32) >> 32)),
     Snippet("shf.r.clamp.b32 $d, $a, $b, $c;", u(32, lambda a, b, c: (b << 32 | a) >> min(c, 32))),
-    *(Snippet(f"lop3.b32 $d, $a, $b, $c, {t};", lop3(t)) for t in (0x00, 0x01, 0x96, 0xE8, 0xEA, 0xCA, 0xFF, 0x6A, 0xF8, 0x80)),
+    *(Snippet(f"lop3.b32 $d, $a, $b, $c, {t};", lop3(t)) for t in (0, 1, 0x96, 0xE8, 0xEA, 0xCA, 0xFF, 0x6A, 0xF8)),
     Snippet("prmt.b32 $d, $a, $b, $c;", u(32, lambda a, b, c: permute(a, b, [c >> 4 * i & 15 for i in range(4)]))),
     Snippet("prmt.b32.f4e $d, $a, $b, $c;", u(32, lambda a, b, c: permute(a, b, [c % 4 + i for i in range(4)]))),
     Snippet("prmt.b32.b4e $d, $a, $b, $c;", u(32, lambda a, b, c: permute(a, b, [(c % 4 - i) % 8 for i in range(4)]))),
@@ -145,7 +144,8 @@ SNIPPETS = [
     Snippet("bfind.shiftamt.u32 $d, $a;", u(32, lambda a, b, c: 31 - highest(a) if a else -1)),
     Snippet("brev.b32 $d, $a;", u(32, lambda a, b, c: int(f"{a:032b}"[::-1], 2))),
     Snippet("brev.b64 $d, $a;", lambda a, b, c: int(f"{a:064b}"[::-1], 2), W64),
-    Snippet("dp4a.s32.u32 $d, $a, $b, $c;", u(32, lambda a, b, c: c + sum(signed(a >> i, 8) * (b >> i & 255) for i in (0, 8, 16, 24)))),
+    Snippet("dp4a.s32.u32 $d, $a, $b, $c;",
+            u(32, lambda a, b, c: c + sum(signed(a >> i, 8) * (b >> i & 255) for i in (0, 8, 16, 24)))),
     Snippet("selp.b32 $d, $a, $b, $c;", lambda a, b, c: a if c & 1 else b, (32, 32, 32, 1)),
     Snippet("slct.u32.s32 $d, $a, $b, $c;", lambda a, b, c: a if signed(c, 32) >= 0 else b),
     Snippet("setp.lt.s32 $d, $a, $b;", s(32, lambda a, b, c: a < b), PREDICATE),
@@ -153,8 +153,10 @@ SNIPPETS = [
     Snippet("setp.hs.u32 $d, $a, $b;", u(32, lambda a, b, c: a >= b), PREDICATE),
     Snippet("setp.ne.s16 $d, $a, $b;", u(16, lambda a, b, c: a != b), (1, 16, 16, 16)),
     Snippet("setp.eq.and.b32 $d, $a, 0, $c;", lambda a, b, c: a & MASK[32] == 0 and c & 1, (1, 32, 32, 1)),
-    Snippet("setp.gt.or.s64 $d, $a, $b, !$c;", lambda a, b, c: signed(a, 64) > signed(b, 64) or not c & 1, (1, 64, 64, 1)),
-    Snippet("{.reg .pred p; setp.le.xor.s32 p|$d, $a, $b, $c;}", lambda a, b, c: (signed(a, 32) > signed(b, 32)) ^ (c & 1), (1, 32, 32, 1)),
+    Snippet("setp.gt.or.s64 $d, $a, $b, !$c;",
+            lambda a, b, c: signed(a, 64) > signed(b, 64) or not c & 1, (1, 64, 64, 1)),
+    Snippet("{.reg .pred p; setp.le.xor.s32 p|$d, $a, $b, $c;}",
+            lambda a, b, c: (signed(a, 32) > signed(b, 32)) ^ (c & 1), (1, 32, 32, 1)),
     Snippet("set.ge.u32.s32 $d, $a, $b;", s(32, lambda a, b, c: -(a >= b))),
     Snippet("cvt.u32.u16 $d, $a;", u(16, lambda a, b, c: a), (32, 16, 32, 32)),
     Snippet("cvt.s32.s8 $d, $a;", lambda a, b, c: signed(a, 8)),
@@ -168,8 +170,12 @@ SNIPPETS = [
     Snippet("{.reg .b16 h; mov.b32 {_, $d}, $a;}", u(32, lambda a, b, c: a >> 16), (16, 32, 32, 32)),
     Snippet("@$c add.s32 $a, $a, 1; mov.u32 $d, $a;", lambda a, b, c: a + (c & 1), (32, 32, 32, 1)),
     Snippet("@!$c bra done; add.s32 $a, $a, 1; done: mov.u32 $d, $a;", lambda a, b, c: a + (c & 1), (32, 32, 32, 1)),
-    Snippet("mov.u32 $d, 0; rem.u32 $b, $b, 50; loop: add.s32 $d, $d, $a; sub.s32 $b, $b, 1; setp.ge.s32 $c, $b, 0; @$c bra loop;", lambda a, b, c: a * ((b & MASK[32]) % 50 + 1), (32, 32, 32, 1)),
-    Snippet("and.b32 $b, $b, 3; table: .branchtargets zero, one, two, two; brx.idx $b, table; zero: mov.u32 $d, 10; bra.uni end; one: mov.u32 $d, 11; bra.uni end; two: mov.u32 $d, 12; end:", lambda a, b, c: 10 + min(b & 3, 2)),
+    Snippet("mov.u32 $d, 0; rem.u32 $b, $b, 50; "
+            "loop: add.s32 $d, $d, $a; sub.s32 $b, $b, 1; setp.ge.s32 $c, $b, 0; @$c bra loop;",
+            lambda a, b, c: a * ((b & MASK[32]) % 50 + 1), (32, 32, 32, 1)),
+    Snippet("and.b32 $b, $b, 3; table: .branchtargets zero, one, two, two; brx.idx $b, table; "
+            "zero: mov.u32 $d, 10; bra.uni end; one: mov.u32 $d, 11; bra.uni end; two: mov.u32 $d, 12; end:",
+            lambda a, b, c: 10 + min(b & 3, 2)),
 ]  # fmt: skip
 
 

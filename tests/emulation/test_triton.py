@@ -1,7 +1,7 @@
 """Fragment layouts against a source that is not ours: products that Triton compiled for sm_80, executed from its PTX.
 
-Triton lays out its operands for ldmatrix, cp.async and mma.sync by its own reading of the PTX ISA; if ours differed, the
-products would be wrong.
+Triton lays out its operands for ldmatrix, cp.async and mma.sync by its own reading of the PTX ISA; if ours differed,
+the products would be wrong.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from emulation.emulator import EmulationError, Emulator, build
 
 BLOCK = 32
 SIGNATURES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
-KERNEL = '''
+KERNEL = """
 import json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -43,14 +44,17 @@ kind, out, path = sys.argv[1:]
 divisible = [["tt.divisibility", 16]]
 source = ASTSource(
     product,
-    signature={"a": f"*{kind}", "b": f"*{kind}", "c": f"*{out}", "N": "i32", "K": "i32", "BLOCK": "constexpr", "OUT": "constexpr"},
+    signature={
+        "a": f"*{kind}", "b": f"*{kind}", "c": f"*{out}", "N": "i32", "K": "i32",
+        "BLOCK": "constexpr", "OUT": "constexpr",
+    },
     constexprs={(5,): BLOCK_VALUE, (6,): tl.float32 if out == "fp32" else tl.int32},
     attrs={(i,): divisible for i in range(5)},
 )
 compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4, "num_stages": 3})
 open(path, "w").write(compiled.asm["ptx"])
 print(json.dumps({"shared": compiled.metadata.shared, "name": compiled.metadata.name}))
-'''.replace("BLOCK_VALUE", str(BLOCK))
+""".replace("BLOCK_VALUE", str(BLOCK))
 
 
 def compiled(dtype: str, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -62,7 +66,11 @@ def compiled(dtype: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     environment.pop("TRITON_INTERPRET", None)
     out = "i32" if dtype == "int8" else "fp32"
     result = subprocess.run(
-        [sys.executable, str(script), SIGNATURES[dtype], out, str(path)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script), SIGNATURES[dtype], out, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return path, json.loads(result.stdout)

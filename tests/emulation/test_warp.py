@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from emulation.emulator import Emulator, build
 
 SOURCE = Path(__file__).parent / "kernels" / "warp.cu"
@@ -75,13 +76,15 @@ def test_ldmatrix_deals_out_rows_and_transposed_columns(emulator: Emulator) -> N
             np.testing.assert_array_equal(got[:, matrix].copy().view(np.uint16).reshape(32, 2), expected)
 
 
-# --- mma: fragments laid out by the tables of PTX ISA (mma.m16n8k16, figures of A, B and C), here once more and from k, m, n
+# --- mma: fragments laid out by the figures of PTX ISA (mma.m16n8k16: A, B and C), here once more, from k, m and n
 
 
 def fragments(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """The words of a (16 x K), b (K x 8) and c (16 x 8) in the order of warp.cu."""
     per_word = 4 // a.itemsize
-    words_a = a.reshape(2, 8, 2, 4, per_word).transpose(1, 3, 2, 0, 4)  # row half, g, k half, t, i -> g, t, k half, row half
+    words_a = a.reshape(2, 8, 2, 4, per_word).transpose(
+        1, 3, 2, 0, 4
+    )  # row half, g, k half, t, i -> g, t, k half, row half
     words_b = b.T.reshape(8, 2, 4, per_word).transpose(0, 2, 1, 3)  # g, k half, t, i -> g, t, k half
     words_c = c.reshape(2, 8, 4, 2).transpose(1, 2, 0, 3)  # row half, g, t, i -> g, t, row half
     return np.concatenate([np.ascontiguousarray(w).reshape(-1).view(np.uint32) for w in (words_a, words_b, words_c)])
@@ -122,7 +125,7 @@ def product(emulator: Emulator, kernel: str, scale: float = 1.0) -> tuple[np.nda
 def test_mma_is_the_product_to_the_error_of_its_mode(emulator: Emulator, kernel: str, truncates: bool) -> None:
     emulator.set_mma(truncates=truncates)
     got, exact, magnitude = product(emulator, kernel)
-    # 16 roundings to nearest, or 4 steps that each cut 5 terms and the result at 2^-23 of a term that is below 2 * magnitude
+    # 16 roundings to nearest, or 4 steps that each cut 5 terms and the result at 2^-23 of at most 2 * magnitude
     bound = 4 * 6 * 2.0**-22 * magnitude if truncates else 16 * 2.0**-24 * magnitude
     assert (np.abs(got - exact) <= bound).all()
 
@@ -165,7 +168,9 @@ def test_the_truncating_mode_cuts_off_what_the_nearest_mode_rounds(emulator: Emu
     assert single(emulator, three_quarters_of_an_ulp, 1.0) == 1.0
     assert single(emulator, [(2.0**-12, 2.0**-11)], 1.0) == 1 + 2.0**-23
     assert single(emulator, [(-(2.0**-12), 2.0**-12)], 1.0) == 1.0  # to nearest it would be 1 - 2^-24
-    assert single(emulator, [(2.0**15, 2.0), (1.0, 2.0**-8), (-(2.0**15), 2.0)], 0.0) == 0.0  # cut by a larger neighbour
+    assert (
+        single(emulator, [(2.0**15, 2.0), (1.0, 2.0**-8), (-(2.0**15), 2.0)], 0.0) == 0.0
+    )  # cut by a larger neighbour
 
 
 def test_special_values_go_through_mma(emulator: Emulator) -> None:

@@ -1,5 +1,8 @@
-"""From CUDA sources to a shared library that runs on the CPU: nvcc's own host objects on the runtime of runtime/, and beside
-it, made when they are first launched, one small library for each kernel, translated from nvcc's PTX."""
+"""From CUDA sources to a shared library that runs on the CPU.
+
+It holds nvcc's own host objects on the CUDA runtime of runtime/. Beside it, made when it is first launched, lies one
+small library for each kernel, translated from nvcc's PTX.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 RUNTIME = Path(__file__).parent / "runtime"
-# -fwrapv: integers of PTX wrap. -ffp-contract: a product and a sum are two roundings. AVX2, FMA and F16C: __builtin_fmaf, _Float16.
+# -fwrapv: integers of PTX wrap. -ffp-contract: a product and a sum round twice. AVX2, FMA, F16C: fma and _Float16.
 CXX_FLAGS = (
     "-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off",
     "-mavx2", "-mfma", "-mf16c", "-g1",
@@ -54,7 +58,7 @@ def nvcc() -> Path | None:
 
 @functools.cache
 def cuda_include() -> Path:
-    """The folder of cuda_runtime_api.h that belongs to nvcc, which may be a wrapper: nvcc itself says where its toolkit is."""
+    """The folder of cuda_runtime_api.h; nvcc may be a wrapper, so nvcc itself says where its toolkit is."""
     dry_run = _run([str(nvcc()), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])
     top = next(line.split("TOP=")[1].strip() for line in dry_run.splitlines() if "TOP=" in line)
     for folder in (Path(top) / "include", Path(top) / "targets" / "x86_64-linux" / "include"):
@@ -117,13 +121,24 @@ def _versions() -> str:
     return _run(["g++", "--version"]) + (_run([str(nvcc()), "--version"]) if nvcc() else "")
 
 
-def _tree(folders: Sequence[Path]) -> Iterator[bytes]:
-    """The contents of all sources under `folders`: what a compilation that includes them may depend on."""
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".inl") and path.is_file():
-                yield str(path.relative_to(folder)).encode()
-                yield path.read_bytes()
+def _contents(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+def _with_includes(source: Path, folders: Sequence[Path]) -> list[bytes]:
+    """The contents of a source and of every project file that it includes, which are all it may depend on."""
+    seen: dict[Path, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen[path] = path.read_bytes()
+            for name in _INCLUDE.findall(seen[path].decode()):
+                waiting += [p for folder in (path.parent, *folders) if (p := (folder / name).resolve()).is_file()]
+    return list(seen.values())
 
 
 def _object(text_or_source: str | Path, flags: Sequence[str], depends: Sequence[bytes]) -> Path:
@@ -145,7 +160,7 @@ def _object(text_or_source: str | Path, flags: Sequence[str], depends: Sequence[
 
 def _kernel_object(text: str, sanitize: str | None) -> Path:
     flags = ["-O1", *CXX_FLAGS, "-fvisibility=hidden", *SANITIZE_FLAGS[sanitize], f"-I{RUNTIME}"]
-    return _object(text, flags, list(_tree([RUNTIME])))
+    return _object(text, flags, _contents(RUNTIME))
 
 
 def _sanitizers(sanitize: str | None) -> list[str]:
@@ -155,7 +170,7 @@ def _sanitizers(sanitize: str | None) -> list[str]:
 def _runtime_objects(sanitize: str | None) -> list[Path]:
     defines = [flag for flag in SANITIZE_FLAGS[sanitize] if flag.startswith("-D")]
     flags = ["-O2", *CXX_FLAGS, *defines, "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME}", f"-isystem{cuda_include()}"]
-    headers = list(_tree([RUNTIME]))
+    headers = _contents(RUNTIME)
     return [_object(RUNTIME / f"{name}.cpp", flags, headers) for name in ("scheduler", "collectives", "cudart")]
 
 
@@ -177,12 +192,12 @@ def build(
     Kernels are translated and compiled when they are first launched (`compile_kernel`), or checked by `translate_all`.
 
     Args:
-        sources: .cu files, compiled by `nvcc -O3 -lineinfo` for compute_<arch>; their extern "C" functions are exported.
+        sources: .cu files, compiled by `nvcc -O3 -lineinfo` for compute_<arch>; extern "C" functions are exported.
         arch: compute capability, 75, 80, 90, ...
         ptx_files: PTX of other compilers, for `Emulator.launch`.
         bindings: C++ files compiled by g++ alone, such as the registration of torch ops.
-        include_dirs: the project's folders; every source file below them is part of the cache's key.
-        system_include_dirs: folders of other projects (torch), which are not.
+        include_dirs: the project's folders; files included from them with quotes are part of the cache's key.
+        system_include_dirs: folders of other projects (torch), whose files are not.
         defines: "NAME" or "NAME=value", for sources and bindings.
         flags: other options of g++ for the bindings.
         link: options of the link, such as -L and -l.
@@ -194,44 +209,37 @@ def build(
     """
     sources, ptx_files, bindings = ([Path(p).resolve() for p in paths] for paths in (sources, ptx_files, bindings))
     project = [Path(folder).resolve() for folder in include_dirs]
-    depends = list(_tree(project)) + [path.read_bytes() for path in (*sources, *ptx_files, *bindings)]
+    contents = {path: _with_includes(path, project) for path in (*sources, *ptx_files, *bindings)}
     options = [
         *(f"-D{d}" for d in defines),
         *(f"-I{d}" for d in project),
         *(option for d in system_include_dirs for option in ("-isystem", str(d))),  # nvcc wants two words
     ]
-    names = [str(path) for path in (*sources, *ptx_files, *bindings)]
-    key = _digest(
-        *names,
-        str(arch),
-        *options,
-        *flags,
-        *link,
-        str(sanitize),
-        *depends,
-        *_tree([RUNTIME.parent]),
-        *_own_sources(),
-        _versions(),
-    )
+    kept = [part for path, parts in contents.items() for part in (str(path), *parts)]
+    ours = [*_contents(RUNTIME), *_contents(RUNTIME.parent)]
+    key = _digest(str(arch), str(sanitize), *options, *flags, *link, *kept, *ours, _versions())
     library = cache_folder() / f"{key}.so"
     with _locked(library.with_suffix(".lock")):
         if library.exists():
             return library
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            # The runtime comes first: objects are initialized in the order of the link, and all others register with it.
+            # The runtime comes first: objects are initialized in the order of the link, and all register with it.
             objects = _runtime_objects(sanitize)
             modules = [(path.read_text(), str(path)) for path in ptx_files]
-            for index, source in enumerate(sources):
-                host, text = _compile_cuda(source, Path(folder) / str(index), arch, options)
+            for source in sources:
+                host, text = _compile_cuda(source, arch, options, contents[source])
                 objects.append(host)
                 modules.append((text, str(source)))
             # Their variables come before the host code that registers them.
             objects[3:3] = [_variables_object(text, path, sanitize) for text, path in modules]
             cuda = f"-isystem{cuda_include()}"
             for path in bindings:
-                objects.append(_object(path, ["-O2", "-std=c++17", "-fPIC", *options, *flags, cuda], depends))
+                compiler_flags = ["-O2", "-std=c++17", "-fPIC", *options, *flags, cuda]
+                objects.append(_object(path, compiler_flags, contents[path]))
             made = Path(folder) / "library.so"
-            _run(["g++", "-shared", "-Wl,-Bsymbolic", *_sanitizers(sanitize), *map(str, objects), *link, "-o", str(made)])
+            _run(
+                ["g++", "-shared", "-Wl,-Bsymbolic", *_sanitizers(sanitize), *map(str, objects), *link, "-o", str(made)]
+            )
             undefined = _run(["nm", "--dynamic", "--undefined-only", str(made)]).split()
             missing = [name for name in undefined if name.startswith(("cuda", "__cuda", "emu_")) or "3emu" in name]
             if missing:
@@ -302,23 +310,24 @@ def compile_kernel(library: Path, kernel: str) -> Path:
 
 def _variables_object(text: str, path: str, sanitize: str | None) -> Path:
     flags = ["-O1", *CXX_FLAGS, *SANITIZE_FLAGS[sanitize], f"-I{RUNTIME}"]
-    return _object(_translation(text, path, None).variables(), flags, list(_tree([RUNTIME])))
+    return _object(_translation(text, path, None).variables(), flags, _contents(RUNTIME))
 
 
-def _own_sources() -> list[bytes]:
-    return [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-
-
-def _compile_cuda(source: Path, folder: Path, arch: int, options: Sequence[str]) -> tuple[Path, str]:
+def _compile_cuda(source: Path, arch: int, options: Sequence[str], contents: Sequence[bytes]) -> tuple[Path, str]:
     """nvcc's host object and its PTX, both of one compilation."""
-    folder.mkdir()
-    host = folder / "host.o"
-    code = f"arch=compute_{arch},code=compute_{arch}"
-    _run(
-        [str(nvcc()), "-O3", "-std=c++17", "-lineinfo", "-gencode", code, "--keep", "--keep-dir", str(folder),
-         "-Xcompiler", "-fPIC", *options, "-c", str(source), "-o", str(host)]
-    )  # fmt: skip
-    (text,) = folder.glob("*.ptx")
+    stem = cache_folder() / _digest(str(source), str(arch), *options, *contents, _versions())
+    host, text = stem.with_suffix(".o"), stem.with_suffix(".ptx")
+    if not (host.exists() and text.exists()):
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            made = Path(folder) / "host.o"
+            code = f"arch=compute_{arch},code=compute_{arch}"
+            _run(
+                [str(nvcc()), "-O3", "-std=c++17", "-lineinfo", "-gencode", code, "--keep", "--keep-dir", folder,
+                 "-Xcompiler", "-fPIC", *options, "-c", str(source), "-o", str(made)]
+            )  # fmt: skip
+            (kept,) = Path(folder).glob("*.ptx")
+            kept.replace(text)
+            made.replace(host)
     return host, text.read_text()
 
 

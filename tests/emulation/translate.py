@@ -210,7 +210,8 @@ class Emitter:
             yield f"    {register_type(kind)} {identifier(name)} = {poison};"
         yield "    bool carry = false;"
         yield "    (void)carry;"
-        for self.index, statement in enumerate(self.function.body):
+        for index, statement in enumerate(self.function.body):
+            self.index = index
             if isinstance(statement, Label):
                 if statement.targets is None:
                     yield f"{identifier(statement.name)}:;"
@@ -225,7 +226,7 @@ def _alignment(variable: Variable, offset: int) -> int:
 
 
 class Translation:
-    """The C++ of one module. `path` names it in faults and in debug information, `tag` its variables among all modules."""
+    """The C++ of one module. `path` names it in faults and in debug information, `tag` its variables among all."""
 
     def __init__(self, module: Module, path: str, tag: str) -> None:
         self.module = module
@@ -256,7 +257,8 @@ class Translation:
                 raise PtxError(f"{v.name}: an extern .global variable is not supported")
             initial = ", ".join(map(str, v.initial))
             lines.append(
-                f'extern "C" {{ alignas({max(v.alignment, 16)}) unsigned char {self.global_name(v)}[{v.bytes}] = {{{initial}}}; }}'
+                f'extern "C" {{ alignas({max(v.alignment, 16)}) unsigned char '
+                f"{self.global_name(v)}[{v.bytes}] = {{{initial}}}; }}"
             )
         lines.append("namespace { [[gnu::constructor]] void add_all() {")
         lines += [f'    emu::add_variable({{"{v.name}", {self.global_name(v)}, {v.bytes}}});' for v in variables]
@@ -322,7 +324,8 @@ class Translation:
                     threads *= extent
         lines += [
             f"const Parameter parameters[] = {{{', '.join([*table, '{0, 0}'])}}};",
-            f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, parameters, {len(table)}, {offset}, {threads}}};',
+            f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, '
+            f"parameters, {len(table)}, {offset}, {threads}}};",
             "[[gnu::constructor]] void add() { add_kernel(&kernel); }",
             "}",
             "}  // namespace emu",

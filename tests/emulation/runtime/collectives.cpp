@@ -37,7 +37,8 @@ template <Mode mode> void shuffle(Exchange* const lanes[kWarp], u32 mask) {
             in_range = source <= static_cast<int>(last);
         }
         if (!in_range) source = static_cast<int>(lane);
-        if (!lanes[source]) fault("shfl.sync: lane %u reads lane %d, which is not in the mask 0x%08x", lane, source, mask);
+        if (!lanes[source])
+            fault("shfl.sync: lane %u reads lane %d, which is not in the mask 0x%08x", lane, source, mask);
         lanes[lane]->out[0] = lanes[source]->in[0];
         lanes[lane]->out[1] = in_range;
     });
@@ -80,17 +81,25 @@ void combine_match_all(Exchange* const lanes[kWarp], u32 mask) {
     for_lanes(mask, [&](u32 lane) { all = all && matched(*lanes[lane]) == first; });
     for_lanes(mask, [&](u32 lane) { lanes[lane]->out[0] = all ? mask : 0; });
 }
-void combine_redux_add(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a + b; }); }
-void combine_redux_and(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a & b; }); }
-void combine_redux_or(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a | b; }); }
-void combine_redux_xor(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a ^ b; }); }
+void combine_redux_add(Exchange* const lanes[kWarp], u32 mask) {
+    reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a + b; });
+}
+void combine_redux_and(Exchange* const lanes[kWarp], u32 mask) {
+    reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a & b; });
+}
+void combine_redux_or(Exchange* const lanes[kWarp], u32 mask) {
+    reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a | b; });
+}
+void combine_redux_xor(Exchange* const lanes[kWarp], u32 mask) {
+    reduce<u32>(lanes, mask, [](u32 a, u32 b) { return a ^ b; });
+}
 void combine_redux_min_u32(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, min<u32>); }
 void combine_redux_max_u32(Exchange* const lanes[kWarp], u32 mask) { reduce<u32>(lanes, mask, max<u32>); }
 void combine_redux_min_s32(Exchange* const lanes[kWarp], u32 mask) { reduce<s32>(lanes, mask, min<s32>); }
 void combine_redux_max_s32(Exchange* const lanes[kWarp], u32 mask) { reduce<s32>(lanes, mask, max<s32>); }
 
-// Lane 8i + r brought row r of matrix i. Lane l leaves with two elements of each: row l/4, columns 2(l%4) and the next, or,
-// transposed, column l/4 of those rows.
+// Lane 8i + r brought row r of matrix i. Lane l leaves with two elements of each: row l/4, columns 2(l%4) and the next,
+// or, transposed, column l/4 of those rows.
 template <u32 Matrices, bool Transposed> void combine_ldmatrix(Exchange* const lanes[kWarp], u32 mask) {
     for_lanes(mask, [&](u32 lane) {
         for (u32 matrix = 0; matrix < Matrices; ++matrix) {
@@ -122,7 +131,8 @@ template <class Element> float operand_value(Element element) {
     if constexpr (std::is_same_v<Element, tf32>) {
         return bit_cast<float>(element.bits & 0xffffe000u);
     } else {
-        if (std::is_same_v<Element, f16> && settings.mma_flushes_subnormals) return to_float(ftz(bit_cast<f16>(element)));
+        if (std::is_same_v<Element, f16> && settings.mma_flushes_subnormals)
+            return to_float(ftz(bit_cast<f16>(element)));
         return to_float(element);
     }
 }
@@ -134,9 +144,9 @@ int exponent_of(float value) {
 double power_of_two(int exponent) { return bit_cast<double>(static_cast<u64>(1023 + exponent) << 52); }
 
 // One step of a tensor core as it was measured on V100 and T4, the least exact of those that have been published (Fasi,
-// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; newer ones keep more bits and add longer
-// sums at once): four exact products and the accumulator are aligned to the largest of their exponents, all bits below
-// 2^-23 of it are cut off, the sum of the rest is exact, and its result is cut off, not rounded, to float32.
+// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; newer ones keep more bits and add
+// longer sums at once): four exact products and the accumulator are aligned to the largest of their exponents, all bits
+// below 2^-23 of it are cut off, the sum of the rest is exact, and its result is cut off, not rounded, to float32.
 float truncating_step(const float* a, const float* b, float c) {
     constexpr int products = 4;
     double terms[products + 1];
@@ -161,8 +171,9 @@ float truncating_step(const float* a, const float* b, float c) {
     return round_to<Round::zero, float>(static_cast<double>(sum) * power_of_two(largest - 23));
 }
 
-// Element i of register r in lane l: of A row l/4 + 8(r%2), column (l%4) E + i + 4E(r/2), of B that row by column l/4, with
-// E elements in a register; of C register r is row l/4 + 8(r/2), column 2(l%4) + r%2. One rule for all element widths.
+// Element i of register r in lane l: of A row l/4 + 8(r%2), column (l%4) E + i + 4E(r/2), of B that row by column l/4,
+// with E elements in a register; of C register r is row l/4 + 8(r/2), column 2(l%4) + r%2. One rule for all element
+// widths.
 template <class Element, u32 K, class Value, class Convert>
 void gather(Exchange* const lanes[kWarp], Value (&a)[16][K], Value (&b)[K][8], Convert convert) {
     constexpr u32 per_word = 4 / sizeof(Element);
@@ -171,7 +182,8 @@ void gather(Exchange* const lanes[kWarp], Value (&a)[16][K], Value (&b)[K][8], C
         const u32 group = lane / 4, column = lane % 4 * per_word;
         for (u32 i = 0; i < per_word; ++i) {
             for (u32 r = 0; r < a_words; ++r) {
-                a[group + 8 * (r % 2)][column + i + 4 * per_word * (r / 2)] = convert(element_of<Element>(lanes[lane]->in[r], i));
+                a[group + 8 * (r % 2)][column + i + 4 * per_word * (r / 2)] =
+                    convert(element_of<Element>(lanes[lane]->in[r], i));
             }
             for (u32 r = 0; r < b_words; ++r) {
                 b[column + i + 4 * per_word * r][group] = convert(element_of<Element>(lanes[lane]->in[4 + r], i));
@@ -188,7 +200,8 @@ template <class Function> void for_accumulators(Function function) {
 template <class Element, u32 K> void mma_float(Exchange* const lanes[kWarp]) {
     alignas(32) float a[16][K], b[K][8], c[16][8];
     gather<Element, K>(lanes, a, b, operand_value<Element>);
-    for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) { c[row][column] = bit_cast<float>(lanes[lane]->in[6 + r]); });
+    for_accumulators(
+        [&](u32 lane, u32 r, u32 row, u32 column) { c[row][column] = bit_cast<float>(lanes[lane]->in[6 + r]); });
     if (settings.mma_truncates) {
         for (u32 row = 0; row < 16; ++row) {
             for (u32 column = 0; column < 8; ++column) {
@@ -201,18 +214,21 @@ template <class Element, u32 K> void mma_float(Exchange* const lanes[kWarp]) {
     } else {
         for (u32 row = 0; row < 16; ++row) {
             for (u32 k = 0; k < K; ++k) {
-                for (u32 column = 0; column < 8; ++column) c[row][column] = __builtin_fmaf(a[row][k], b[k][column], c[row][column]);
+                for (u32 column = 0; column < 8; ++column)
+                    c[row][column] = __builtin_fmaf(a[row][k], b[k][column], c[row][column]);
             }
         }
     }
-    for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) { lanes[lane]->out[r] = bit_cast<u32>(c[row][column]); });
+    for_accumulators(
+        [&](u32 lane, u32 r, u32 row, u32 column) { lanes[lane]->out[r] = bit_cast<u32>(c[row][column]); });
 }
 
 template <class Element, u32 K> void mma_integer(Exchange* const lanes[kWarp]) {
     s32 a[16][K], b[K][8];
     s64 c[16][8];
     gather<Element, K>(lanes, a, b, [](Element element) { return static_cast<s32>(element); });
-    for_accumulators([&](u32 lane, u32 r, u32 row, u32 column) { c[row][column] = static_cast<s32>(lanes[lane]->in[6 + r]); });
+    for_accumulators(
+        [&](u32 lane, u32 r, u32 row, u32 column) { c[row][column] = static_cast<s32>(lanes[lane]->in[6 + r]); });
     for (u32 row = 0; row < 16; ++row) {
         for (u32 k = 0; k < K; ++k) {
             for (u32 column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];

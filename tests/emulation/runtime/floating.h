@@ -1,6 +1,7 @@
-// Floating-point instructions (PTX ISA 9.7.3 to 9.7.5), conversions and comparisons, one function of values per instruction.
-// Each result is the exact one rounded once. What the device approximates (.approx, .full) is rounded correctly here, so a
-// bound that needs the device's error of ex2, rcp, rsqrt, sqrt, sin, cos, lg2, tanh or div.full is not tested by it.
+// Floating-point instructions (PTX ISA 9.7.3 to 9.7.5), conversions and comparisons, one function of values per
+// instruction. Each result is the exact one rounded once. What the device approximates (.approx, .full) is rounded
+// correctly here, so a bound that needs the device's error of ex2, rcp, rsqrt, sqrt, sin, cos, lg2, tanh or div.full is
+// not tested by it.
 #pragma once
 
 #include <cmath>
@@ -110,8 +111,10 @@ template <class T> EMU_INLINE if_real<T> relu(T a) {
 // --- packed pairs: each half by itself
 #define EMU_PAIR_UNARY(name) \
     template <class T> EMU_INLINE if_pair<T> name(T a) { return pair<T>(name(low(a)), name(high(a))); }
-#define EMU_PAIR_BINARY(name) \
-    template <class T> EMU_INLINE if_pair<T> name(T a, T b) { return pair<T>(name(low(a), low(b)), name(high(a), high(b))); }
+#define EMU_PAIR_BINARY(name)                                         \
+    template <class T> EMU_INLINE if_pair<T> name(T a, T b) {         \
+        return pair<T>(name(low(a), low(b)), name(high(a), high(b))); \
+    }
 EMU_PAIR_UNARY(neg)
 EMU_PAIR_UNARY(abs)
 EMU_PAIR_UNARY(ex2)
@@ -138,7 +141,9 @@ template <class T> EMU_INLINE auto comparable(T a) {
     else return a;
 }
 template <class T> EMU_INLINE bool eq(T a, T b) { return comparable(a) == comparable(b); }
-template <class T> EMU_INLINE bool ne(T a, T b) { return comparable(a) < comparable(b) || comparable(a) > comparable(b); }
+template <class T> EMU_INLINE bool ne(T a, T b) {
+    return comparable(a) < comparable(b) || comparable(a) > comparable(b);
+}
 template <class T> EMU_INLINE bool lt(T a, T b) { return comparable(a) < comparable(b); }
 template <class T> EMU_INLINE bool le(T a, T b) { return comparable(a) <= comparable(b); }
 template <class T> EMU_INLINE bool gt(T a, T b) { return comparable(a) > comparable(b); }
@@ -162,7 +167,9 @@ template <class T> EMU_INLINE T truth(bool value) {
     else return narrow<T>(value ? 1.0 : 0.0);
 }
 // testp
-EMU_INLINE bool finite(f32 a) { return std::isfinite(a); }
+EMU_INLINE bool finite(f32 a) {
+    return std::isfinite(a);
+}
 EMU_INLINE bool infinite(f32 a) { return std::isinf(a); }
 EMU_INLINE bool notanumber(f32 a) { return std::isnan(a); }
 EMU_INLINE bool number(f32 a) { return !std::isnan(a); }
@@ -191,9 +198,15 @@ template <Round Mode, class T> EMU_INLINE T round_to(double value) {
 template <Round Mode> EMU_INLINE f32 fma_rounded(f32 a, f32 b, f32 c) {
     return round_to<Mode, f32>(odd_sum(to_double(a) * to_double(b), to_double(c)));
 }
-template <Round Mode> EMU_INLINE f32 add_rounded(f32 a, f32 b) { return round_to<Mode, f32>(odd_sum(to_double(a), to_double(b))); }
-template <Round Mode> EMU_INLINE f32 sub_rounded(f32 a, f32 b) { return round_to<Mode, f32>(odd_sum(to_double(a), -to_double(b))); }
-template <Round Mode> EMU_INLINE f32 mul_rounded(f32 a, f32 b) { return round_to<Mode, f32>(to_double(a) * to_double(b)); }
+template <Round Mode> EMU_INLINE f32 add_rounded(f32 a, f32 b) {
+    return round_to<Mode, f32>(odd_sum(to_double(a), to_double(b)));
+}
+template <Round Mode> EMU_INLINE f32 sub_rounded(f32 a, f32 b) {
+    return round_to<Mode, f32>(odd_sum(to_double(a), -to_double(b)));
+}
+template <Round Mode> EMU_INLINE f32 mul_rounded(f32 a, f32 b) {
+    return round_to<Mode, f32>(to_double(a) * to_double(b));
+}
 
 template <Round Mode> EMU_INLINE double to_integral(double value) {
     if constexpr (Mode == Round::nearest) return std::nearbyint(value);
@@ -206,8 +219,10 @@ template <class T> EMU_INLINE T to_integer(double value) {
     constexpr int magnitude_bits = 8 * sizeof(T) - std::is_signed_v<T>;
     const double limit = std::ldexp(1.0, magnitude_bits);
     if (value != value) return 0;
-    if (value >= limit) return static_cast<T>(std::is_signed_v<T> ? ~(std::make_unsigned_t<T>(1) << magnitude_bits) : ~u64(0));
-    if (value <= (std::is_signed_v<T> ? -limit : 0)) return static_cast<T>(std::is_signed_v<T> ? std::make_unsigned_t<T>(1) << magnitude_bits : 0);
+    if (value >= limit)
+        return static_cast<T>(std::is_signed_v<T> ? ~(std::make_unsigned_t<T>(1) << magnitude_bits) : ~u64(0));
+    if (value <= (std::is_signed_v<T> ? -limit : 0))
+        return static_cast<T>(std::is_signed_v<T> ? std::make_unsigned_t<T>(1) << magnitude_bits : 0);
     return static_cast<T>(value);
 }
 template <class To, class From> EMU_INLINE To saturate_cast(From value) {

@@ -8,12 +8,24 @@ namespace emu {
 [[noreturn, gnu::cold]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 template <class T> struct Wider;
-template <> struct Wider<u16> { using type = u32; };
-template <> struct Wider<s16> { using type = s32; };
-template <> struct Wider<u32> { using type = u64; };
-template <> struct Wider<s32> { using type = s64; };
-template <> struct Wider<u64> { using type = unsigned __int128; };
-template <> struct Wider<s64> { using type = __int128; };
+template <> struct Wider<u16> {
+    using type = u32;
+};
+template <> struct Wider<s16> {
+    using type = s32;
+};
+template <> struct Wider<u32> {
+    using type = u64;
+};
+template <> struct Wider<s32> {
+    using type = s64;
+};
+template <> struct Wider<u64> {
+    using type = unsigned __int128;
+};
+template <> struct Wider<s64> {
+    using type = __int128;
+};
 template <class T> using wider = typename Wider<T>::type;
 
 template <class T> inline constexpr bool is_integer = std::is_integral_v<T> && !std::is_same_v<T, bool>;
@@ -21,9 +33,13 @@ template <class T> using if_integer = std::enable_if_t<is_integer<T>, T>;
 
 template <class T> EMU_INLINE if_integer<T> add(T a, T b) { return static_cast<T>(a + b); }
 template <class T> EMU_INLINE if_integer<T> sub(T a, T b) { return static_cast<T>(a - b); }
-template <class T> EMU_INLINE wider<T> mul_wide(T a, T b) { return static_cast<wider<T>>(static_cast<wider<T>>(a) * b); }
+template <class T> EMU_INLINE wider<T> mul_wide(T a, T b) {
+    return static_cast<wider<T>>(static_cast<wider<T>>(a) * b);
+}
 template <class T> EMU_INLINE if_integer<T> mul_lo(T a, T b) { return static_cast<T>(mul_wide(a, b)); }
-template <class T> EMU_INLINE if_integer<T> mul_hi(T a, T b) { return static_cast<T>(mul_wide(a, b) >> (8 * sizeof(T))); }
+template <class T> EMU_INLINE if_integer<T> mul_hi(T a, T b) {
+    return static_cast<T>(mul_wide(a, b) >> (8 * sizeof(T)));
+}
 template <class T> EMU_INLINE T mul24_lo(T a, T b) {
     constexpr int unused = 8;
     const T low_a = static_cast<T>(static_cast<T>(static_cast<u32>(a) << unused) >> unused);
@@ -65,7 +81,9 @@ template <class T> EMU_INLINE if_integer<T> xor_(T a, T b) { return static_cast<
 template <class T> EMU_INLINE if_integer<T> not_(T a) { return static_cast<T>(~a); }
 
 // Amounts beyond the width are clamped to it.
-template <class T> EMU_INLINE T shl(T a, u32 amount) { return amount >= 8 * sizeof(T) ? T(0) : static_cast<T>(a << amount); }
+template <class T> EMU_INLINE T shl(T a, u32 amount) {
+    return amount >= 8 * sizeof(T) ? T(0) : static_cast<T>(a << amount);
+}
 template <class T> EMU_INLINE T shr(T a, u32 amount) {
     if (amount >= 8 * sizeof(T)) return static_cast<T>(a < 0 ? -1 : 0);
     return static_cast<T>(a >> amount);
@@ -103,7 +121,9 @@ EMU_INLINE u32 prmt(u32 a, u32 b, u32 selector) {
            prmt_byte(bytes, selector >> 12) << 24;
 }
 // The modes of prmt select bytes by the two low bits of c alone; the selectors stand in PTX ISA's table of prmt.
-EMU_INLINE u32 prmt_mode(u32 a, u32 b, u32 c, const u16 (&selectors)[4]) { return prmt(a, b, selectors[c & 3]); }
+EMU_INLINE u32 prmt_mode(u32 a, u32 b, u32 c, const u16 (&selectors)[4]) {
+    return prmt(a, b, selectors[c & 3]);
+}
 EMU_INLINE u32 prmt_f4e(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x3210, 0x4321, 0x5432, 0x6543}); }
 EMU_INLINE u32 prmt_b4e(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x5670, 0x6701, 0x7012, 0x0123}); }
 EMU_INLINE u32 prmt_rc8(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x0000, 0x1111, 0x2222, 0x3333}); }

@@ -1,7 +1,8 @@
-// Runs a grid: one fiber per CUDA thread, blocks one after another, threads switched at barriers and warp collectives only.
-// The order of blocks, and the order in which the threads of a block first run, is ascending, descending or random.
-// Between two waits a thread runs alone, so memory is sequentially consistent here; with ThreadSanitizer each fiber is a
-// thread to the detector, and what CUDA does not order is a race (EMU_TSAN: this file itself is built without it).
+// Runs a grid: one fiber per CUDA thread, blocks one after another, threads switched at barriers and warp collectives
+// only. The order of blocks, and the order in which the threads of a block first run, is ascending, descending or
+// random. Between two waits a thread runs alone, so memory is sequentially consistent here; with ThreadSanitizer each
+// fiber is a thread to the detector, and what CUDA does not order is a race (EMU_TSAN: this file itself is built
+// without it).
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -76,7 +77,11 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr u32 kBarriers = 16;
 
-struct Copy { unsigned char* to; const unsigned char* from; u32 bytes, from_bytes; };
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+    u32 bytes, from_bytes;
+};
 
 enum class State { ready, barrier, collective, done };
 
@@ -89,16 +94,16 @@ struct Fiber {
     bool has_fenced;
     void* stack_pointer;
     unsigned char* stack;
-    std::vector<Copy> open_copies;                 // of cp.async, not committed
+    std::vector<Copy> open_copies;  // of cp.async, not committed
     std::deque<std::vector<Copy>> committed_copies;
 #ifdef EMU_TSAN
     void* tsan;
 #endif
 };
 
-// To the race detector, threads that synchronize release into an address and acquire from it. Each barrier of each block
-// has addresses of its own, or the block would seem to come after earlier ones; two, used in turn, or a thread which is
-// already at the next barrier would seem to come before one that has not left this one.
+// To the race detector, threads that synchronize release into an address and acquire from it. Each barrier of each
+// block has addresses of its own, or the block would seem to come after earlier ones; two, used in turn, or a thread
+// which is already at the next barrier would seem to come before one that has not left this one.
 struct Sync {
     u32 index;
     u32 generation;
@@ -111,7 +116,10 @@ struct Barrier {
     Sync sync;
 };
 
-struct Group { u32 mask, site, arrived; Combine combine; };
+struct Group {
+    u32 mask, site, arrived;
+    Combine combine;
+};
 struct Warp {
     std::vector<Group> groups;
     Sync sync;
@@ -165,7 +173,8 @@ void* address_of([[maybe_unused]] const Sync& sync) {
 #ifdef EMU_TSAN
     constexpr size_t bytes = size_t(1) << 32;  // of address space, never touched
     constexpr u32 per_block = kBarriers + kWarp;
-    static char* const region = static_cast<char*>(mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    static char* const region =
+        static_cast<char*>(mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     return region + ((block_serial * per_block + sync.index) * 2 + (sync.generation & 1)) * 8 % bytes;
 #else
     return nullptr;
@@ -200,7 +209,8 @@ std::string where_all_are() {
     for (u32 i = 0; i < fiber_count; ++i) {
         const Fiber& fiber = *fibers[i];
         std::string at = name_of(fiber.state);
-        if (fiber.state == State::barrier || fiber.state == State::collective) at += " at line " + std::to_string(fiber.site);
+        if (fiber.state == State::barrier || fiber.state == State::collective)
+            at += " at line " + std::to_string(fiber.site);
         ++counts[at];
     }
     std::string text;
@@ -242,7 +252,8 @@ static_assert(offsetof(Fiber, thread) == 0);
 
 void prepare(Fiber& fiber, u32 index, Extent block) {
     if (!fiber.stack) {
-        void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) abort();
         mprotect(memory, kGuardBytes, PROT_NONE);
         fiber.stack = static_cast<unsigned char*>(memory);
@@ -250,12 +261,13 @@ void prepare(Fiber& fiber, u32 index, Extent block) {
 #ifdef EMU_ASAN
     __asan_unpoison_memory_region(fiber.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
-    fiber.thread = {{index % block.x, index / block.x % block.y, index / (block.x * block.y)}, index % kWarp, index / kWarp, kFuel};
+    fiber.thread = {
+        {index % block.x, index / block.x % block.y, index / (block.x * block.y)}, index % kWarp, index / kWarp, kFuel};
     fiber.has_fenced = false;
     fiber.open_copies.clear();
     fiber.committed_copies.clear();
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
-    *--top = nullptr;                                  // a return address of fiber_main, which also aligns its frame
+    *--top = nullptr;  // a return address of fiber_main, which also aligns its frame
     *--top = reinterpret_cast<void*>(&fiber_main);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     fiber.stack_pointer = top;
@@ -330,7 +342,10 @@ void fault(const char* format, ...) {
     abort();  // a fiber with a fault is never switched to
 }
 
-void out_of_fuel() { fault("%lld backward branches: a loop that does not end, or waits for a block that has not run", static_cast<long long>(kFuel)); }
+void out_of_fuel() {
+    fault("%lld backward branches: a loop that does not end, or waits for a block that has not run",
+          static_cast<long long>(kFuel));
+}
 
 // --- addresses
 static const char* where_file = "";
@@ -340,7 +355,8 @@ void set_where(const char* file, int line) {
     where_line = line;
 }
 void bad_address(const char* problem, const char* space, u64 address, u32 bytes, const char* file, int line) {
-    fault("%s:%d: a %s access of %u bytes at 0x%llx %s", file, line, space, bytes, static_cast<unsigned long long>(address), problem);
+    fault("%s:%d: a %s access of %u bytes at 0x%llx %s", file, line, space, bytes,
+          static_cast<unsigned long long>(address), problem);
 }
 void check_global(u64 address, u32 bytes) {
     for (const std::vector<Range>* list : {&ranges, &variable_ranges}) {
@@ -360,9 +376,12 @@ namespace {
 
 void arrive(Barrier& barrier, Fiber& fiber, u32 id, u32 threads, bool aligned, u32 site) {
     const u32 expected = threads ? threads : fiber_count;
-    if (threads % kWarp || threads > fiber_count) fault("line %u: barrier %u for %u threads: not a number of whole warps of the block", site, id, threads);
-    if (barrier.arrived && barrier.expected != expected) fault("line %u: barrier %u is waited for by %u and by %u threads", site, id, barrier.expected, expected);
-    if (!threads && done_count) fault("line %u: divergent barrier %u: %u threads have returned and will not arrive", site, id, done_count);
+    if (threads % kWarp || threads > fiber_count)
+        fault("line %u: barrier %u for %u threads: not a number of whole warps of the block", site, id, threads);
+    if (barrier.arrived && barrier.expected != expected)
+        fault("line %u: barrier %u is waited for by %u and by %u threads", site, id, barrier.expected, expected);
+    if (!threads && done_count)
+        fault("line %u: divergent barrier %u: %u threads have returned and will not arrive", site, id, done_count);
     barrier.expected = expected;
     const auto [first, is_new] = barrier.site_of_warp.try_emplace(fiber.thread.warp, site);
     if (aligned && !is_new && first->second != site) {
@@ -424,7 +443,8 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
     Warp& warp = warps[thread.warp];
     const u32 first = thread.warp * kWarp;
     const u32 lanes = fiber_count - first < kWarp ? fiber_count - first : kWarp;
-    if (!(mask >> thread.lane & 1)) fault("line %u: lane %u is not in the mask 0x%08x that it names", site, thread.lane, mask);
+    if (!(mask >> thread.lane & 1))
+        fault("line %u: lane %u is not in the mask 0x%08x that it names", site, thread.lane, mask);
     if (lanes < kWarp && mask >> lanes) {
         if (mask != ~0u) fault("line %u: the mask 0x%08x names lanes that do not exist", site, mask);
         mask &= (1u << lanes) - 1;
@@ -436,7 +456,8 @@ void collective(Thread& thread, u32 mask, u32 site, Exchange& exchange, Combine 
     }
     fiber.exchange = &exchange;
     fiber.site = site;
-    auto group = std::find_if(warp.groups.begin(), warp.groups.end(), [&](const Group& g) { return g.mask == mask && g.site == site; });
+    auto group = std::find_if(warp.groups.begin(), warp.groups.end(),
+                              [&](const Group& g) { return g.mask == mask && g.site == site; });
     if (group == warp.groups.end()) group = warp.groups.insert(group, {mask, site, 0, combine});
     if (group->combine != combine) fault("line %u: two collectives at one place", site);
     group->arrived |= 1u << thread.lane;
@@ -477,8 +498,9 @@ u32 active_mask(const Thread& thread) {
     return mask;
 }
 
-// To a race detector all fences are one, and an atomic operation after a fence is a release: a thread that has seen it and
-// passes a fence itself comes after it. It may miss a race between threads that both pass fences, and reports no false one.
+// To a race detector all fences are one, and an atomic operation after a fence is a release: a thread that has seen it
+// and passes a fence itself comes after it. It may miss a race between threads that both pass fences, and reports no
+// false one.
 void fence() {
     current->has_fenced = true;
     acquire(&fence_address);
@@ -513,7 +535,8 @@ void async_retire(Thread& thread, u32 groups_left, void (*copy)(unsigned char*, 
 void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters) {
     running_kernel = &kernel;
     const u32 blocks = grid.x * grid.y * grid.z;
-    // Fresh pages for each launch under a detector of races: it forgets what it knows of an address that is mapped anew.
+    // Fresh pages for each launch under a detector of races: it forgets what it knows of an address that is mapped
+    // anew.
     const size_t capacity = (shared_bytes + 4095) / 4096 * 4096 + 4096;
     for (u32 index : in_order(blocks, blocks)) {
         static unsigned char* shared = nullptr;
@@ -524,12 +547,18 @@ void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes,
 #endif
         if (!shared || shared_capacity < capacity) {
             if (shared) munmap(shared, shared_capacity);
-            shared = static_cast<unsigned char*>(mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+            shared = static_cast<unsigned char*>(
+                mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
             shared_capacity = capacity;
         }
         memset(shared, 0xff, shared_bytes);
-        running = {{block.x, block.y, block.z}, {grid.x, grid.y, grid.z},
-                   {index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y)}, shared_bytes, shared, parameters, kernel.name};
+        running = {{block.x, block.y, block.z},
+                   {grid.x, grid.y, grid.z},
+                   {index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y)},
+                   shared_bytes,
+                   shared,
+                   parameters,
+                   kernel.name};
         run_block(block, index);
         if (!fault_text.empty()) break;
     }

@@ -31,7 +31,10 @@ struct Running {
 extern Running running;
 
 // What a launch needs to know of a translated .entry; written by the translator.
-struct Parameter { u32 offset; u32 bytes; };
+struct Parameter {
+    u32 offset;
+    u32 bytes;
+};
 struct Kernel {
     const char* name;
     void (*run)(Thread&);
@@ -40,7 +43,11 @@ struct Kernel {
     u32 static_shared_bytes;
     u32 max_threads;  // of .maxntid or .reqntid; 0 when the kernel has none
 };
-struct ModuleVariable { const char* name; unsigned char* address; u64 bytes; };
+struct ModuleVariable {
+    const char* name;
+    unsigned char* address;
+    u64 bytes;
+};
 void add_kernel(const Kernel* kernel);
 void add_variable(const ModuleVariable& variable);
 
@@ -49,7 +56,8 @@ void check_global(u64 address, u32 bytes);
 extern bool check_ranges;
 bool in_local(u64 address, u32 bytes);
 
-// --- barriers and collectives of the running thread. `site` is the instruction's line of PTX: threads meet at one site.
+// --- barriers and collectives of the running thread. `site` is the instruction's line of PTX: threads meet at one
+// site.
 enum class Reduce { none, popc, and_, or_ };
 u32 barrier(Thread& thread, u32 id, u32 threads, bool aligned, Reduce reduce, bool predicate, u32 site);
 void barrier_arrive(Thread& thread, u32 id, u32 threads, u32 site);

@@ -1,5 +1,6 @@
-// The value types of PTX, and how registers hold them. A register is a plain C++ scalar (unsigned, float, double or bool);
-// get<T> reads one as the instruction's type, put writes one back. Both are casts of bits: they never convert values.
+// The value types of PTX, and how registers hold them. A register is a plain C++ scalar (unsigned, float, double or
+// bool); get<T> reads one as the instruction's type, put writes one back. Both are casts of bits: they never convert
+// values.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +26,18 @@ using b64 = u64;
 using b128 = unsigned __int128;
 using f32 = float;
 using f64 = double;
-struct f16 { u16 bits; };
-struct bf16 { u16 bits; };
-struct f16x2 { u32 bits; };
-struct bf16x2 { u32 bits; };
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+struct f16x2 {
+    u32 bits;
+};
+struct bf16x2 {
+    u32 bits;
+};
 
 template <class To, class From> EMU_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -38,11 +47,21 @@ template <class To, class From> EMU_INLINE To bit_cast(From from) {
 }
 
 template <size_t Bytes> struct Word;
-template <> struct Word<1> { using type = u8; };
-template <> struct Word<2> { using type = u16; };
-template <> struct Word<4> { using type = u32; };
-template <> struct Word<8> { using type = u64; };
-template <> struct Word<16> { using type = b128; };
+template <> struct Word<1> {
+    using type = u8;
+};
+template <> struct Word<2> {
+    using type = u16;
+};
+template <> struct Word<4> {
+    using type = u32;
+};
+template <> struct Word<8> {
+    using type = u64;
+};
+template <> struct Word<16> {
+    using type = b128;
+};
 template <class T> using word_of = typename Word<sizeof(T)>::type;
 
 // The low bits of a register, or of an immediate, as T.
@@ -68,7 +87,9 @@ template <class T> EMU_INLINE void store(unsigned char* to, T value) { *reinterp
 
 // --- half precision. Conversions from double round once, to nearest even; NaN becomes the canonical 0x7fff.
 
-EMU_INLINE float to_float(f16 value) { return static_cast<float>(bit_cast<_Float16>(value.bits)); }
+EMU_INLINE float to_float(f16 value) {
+    return static_cast<float>(bit_cast<_Float16>(value.bits));
+}
 EMU_INLINE float to_float(bf16 value) { return bit_cast<float>(static_cast<u32>(value.bits) << 16); }
 
 // Rounding to odd keeps enough to round again without error.
@@ -98,8 +119,12 @@ template <class T> EMU_INLINE T narrow(double value) {
 }
 
 template <class T> struct Half;
-template <> struct Half<f16x2> { using type = f16; };
-template <> struct Half<bf16x2> { using type = bf16; };
+template <> struct Half<f16x2> {
+    using type = f16;
+};
+template <> struct Half<bf16x2> {
+    using type = bf16;
+};
 template <class T> using half_of = typename Half<T>::type;
 
 template <class T> EMU_INLINE half_of<T> low(T pair) { return {static_cast<u16>(pair.bits)}; }

@@ -1,4 +1,5 @@
-// Warp-wide instructions (PTX ISA 9.7.9.8, 9.7.13 and 9.7.15): each lane brings its operands, collectives.cpp combines them.
+// Warp-wide instructions (PTX ISA 9.7.9.8, 9.7.13 and 9.7.15): each lane brings its operands, collectives.cpp combines
+// them.
 #pragma once
 
 #include "memory.h"
@@ -23,7 +24,10 @@ void combine_redux_max_s32(Exchange* const lanes[kWarp], u32 mask);
 template <u32 Matrices, bool Transposed> void combine_ldmatrix(Exchange* const lanes[kWarp], u32 mask);
 template <class Element, u32 K> void combine_mma(Exchange* const lanes[kWarp], u32 mask);
 
-struct Shuffled { u32 value; bool in_range; };
+struct Shuffled {
+    u32 value;
+    bool in_range;
+};
 EMU_INLINE Shuffled shfl(Thread& thread, Combine combine, u32 value, u32 lane, u32 clamp, u32 mask, u32 site) {
     Exchange exchange{{value, lane, clamp}, {}};
     collective(thread, mask, site, exchange, combine);
@@ -34,8 +38,12 @@ EMU_INLINE u32 ballot(Thread& thread, bool predicate, u32 mask, u32 site) {
     collective(thread, mask, site, exchange, combine_ballot);
     return exchange.out[0];
 }
-EMU_INLINE bool vote_any(Thread& thread, bool predicate, u32 mask, u32 site) { return ballot(thread, predicate, mask, site) != 0; }
-EMU_INLINE bool vote_all(Thread& thread, bool predicate, u32 mask, u32 site) { return ballot(thread, predicate, mask, site) == mask; }
+EMU_INLINE bool vote_any(Thread& thread, bool predicate, u32 mask, u32 site) {
+    return ballot(thread, predicate, mask, site) != 0;
+}
+EMU_INLINE bool vote_all(Thread& thread, bool predicate, u32 mask, u32 site) {
+    return ballot(thread, predicate, mask, site) == mask;
+}
 EMU_INLINE bool vote_uni(Thread& thread, bool predicate, u32 mask, u32 site) {
     const u32 votes = ballot(thread, predicate, mask, site);
     return votes == 0 || votes == mask;
@@ -51,7 +59,8 @@ EMU_INLINE u32 redux(Thread& thread, Combine combine, u32 value, u32 mask, u32 s
     return exchange.out[0];
 }
 // Lanes below 8 * Matrices read the row whose address they hold; the row is then dealt out to the warp.
-template <u32 Matrices, bool Transposed> EMU_INLINE Exchange ldmatrix(Thread& thread, u64 address, u32 site, EMU_WHERE) {
+template <u32 Matrices, bool Transposed>
+EMU_INLINE Exchange ldmatrix(Thread& thread, u64 address, u32 site, EMU_WHERE) {
     Exchange exchange{};
     if (thread.lane < 8 * Matrices) {
         const unsigned char* row = shared_at<16>(address, file, line);
@@ -74,6 +83,8 @@ EMU_INLINE Exchange mma(Thread& thread, const u32* a, const u32* b, const u32* c
     collective(thread, ~0u, site, exchange, combine_mma<Element, K>);
     return exchange;
 }
-struct tf32 { u32 bits; };
+struct tf32 {
+    u32 bits;
+};
 
 }  // namespace emu
