@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 VARIABLES: dict[str, dict[str, str]] = {
     "native": {},
     # All of AVX-512, and no AMX.
-    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"},
+    "avx512": {"EXLLAMA_OPS_CPU_ISA": "avx512_vnni", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"},
     "avx2": {
         "EXLLAMA_OPS_CPU_ISA": "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",

@@ -84,6 +84,8 @@ CHAINS(int16_vnni, AVX512, __m512i, "v", "vpdpwssd %3, %2, %0")
 CHAINS(int8_vnni, AVX512, __m512i, "v", "vpdpbusd %3, %2, %0")
 CHAINS(int16_avx512, AVX512, __m512i, "v", "vpmaddwd %3, %2, %1\n vpaddd %1, %0, %0")
 CHAINS(int8_avx512, AVX512, __m512i, "v", "vpmaddubsw %3, %2, %1\n vpmaddwd %3, %1, %1\n vpaddd %1, %0, %0")
+CHAINS(int16_avx2_vnni, "avx2", __m256i, "x", "%{vex%} vpdpwssd %3, %2, %0")
+CHAINS(int8_avx2_vnni, "avx2", __m256i, "x", "%{vex%} vpdpbusd %3, %2, %0")
 CHAINS(float_avx2, "avx2,fma", __m256i, "x", "vfmadd231ps %3, %2, %0")
 CHAINS(int16_avx2, "avx2", __m256i, "x", "vpmaddwd %3, %2, %1\n vpaddd %1, %0, %0")
 CHAINS(int8_avx2, "avx2", __m256i, "x", "vpmaddubsw %3, %2, %1\n vpmaddwd %3, %1, %1\n vpaddd %1, %0, %0")
@@ -94,11 +96,22 @@ struct Peak {
   int products;  // of one instruction, or one sequence of them
 };
 
+// With AMX too the peaks are those of the vector units.
 constexpr Peak kPeaks[] = {
-    {"avx512_vnni", "float", float_avx512, 16}, {"avx512_vnni", "int16", int16_vnni, 32},
-    {"avx512_vnni", "int8", int8_vnni, 64},     {"avx512", "float", float_avx512, 16},
-    {"avx512", "int16", int16_avx512, 32},      {"avx512", "int8", int8_avx512, 64},
-    {"avx2", "float", float_avx2, 8},           {"avx2", "int16", int16_avx2, 16},
+    {"amx", "float", float_avx512, 16},
+    {"amx", "int16", int16_vnni, 32},
+    {"amx", "int8", int8_vnni, 64},
+    {"avx512_vnni", "float", float_avx512, 16},
+    {"avx512_vnni", "int16", int16_vnni, 32},
+    {"avx512_vnni", "int8", int8_vnni, 64},
+    {"avx512", "float", float_avx512, 16},
+    {"avx512", "int16", int16_avx512, 32},
+    {"avx512", "int8", int8_avx512, 64},
+    {"avx2_vnni", "float", float_avx2, 8},
+    {"avx2_vnni", "int16", int16_avx2_vnni, 16},
+    {"avx2_vnni", "int8", int8_avx2_vnni, 32},
+    {"avx2", "float", float_avx2, 8},
+    {"avx2", "int16", int16_avx2, 16},
     {"avx2", "int8", int8_avx2, 32},
 };
 

@@ -14,7 +14,7 @@ from exllama_ops.backends.cpu.compile import find_compiler, no_compiler
 SOURCE = Path(__file__).with_name("limits.cpp")
 DRAM = "dram"
 DOTS = ("float", "int16", "int8")
-ISAS = ("avx512_vnni", "avx512", "avx2")
+ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2")
 
 # Of memory that no cache keeps, read a part at a time: a part is not read again before all the others were.
 _MEMORY_BYTES = 512 << 20

@@ -13,7 +13,7 @@ from conformance.weights import Weight
 from exllama_ops import backends
 
 # The instruction sets of the native CPU library, best first; tests/backends compares the list with the library's.
-CPU_ISAS = ("avx512_vnni", "avx512", "avx2", "scalar")
+CPU_ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar")
 # Rows of a block, of which activations share a scale, at most; it ends where its group ends.
 CPU_BLOCK_ROWS = 128
 
