@@ -11,11 +11,8 @@ void dequantize(const Weight& weight, int64_t first_column, int64_t columns, voi
   const unsigned grid = grid_of(divide_up(threads, kDequantizeThreads), "dequantize");
   with_bits(weight.bits, [&](auto bits) {
     with_flag(weight.shuffled, [&](auto shuffled) {
-      with_dtype(out_dtype, [&](auto dtype) {
-        using Out = typename decltype(dtype)::type;
-        dequantize_columns<bits(), shuffled()><<<grid, kDequantizeThreads, 0, to_cuda(stream)>>>(
-            weight, first_column, columns, static_cast<Out*>(out));
-      });
+      dequantize_columns<bits(), shuffled()>
+          <<<grid, kDequantizeThreads, 0, to_cuda(stream)>>>(weight, first_column, columns, out, out_dtype);
     });
   });
   check(cudaGetLastError(), "dequantize");

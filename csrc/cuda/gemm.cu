@@ -49,11 +49,8 @@ void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* o
   }
   if (!partials) return;
   const int64_t elements = M * weight.N;
-  with_dtype(x_dtype, [&](auto dtype) {
-    using Out = typename decltype(dtype)::type;
-    add_splits<<<grid_of(divide_up(elements, kSplitThreads), "add_splits"), kSplitThreads, 0, to_cuda(stream)>>>(
-        partials, static_cast<int>(config.split_k), elements, static_cast<Out*>(out));
-  });
+  add_splits<<<grid_of(divide_up(elements, kSplitThreads), "add_splits"), kSplitThreads, 0, to_cuda(stream)>>>(
+      partials, static_cast<int>(config.split_k), elements, out, x_dtype);
   check(cudaGetLastError(), "add_splits");
 }
 

@@ -17,6 +17,11 @@ void with_tiles(int32_t rows, const F& f) {
   }
 }
 
+template <typename T>
+struct Type {
+  using type = T;
+};
+
 template <typename F>
 void with_half_dtype(DType dtype, const F& f) {
   if (dtype == DType::kFloat16) return f(Type<__half>{});

@@ -16,15 +16,11 @@ void with_rows(int32_t rows, const F& f) {
 void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream stream) {
   with_bits(a.weight.bits, [&](auto bits) {
     with_flag(a.weight.shuffled, [&](auto shuffled) {
-      with_dtype(a.dtype, [&](auto dtype) {
-        with_rows(config.rows, [&](auto rows) {
-          using X = typename decltype(dtype)::type;
-          const int64_t tiles = divide_up(a.weight.N, kScalarColumns) * divide_up(a.M, rows);
-          const dim3 grid(grid_of(tiles, "gemm_scalar"), static_cast<unsigned>(config.split_k));
-          gemm_scalar<bits(), shuffled(), X, rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
-              a.weight, static_cast<const X*>(a.x), a.M, config.k_per_split / kScalarStageK, a.partials,
-              static_cast<X*>(a.out));
-        });
+      with_rows(config.rows, [&](auto rows) {
+        const int64_t tiles = divide_up(a.weight.N, kScalarColumns) * divide_up(a.M, rows);
+        const dim3 grid(grid_of(tiles, "gemm_scalar"), static_cast<unsigned>(config.split_k));
+        gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
+            a.weight, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.partials, a.out);
       });
     });
   });

@@ -15,16 +15,16 @@ __device__ inline uint4 load_four_columns(const uint32_t* words, bool aligned) {
 }
 
 // x (M, K) rows `first_row` and on, columns of W's rows `first_k` and on, as floats [kScalarStageK][rows].
-template <int rows, typename X>
-__device__ void stage_x(const Weight& weight, const X* x, int64_t M, int64_t first_row, int64_t first_k,
-                        float* s_x) {
+template <int rows>
+__device__ void stage_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row,
+                        int64_t first_k, float* s_x) {
   for (int i = threadIdx.x; i < kScalarStageK; i += kScalarThreads) {
     const int64_t k = first_k + i;
     const int64_t source = k < weight.K ? source_row(weight, k) : 0;
 #pragma unroll
     for (int m = 0; m < rows; ++m) {
       const bool inside = k < weight.K && first_row + m < M;
-      s_x[i * rows + m] = inside ? to_float(x[(first_row + m) * weight.K + source]) : 0.0f;
+      s_x[i * rows + m] = inside ? load_number(x, dtype, (first_row + m) * weight.K + source) : 0.0f;
     }
   }
 }
@@ -95,9 +95,10 @@ __device__ void load_blocks(const Weight& weight, int64_t k, int64_t column, boo
 }
 
 // partials (split_k, M, N) if there are several splits, else out (M, N). A split has stages_per_split stages of K.
-template <int bits, bool shuffled, typename X, int rows>
+template <int bits, bool shuffled, int rows>
 __global__ void __launch_bounds__(kScalarThreads)
-    gemm_scalar(Weight weight, const X* x, int64_t M, int64_t stages_per_split, float* partials, X* out) {
+    gemm_scalar(Weight weight, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
+                void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
   constexpr int kWarpK = kScalarStageK / kScalarWarps;  // rows of W that a warp has of a stage
   constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;   // blocks that are loaded together
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kScalarThreads)
     const int64_t stage_k = stage * kScalarStageK;
     if (stage_k >= weight.K) break;
     __syncthreads();  // the last stage has been read
-    stage_x<rows>(weight, x, M, first_row, stage_k, s_floats);
+    stage_x<rows>(weight, x, dtype, M, first_row, stage_k, s_floats);
     __syncthreads();
     const int64_t first_k = stage_k + warp * kWarpK;
     const auto end = static_cast<int>(min(weight.K - first_k, static_cast<int64_t>(kWarpK)));
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kScalarThreads)
     if (partials) {
       partials[(blockIdx.y * M + m) * weight.N + n] = sum;
     } else {
-      out[m * weight.N + n] = rounded<X>(sum);
+      store_number(sum, out, dtype, m * weight.N + n);
     }
   }
 }

@@ -9,13 +9,10 @@ template <bool transposed>
 void launch(const Weight& weight, const void* a, DType a_dtype, int64_t M, void* out, Stream stream) {
   with_bits(weight.bits, [&](auto bits) {
     with_flag(weight.shuffled, [&](auto shuffled) {
-      with_dtype(a_dtype, [&](auto dtype) {
-        using T = typename decltype(dtype)::type;
-        const int64_t columns = transposed ? weight.K : weight.N;
-        const unsigned grid = grid_of(divide_up(columns, kTiledColumns) * divide_up(M, kTiledRows), "gemm_tiled");
-        gemm_tiled<bits(), shuffled(), T, transposed><<<grid, kTiledThreads, 0, to_cuda(stream)>>>(
-            weight, static_cast<const T*>(a), M, static_cast<T*>(out));
-      });
+      const int64_t columns = transposed ? weight.K : weight.N;
+      const unsigned grid = grid_of(divide_up(columns, kTiledColumns) * divide_up(M, kTiledRows), "gemm_tiled");
+      gemm_tiled<bits(), shuffled(), transposed>
+          <<<grid, kTiledThreads, 0, to_cuda(stream)>>>(weight, a, a_dtype, M, out);
     });
   });
   check(cudaGetLastError(), "gemm_tiled");

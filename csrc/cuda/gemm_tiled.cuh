@@ -9,8 +9,9 @@ namespace exllama::cuda {
 
 // out (M, columns) = a (M, terms) @ W, where columns are N and terms K; transposed: @ W^T, columns K and terms N.
 // K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
-template <int bits, bool shuffled, typename T, bool transposed>
-__global__ void __launch_bounds__(kTiledThreads) gemm_tiled(Weight weight, const T* a, int64_t M, T* out) {
+template <int bits, bool shuffled, bool transposed>
+__global__ void __launch_bounds__(kTiledThreads)
+    gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out) {
   constexpr int kValues = layout::block_values(bits);
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
   __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(kTiledThreads) gemm_tiled(Weight weight, const
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;
       const bool inside = m < M && at < terms;
-      s_a[term][row] = inside ? to_float(a[m * terms + (transposed ? at : source_row(weight, at))]) : 0.0f;
+      s_a[term][row] =
+          inside ? load_number(a, dtype, m * terms + (transposed ? at : source_row(weight, at))) : 0.0f;
     }
     constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
     constexpr int kTileK = transposed ? kTiledColumns : kTiledTerms;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kTiledThreads) gemm_tiled(Weight weight, const
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + 4 * down + i;
-      if (m < M) out[m * columns + to] = rounded<T>(sums[i][j]);
+      if (m < M) store_number(sums[i][j], out, dtype, m * columns + to);
     }
   }
 }

@@ -1,23 +1,15 @@
 // What the host code of the kernels shares: run-time arguments as template arguments, and launches that are checked.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "../layout/weight.h"
 #include "cuda.h"
 
 namespace exllama::cuda {
-
-template <typename T>
-struct Type {
-  using type = T;
-};
 
 // f(constant of 2, 3, 4 or 8).
 template <typename F>
@@ -39,19 +31,6 @@ template <typename F>
 void with_flag(bool flag, const F& f) {
   if (flag) return f(std::true_type{});
   f(std::false_type{});
-}
-
-// f(Type of __half, __nv_bfloat16 or float).
-template <typename F>
-void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return f(Type<__half>{});
-    case DType::kBFloat16:
-      return f(Type<__nv_bfloat16>{});
-    default:
-      return f(Type<float>{});
-  }
 }
 
 inline void check(cudaError_t error, const char* what) {
