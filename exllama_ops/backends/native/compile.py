@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 RECORD = "build.json"  # beside the library: how it was built
@@ -41,6 +42,9 @@ class Recipe(NamedTuple):
         compile_flags: for every file.
         link_flags: with the name of torch's library in them, the loader resolves torch's symbols from the one that
             Python has loaded.
+        device_code: of nvcc. The device code has three variants, for the tensor cores of sm_75, those from sm_80 on,
+            and none; of each, machine code for these GPUs, if this nvcc knows them, and for their minor versions
+            (sm_80 runs on 8.6 and 8.9). The PTX is for GPUs to come.
     """
 
     device: str
@@ -52,6 +56,7 @@ class Recipe(NamedTuple):
     install: str
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
+    device_code: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 CPU = Recipe(
@@ -85,9 +90,6 @@ CUDA = Recipe(
     compile_flags=(
         "-O3",
         "-std=c++17",
-        # Machine code for every major architecture that this nvcc knows, and PTX of the newest for those after it.
-        "-arch=all-major",
-        "--threads=0",
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden",
         _TORCH_TARGET,
@@ -95,6 +97,11 @@ CUDA = Recipe(
     # libtorch_cuda, which has the function for the current stream, is found through libtorch, in whose place a torch
     # without CUDA has one that the library loads beside.
     link_flags=("-shared", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"),
+    device_code={
+        "compute_60": ("sm_60", "sm_70"),
+        "compute_75": ("sm_75",),
+        "compute_80": ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"),
+    },
 )
 
 
@@ -153,7 +160,8 @@ def sources(recipe: Recipe, csrc: Path) -> list[Path]:
 
 def source_key(recipe: Recipe, csrc: Path) -> str:
     """What the library is made of, but for the compiler: sources, headers, flags and machine."""
-    digest = hashlib.sha256(repr((recipe.compile_flags, recipe.link_flags, platform.machine())).encode())
+    flags = (recipe.compile_flags, recipe.link_flags, sorted(recipe.device_code.items()))
+    digest = hashlib.sha256(repr((flags, platform.machine())).encode())
     files = {csrc / name for name in recipe.bindings} | set((csrc / "bindings").glob("*.h"))
     for folder in (recipe.device, "layout"):
         files |= {path for path in (csrc / folder).rglob("*") if path.is_file()}
@@ -188,13 +196,12 @@ def compile_library(
     jobs = min(len(units), _jobs())
     include = ("-I", str(csrc), "-isystem", str(torch_directory / "include"))
     start = time.perf_counter()
+    flags = (*recipe.compile_flags, *_device_flags(recipe, compiler))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = {unit: Path(scratch) / f"{number}-{unit.stem}.o" for number, unit in enumerate(units)}
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             running = {
-                pool.submit(
-                    _run, (*compiler.command, *recipe.compile_flags, *include, "-c", str(unit), "-o", str(path))
-                ): unit
+                pool.submit(_run, (*compiler.command, *flags, *include, "-c", str(unit), "-o", str(path))): unit
                 for unit, path in objects.items()
             }
             try:
@@ -210,10 +217,22 @@ def compile_library(
     record = {
         "sha256": digest(folder / recipe.library),
         "compiler": str(compiler),
-        "flags": [*recipe.compile_flags, *recipe.link_flags],
+        "flags": [*flags, *recipe.link_flags],
         "seconds": round(time.perf_counter() - start, 1),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _device_flags(recipe: Recipe, compiler: Compiler) -> list[str]:
+    if not recipe.device_code:
+        return []
+    known = set(_run((*compiler.command, "--list-gpu-code")).split())
+    flags = []
+    for virtual, codes in recipe.device_code.items():
+        if known & set(codes):
+            kept = ",".join(code for code in codes if code in known or code == virtual)
+            flags += ["-gencode", f"arch={virtual},code=[{kept}]"]
+    return flags
 
 
 def digest(path: Path) -> str:
@@ -229,7 +248,8 @@ def _jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(command: tuple[str, ...]) -> None:
+def _run(command: tuple[str, ...]) -> str:
+    """What the command prints."""
     # Messages in English, whatever the user's locale: they end in bug reports.
     environment: Mapping[str, str] = {**os.environ, "LC_ALL": "C"}
     try:
@@ -247,3 +267,4 @@ def _run(command: tuple[str, ...]) -> None:
         raise CompileError(f"{command[0]}: {error}") from error
     if result.returncode:
         raise CompileError(f"{shlex.join(command)}\n{result.stdout.strip()}\n(exit status {result.returncode})")
+    return result.stdout
