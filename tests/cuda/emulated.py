@@ -38,6 +38,7 @@ class EmulatedOps:
     Attributes:
         device: its emulator.
         calls: what the last op asked of the CUDA runtime.
+        unchecked: the ops without a record of their own.
     """
 
     def __init__(self, arch: int) -> None:
@@ -52,14 +53,14 @@ class EmulatedOps:
         register.restype = ctypes.c_char_p
         error = register(namespace.encode(), None)
         assert error is None, error
-        self._ops = getattr(torch.ops, namespace)
+        self.unchecked = getattr(torch.ops, namespace)
 
     def set_batch_invariant(self, enabled: bool) -> None:
         """The library's setting, as `exllama_ops.set_batch_invariant` sets it."""
         self.device.library.exllama_cuda_set_batch_invariant(ctypes.c_bool(enabled))
 
     def __getattr__(self, name: str) -> Any:
-        op = getattr(self._ops, name)
+        op = getattr(self.unchecked, name)
 
         def call(*args: Any) -> Any:
             with self.device.record() as recording:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, without spills where it matters; minutes, so: ``pytest -m compile``."""
+"""Every kernel compiles for every architecture, without spills where it matters; minutes: ``pytest --slow``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 NVCC = shutil.which(os.environ.get("EXLLAMA_OPS_NVCC", "nvcc"))
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
-pytestmark = pytest.mark.compile
+pytestmark = pytest.mark.slow
 
 # One kernel of each kind and width; those that nvcc compiles from the .cu files differ in types alone.
 KERNELS = """
@@ -27,19 +27,18 @@ KERNELS = """
 #include "cuda/shuffle.cuh"
 #include "cuda/split_k.cuh"
 using namespace exllama::cuda;
-#define INSTANTIATE(bits, shuffled, T) \\
-  template __global__ void gemm_scalar<bits, shuffled, T, 1>(Weight, const T*, int64_t, int64_t, float*, T*); \\
-  template __global__ void gemm_scalar<bits, shuffled, T, 8>(Weight, const T*, int64_t, int64_t, float*, T*); \\
-  template __global__ void gemm_tiled<bits, shuffled, T, false>(Weight, const T*, int64_t, T*); \\
-  template __global__ void gemm_tiled<bits, shuffled, T, true>(Weight, const T*, int64_t, T*); \\
-  template __global__ void dequantize_columns<bits, shuffled, T>(Weight, int64_t, int64_t, T*); \\
+#define INSTANTIATE(bits, shuffled) \\
+  template __global__ void gemm_scalar<bits, shuffled, 1>( \\
+      Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
+  template __global__ void gemm_scalar<bits, shuffled, 8>( \\
+      Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
+  template __global__ void gemm_tiled<bits, shuffled, false>(Weight, const void*, DType, int64_t, void*); \\
+  template __global__ void gemm_tiled<bits, shuffled, true>(Weight, const void*, DType, int64_t, void*); \\
+  template __global__ void dequantize_columns<bits, shuffled>(Weight, int64_t, int64_t, void*, DType); \\
   template __global__ void reorder<bits, shuffled>(const uint32_t*, const int32_t*, int64_t, int64_t, uint32_t*);
 namespace exllama::cuda {
-INSTANTIATE(2, true, __half) INSTANTIATE(3, true, __nv_bfloat16) INSTANTIATE(4, true, float)
-INSTANTIATE(8, true, __half) INSTANTIATE(2, false, float) INSTANTIATE(3, false, __half)
-INSTANTIATE(4, false, __nv_bfloat16)
-INSTANTIATE(8, false, float)
-template __global__ void add_splits<__half>(const float*, int, int64_t, __half*);
+INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
+INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8, false)
 template __global__ void gemm_mma<4, __half, 1>(Weight, const __half*, int64_t, MmaShape, float*, __half*);
 template __global__ void gemm_mma<8, __nv_bfloat16, 1>(
     Weight, const __nv_bfloat16*, int64_t, MmaShape, float*, __nv_bfloat16*);

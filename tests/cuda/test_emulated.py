@@ -1,9 +1,14 @@
-"""The CUDA kernels, as nvcc compiles them, on an emulated device: every algorithm against the declared bounds."""
+"""The CUDA kernels, as nvcc compiles them, on an emulated device: every algorithm against the declared bounds.
+
+Without --slow, what costs minutes on one core from an empty cache: the PTX for sm_80, 4 and 3 bits, every algorithm,
+and the PTX for sm_75 where it differs. With it, every width, order and group size, for sm_90 too.
+"""
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from emulation.emulator import reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
-ARCHS = tuple(int(arch) for arch in os.environ.get("EXLLAMA_OPS_EMULATED_ARCHS", "75,80,90").split(","))
+ARCHS = (80, 75, 90)
 ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
 ALGORITHMS = ("scalar", "mma", "tiled", "dense")
 # Rows in a step of gemm_mma, whose groups must be whole steps.
@@ -24,7 +29,14 @@ STEP = {2: 64, 3: 128, 4: 32, 8: 32}
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
 
-@pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def on(arch: int, *values: Any, quick: bool) -> Any:
+    """A parameter set for `ops` and others, slow unless it is quick."""
+    names = [value for value in values if isinstance(value, Case | str | int)]
+    name = "-".join([f"sm_{arch}", *map(str, names)])
+    return pytest.param(arch, *values, id=name, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.fixture
 def ops(request: pytest.FixtureRequest) -> Iterator[emulated.EmulatedOps]:
     emulated_ops = emulated.ops(request.param)
     torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
@@ -55,6 +67,27 @@ def cases(bits: int) -> list[Case]:
 ALL_CASES = [case for bits in SHAPES for case in cases(bits)]
 
 
+def is_quick(case: Case) -> bool:
+    if case.bits == 4:
+        return case.group_size in (24, 128, case.K)
+    return case.bits == 3 and case.group_size == 128 and case.order == "perm"
+
+
+EVERY_WEIGHT = [on(arch, case, quick=arch == 80 and is_quick(case)) for arch in ARCHS for case in ALL_CASES]
+EVERY_WIDTH = [on(arch, bits, quick=arch == 80 and bits in (3, 4)) for arch in ARCHS for bits in SHAPES]
+EVERY_PRODUCT = [
+    on(
+        arch,
+        algorithm,
+        case,
+        quick=is_quick(case) and (arch == 80 or (arch == 75 and algorithm == "mma" and case.bits == 4)),
+    )
+    for arch in ARCHS
+    for algorithm in ALGORITHMS
+    for case in ALL_CASES
+]
+
+
 def activations(M: int, K: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
 
@@ -67,8 +100,7 @@ def check_gemm(ops: emulated.EmulatedOps, algorithm: str, weight: Weight, M: int
     return out
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("ops", "algorithm", "case"), EVERY_PRODUCT, indirect=["ops"])
 def test_gemm_is_within_the_bound(
     ops: emulated.EmulatedOps, algorithm: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,13 +115,13 @@ def test_gemm_is_within_the_bound(
             check_gemm(ops, algorithm, weight, M, dtype)
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+@pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
 def test_dequantize_is_exact_up_to_one_rounding(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(case.scales_dtype))
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+@pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
 def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     for dtype in DTYPES:
@@ -97,9 +129,14 @@ def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
         assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
 
 
-@pytest.mark.parametrize("truncates", [False, True])
-@pytest.mark.parametrize("order", ["descending", "random"])
-@pytest.mark.parametrize("bits", SHAPES)
+@pytest.mark.parametrize(
+    ("ops", "bits", "order", "truncates"),
+    [
+        on(arch, bits, order, truncates, quick=arch == 80 and bits == 4 and (order == "random") == truncates)
+        for arch, bits, order, truncates in itertools.product(ARCHS, SHAPES, ["descending", "random"], [False, True])
+    ],
+    indirect=["ops"],
+)
 def test_many_tokens_in_any_order_of_blocks(
     ops: emulated.EmulatedOps, bits: int, order: str, truncates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,8 +150,8 @@ def test_many_tokens_in_any_order_of_blocks(
             check_gemm(ops, algorithm, weight, M, torch.float16)
 
 
-@pytest.mark.parametrize("scales_dtype", DTYPES)
-@pytest.mark.parametrize("bits", SHAPES)
+@pytest.mark.parametrize("scales_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
 def test_scales_of_any_dtype_are_taken_exactly(
     ops: emulated.EmulatedOps, bits: int, scales_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,23 +161,27 @@ def test_scales_of_any_dtype_are_taken_exactly(
         check_gemm(ops, algorithm, weight, 3, torch.float16)
 
 
-@pytest.mark.parametrize(("order", "shuffled"), ORDERS)
-@pytest.mark.parametrize("bits", SHAPES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("ops", "algorithm", "case"),
+    [
+        on(arch, algorithm, case, quick=arch == 80 and is_quick(case))
+        for arch, algorithm in itertools.product(ARCHS, ALGORITHMS)
+        for bits, (order, shuffled) in itertools.product(SHAPES, ORDERS)
+        if can(algorithm, arch, case := Case(bits, *SHAPES[bits], 128, order, shuffled), torch.float16)
+    ],
+    indirect=["ops"],
+)
 def test_one_hot_x_returns_rows_of_dequantize(
-    ops: emulated.EmulatedOps, algorithm: str, bits: int, order: str, shuffled: bool, monkeypatch: pytest.MonkeyPatch
+    ops: emulated.EmulatedOps, algorithm: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A random product hides one misplaced value; this cannot."""
-    case = Case(bits, *SHAPES[bits], 128, order, shuffled)
-    if not can(algorithm, ops.arch, case, torch.float16):
-        pytest.skip(f"{algorithm} takes no such weight")
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     weight = build(case)
     eye = torch.eye(case.K, dtype=torch.float16)
     assert torch.equal(ops.gptq_gemm(eye, *weight.args), ops.gptq_dequantize(*weight.args))
 
 
-@pytest.mark.parametrize("bits", SHAPES)
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
 def test_outliers_where_q_equals_z_leave_no_trace(
     ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +200,7 @@ def test_outliers_where_q_equals_z_leave_no_trace(
 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma"])
-@pytest.mark.parametrize("bits", SHAPES)
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
 def test_batch_invariant_rows_do_not_depend_on_M(ops: emulated.EmulatedOps, bits: int, algorithm: str) -> None:
     weight = build(Case(bits, *SHAPES[bits], 128 if algorithm == "mma" else 24))
     x = activations(40, weight.case.K, torch.float16)
@@ -182,7 +223,11 @@ SHUFFLE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SHUFFLE_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("ops", "case"),
+    [on(arch, case, quick=arch == 80) for arch in ARCHS for case in SHUFFLE_CASES],
+    indirect=["ops"],
+)
 def test_shuffle_and_unshuffle_bit_for_bit(ops: emulated.EmulatedOps, case: Case) -> None:
     shuffled = build(case)
     checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight
@@ -192,6 +237,20 @@ def test_shuffle_and_unshuffle_bit_for_bit(ops: emulated.EmulatedOps, case: Case
     assert torch.equal(ops.gptq_unshuffle(words, shuffled.rows, case.bits), checkpoint)
 
 
+EVERY_ARCH = [on(arch, quick=arch == 80) for arch in ARCHS]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+def test_sums_of_a_split_K(ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    check_gemm(ops, algorithm, build(Case(4, 3144, 40, 128, "perm")), 3, torch.float16)
+    kernels = [call["kernel"] for call in ops.calls]
+    assert len(kernels) == 2
+    assert "add_splits" in kernels[1]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
 def test_every_call_can_be_captured_in_a_graph(ops: emulated.EmulatedOps) -> None:
     """Launches and copies on the current stream, and nothing else: the emulator refuses calls that sync or allocate."""
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
@@ -212,3 +271,20 @@ def test_every_call_can_be_captured_in_a_graph(ops: emulated.EmulatedOps) -> Non
             assert {recorded["stream"] for recorded in ops.calls} == {stream}
     finally:
         ops.device.set_stream(0)
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_a_replay_computes_with_the_new_data(ops: emulated.EmulatedOps) -> None:
+    """As a CUDA graph replays: the same launches, on what then lies at the same addresses."""
+    weight, other = (build(Case(4, *SHAPES[4], 128, "perm", seed=seed)) for seed in (0, 1))
+    x = activations(3, weight.case.K, torch.float16)
+    with ops.device.record() as recording:
+        out = ops.unchecked.gptq_gemm(x, *weight.args)
+        dense = ops.unchecked.gptq_dequantize(*weight.args)
+    assert [call["call"] for call in recording.calls] == ["launch", "launch"]  # no workspace, which is gone by now
+    x.mul_(-3)
+    for name in ("qweight", "qzeros", "scales", "rows"):
+        getattr(weight, name).copy_(getattr(other, name))
+    ops.device.replay(recording)
+    assert torch.equal(dense, other.dense.to(torch.float16))
+    assert_within_bound(out, x, other.dense, bounds.gemm_error("mma", weight, torch.float16))
