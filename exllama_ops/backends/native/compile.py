@@ -196,7 +196,7 @@ def compile_library(
     jobs = min(len(units), _jobs())
     include = ("-I", str(csrc), "-isystem", str(torch_directory / "include"))
     start = time.perf_counter()
-    flags = (*recipe.compile_flags, *_device_flags(recipe, compiler))
+    flags = (*recipe.compile_flags, *device_flags(recipe, compiler))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = {unit: Path(scratch) / f"{number}-{unit.stem}.o" for number, unit in enumerate(units)}
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -223,7 +223,12 @@ def compile_library(
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _device_flags(recipe: Recipe, compiler: Compiler) -> list[str]:
+def device_flags(recipe: Recipe, compiler: Compiler) -> list[str]:
+    """The recipe's device code, of what the compiler knows.
+
+    Raises:
+        CompileError: the compiler does not say.
+    """
     if not recipe.device_code:
         return []
     known = set(_run((*compiler.command, "--list-gpu-code")).split())
