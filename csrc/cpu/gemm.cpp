@@ -284,6 +284,8 @@ class Gemm {
     const BlockScale* x_scales = x_.scales + entry;
     alignas(64) int32_t zeros[kPanelColumns];
     alignas(64) float scales[kPanelColumns];
+    // With so few rows the tiles are done as soon as the unpacking, which takes a share of what is ahead too.
+    if (tiles_ && rows <= tiles_->rows) ahead.prefetch(3);
     isa_.load_zeros(weight_, block.group, column, columns, zeros);
     isa_.load_scales(weight_, block.group, column, columns, scales);
     if (!runs.all_finite) add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);

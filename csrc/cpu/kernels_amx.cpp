@@ -86,11 +86,13 @@ void multiply_of(const MultiplyTiles& args, Ahead& ahead) {
   alignas(64) int32_t sums[4][kTileRows][kStrip];
   constexpr int64_t kQuadBytes = 4 * kPanelColumns;
   const int64_t low = args.x_stride / 2;
-  int shares = (args.rows + kTileRows - 1) / kTileRows;
+  // Few rows are one tile high: then each pair of strips takes a share of what is ahead, else each 16 rows.
+  const bool one_high = args.rows <= kTileRows;
+  int shares = one_high ? (args.columns + 2 * kStrip - 1) / (2 * kStrip) : (args.rows + kTileRows - 1) / kTileRows;
   for (int row = 0; row < args.rows; row += kTileRows) {
-    ahead.prefetch(shares--);
     const int8_t* x = args.x + row * args.x_stride;
     for (int strip = 0; strip * kStrip < args.columns; strip += 2) {
+      if (strip == 0 || one_high) ahead.prefetch(shares--);
       const int8_t* panel = args.panel + 4 * kStrip * strip;
       clear_tile<0>();
       clear_tile<1>();
