@@ -69,9 +69,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _compile(scratch: Path) -> list[Path]:
     """The library and its record, compiled in a folder; nothing if that cannot be."""
-    compiling = _package_module("exllama_ops/backends/cpu/compile.py")
+    compiling = _package_module("exllama_ops/backends/native/compile.py")
     torch_directory = next((path for path in _torch_directories() if compiling.has_stable_headers(path)), None)
-    compiler = compiling.find_compiler()
+    compiler = compiling.find_compiler(compiling.CPU)
     if sys.platform != "linux":
         reason = f"there is none for {sys.platform}"
     elif torch_directory is None:
@@ -81,8 +81,8 @@ def _compile(scratch: Path) -> list[Path]:
     else:
         try:
             _say(f"compiling it with {compiler} for {torch_directory}")
-            compiling.compile_library(_CSRC, torch_directory, compiler, scratch, _say)
-            return [scratch / compiling.LIBRARY, scratch / compiling.RECORD]
+            compiling.compile_library(compiling.CPU, _CSRC, torch_directory, compiler, scratch, _say)
+            return [scratch / compiling.CPU.library, scratch / compiling.RECORD]
         except compiling.CompileError as error:
             reason = f"the compiler failed:\n{error}"
     _say(f"the wheel is built without it, and the package compiles it on first use: {reason}")

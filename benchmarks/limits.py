@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from exllama_ops.backends.cpu.compile import find_compiler, no_compiler
+from exllama_ops.backends.native.compile import CPU, find_compiler, no_compiler
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 DRAM = "dram"
@@ -56,9 +56,9 @@ class Limits:
 
 
 def _compiled() -> ctypes.CDLL:
-    compiler = find_compiler()
+    compiler = find_compiler(CPU)
     if compiler is None:
-        raise LimitsError(no_compiler())
+        raise LimitsError(no_compiler(CPU))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "limits.so"
         flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-pthread"]

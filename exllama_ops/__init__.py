@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from exllama_ops import backends
+from exllama_ops.backends.batch_invariant import is_batch_invariant, set_batch_invariant
 from exllama_ops.backends.cpu import get_cpu_matmul_precision, set_cpu_matmul_precision
 from exllama_ops.layout import GptqWeight, PackedWeight
 from exllama_ops.ops import gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_shuffle, gptq_unshuffle
@@ -35,12 +36,14 @@ __all__ = [
     "gptq_gemm_dx",
     "gptq_shuffle",
     "gptq_unshuffle",
+    "is_batch_invariant",
     "load_model",
     "open_gptq",
     "prepare",
     "quantize",
     "read_gptq",
     "save_gptq",
+    "set_batch_invariant",
     "set_cpu_matmul_precision",
 ]
 

@@ -12,8 +12,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings/checks.h"
-#include "bindings/tensor.h"
+#include "bindings/arguments.h"
+#include "bindings/registration.h"
 #include "cpu/cpu.h"
 
 namespace exllama::bindings {
@@ -64,29 +64,6 @@ class TorchThreads {
   uint32_t threads_ = 1;
 };
 
-// Scratch memory from torch's allocator, 64-byte aligned whatever allocator is set.
-class Workspace {
- public:
-  Workspace(size_t bytes, const Tensor& like) : memory_(nothing_or_empty(bytes, like)) {
-    if (bytes == 0) return;
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data<void>());
-    pointer_ = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  void* get() const { return pointer_; }
-
- private:
-  static constexpr uintptr_t kAlignment = 64;
-
-  static Tensor nothing_or_empty(size_t bytes, const Tensor& like) {
-    if (bytes == 0) return Tensor();
-    const int64_t sizes[] = {static_cast<int64_t>(bytes + kAlignment - 1)};
-    return Tensor::empty(sizes, kUInt8, like.device_type(), like.device_index());
-  }
-
-  Tensor memory_;
-  void* pointer_ = nullptr;
-};
-
 // The variable is the user's, and may have changed since the last call; an ISA that is not there must not pass for one.
 void check_isa(const char* op) {
   if (cpu::isa_in_use() != nullptr) return;
@@ -99,74 +76,21 @@ void check_isa(const char* op) {
                               available + "; got " + (given != nullptr ? given : ""));
 }
 
-cpu::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.dtype()) {
-    case kFloat16:
-      return cpu::DType::kFloat16;
-    case kBFloat16:
-      return cpu::DType::kBFloat16;
-    default:
-      return cpu::DType::kFloat32;
+// For the kernels, after the checks. Reads g_idx, which must not lead outside the weight.
+cpu::Weight checked(const char* op, const PackedWeight& packed, const Shape& shape) {
+  check_isa(op);
+  const cpu::Weight weight = packed.weight(shape);
+  if (weight.rows) {
+    check_index_range(op, "g_idx", weight.rows, packed.g_idx.size(0), weight.shuffled ? shape.K : shape.G);
   }
+  return weight;
 }
-
-Tensor tensor_at(const StableIValue* stack, int index) { return Tensor(to<AtenTensorHandle>(stack[index])); }
-
-void give_back(StableIValue* stack, Tensor result) { stack[0] = torch::stable::detail::from(result.release()); }
-
-// The arguments of a packed weight, which stand on the stack one after the other.
-struct PackedWeight {
-  Tensor qweight;
-  Tensor qzeros;
-  Tensor scales;
-  Tensor g_idx;
-  bool use_exllama;
-  int64_t bit;
-  bool use_v2_format;
-  int64_t group_size;
-
-  explicit PackedWeight(const StableIValue* stack)
-      : qweight(tensor_at(stack, 0)),
-        qzeros(tensor_at(stack, 1)),
-        scales(tensor_at(stack, 2)),
-        g_idx(tensor_at(stack, 3)),
-        use_exllama(to<bool>(stack[4])),
-        bit(to<int64_t>(stack[5])),
-        use_v2_format(to<bool>(stack[6])),
-        group_size(to<int64_t>(stack[7])) {}
-
-  WeightArguments arguments() const { return {qweight, qzeros, scales, g_idx, use_exllama, bit, group_size}; }
-
-  // For the kernels, after the checks. Reads g_idx, which must not lead outside the weight.
-  cpu::Weight checked(const char* op, const Shape& shape) const {
-    check_isa(op);
-    const int64_t entries = g_idx.size(0);
-    const int32_t* rows = entries != 0 ? g_idx.data<const int32_t>() : nullptr;
-    if (rows) check_index_range(op, "g_idx", rows, entries, use_exllama ? shape.K : shape.G);
-    // A raw g_idx needs no group size, and any may have come with it.
-    const bool groups_of_equal_size = use_exllama || rows == nullptr;
-    cpu::Weight weight;
-    weight.qweight = qweight.data<const uint32_t>();
-    weight.qzeros = qzeros.data<const uint32_t>();
-    weight.scales = scales.data<const void>();
-    weight.scales_dtype = dtype_of(scales);
-    weight.rows = rows;
-    weight.K = shape.K;
-    weight.N = shape.N;
-    weight.G = shape.G;
-    weight.group_size = group_size != 0 ? group_size : (groups_of_equal_size ? shape.K / shape.G : 1);
-    weight.bits = static_cast<int32_t>(bit);
-    weight.shuffled = use_exllama;
-    weight.zeros_v2 = use_v2_format;
-    return weight;
-  }
-};
 
 void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = tensor_at(stack, 0);
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
-  const cpu::Weight weight = packed.checked("gptq_gemm", shape);
+  const cpu::Weight weight = checked("gptq_gemm", packed, shape);
   const int64_t M = x.size(0);
   const int64_t sizes[] = {M, shape.N};
   Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
@@ -184,7 +108,7 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor grad = tensor_at(stack, 0);
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm_dx(grad, packed.arguments());
-  const cpu::Weight weight = packed.checked("gptq_gemm_dx", shape);
+  const cpu::Weight weight = checked("gptq_gemm_dx", packed, shape);
   const int64_t M = grad.size(0);
   const int64_t sizes[] = {M, shape.K};
   Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
@@ -200,7 +124,7 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
 void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack);
   const Shape shape = check_gptq_dequantize(packed.arguments());
-  const cpu::Weight weight = packed.checked("gptq_dequantize", shape);
+  const cpu::Weight weight = checked("gptq_dequantize", packed, shape);
   const int64_t sizes[] = {shape.K, shape.N};
   const Tensor& scales = packed.scales;
   Tensor out = Tensor::empty(sizes, scales.dtype(), scales.device_type(), scales.device_index());
@@ -248,18 +172,6 @@ void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
   give_back(stack, static_cast<Tensor&&>(out));
 }
 
-struct Implementation {
-  const char* op;
-  void (*kernel)(StableIValue*, uint64_t, uint64_t);
-};
-
-// An op whose autograd kernel calls a private twin has the same kernel twice.
-constexpr Implementation kImplementations[] = {
-    {"gptq_shuffle", gptq_shuffle}, {"gptq_unshuffle", gptq_unshuffle}, {"gptq_dequantize", gptq_dequantize},
-    {"gptq_gemm", gptq_gemm},       {"_gptq_gemm", gptq_gemm},          {"gptq_gemm_dx", gptq_gemm_dx},
-    {"_gptq_gemm_dx", gptq_gemm_dx},
-};
-
 }  // namespace
 }  // namespace exllama::bindings
 
@@ -268,23 +180,9 @@ constexpr Implementation kImplementations[] = {
 // Registers the kernel of one op for CPU tensors, or of every op if `op` is null, in an operator namespace that has the
 // schemas or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
-  using torch::stable::detail::StableLibrary;
-  static thread_local std::string error;
-  try {
-    bool known = false;
-    // Kept for ever: its destructor would take the kernels back, when torch may be gone already.
-    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, "CPU", __FILE__, __LINE__);
-    for (const auto& [name, kernel] : exllama::bindings::kImplementations) {
-      if (op != nullptr && std::strcmp(op, name) != 0) continue;
-      library->impl(name, kernel);
-      known = true;
-    }
-    if (known) return nullptr;
-    error = std::string("no CPU kernel named ") + op;
-  } catch (const std::exception& exception) {
-    error = exception.what();
-  }
-  return error.c_str();
+  using namespace exllama::bindings;
+  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx}, name_space, op,
+                          "CPU");
 }
 
 // The values are those of exllama::cpu::Precision; whoever calls has checked them.

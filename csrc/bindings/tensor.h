@@ -83,6 +83,8 @@ class Tensor {
     }
   }
 
+  AtenTensorHandle handle() const { return handle_; }
+
   // Gives the handle up, as a boxed kernel puts its result on the stack.
   AtenTensorHandle release() {
     AtenTensorHandle handle = handle_;

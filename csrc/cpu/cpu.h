@@ -4,28 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../layout/weight.h"
+
 namespace exllama::cpu {
 
-enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
+using layout::DType;
+using layout::Weight;
 
 // How exactly gemm multiplies; the bounds are those of exllama_ops.set_cpu_matmul_precision.
 enum class Precision : int32_t { kHighest = 0, kHigh = 1, kMedium = 2 };
-
-// A packed weight, as torch.ops.exllama.gptq_gemm takes it.
-struct Weight {
-  const uint32_t* qweight;  // (K * bits / 32, N)
-  const uint32_t* qzeros;   // (G, N * bits / 32)
-  const void* scales;       // (G, N)
-  DType scales_dtype;
-  const int32_t* rows;  // shuffled: perm (K,) or null; else the group of each row (K,) or null
-  int64_t K;
-  int64_t N;
-  int64_t G;
-  int64_t group_size;  // at least 1; not looked at where rows gives the groups
-  int32_t bits;        // 2, 3, 4 or 8
-  bool shuffled;
-  bool zeros_v2;  // the stored zero point is the zero point itself, not minus one
-};
 
 // Runs body(context, task, worker) for every task in [0, tasks), in any order, on any threads, and returns when all are
 // done. Tasks that run at the same time have different workers in [0, threads). Threads claim tasks one at a time, so

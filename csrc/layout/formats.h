@@ -53,11 +53,14 @@ EXLLAMA_HOST_DEVICE constexpr int shuffled_position(int bits, int j, int b) {
   return 32 * b + (j == 30 ? 15 : 31);
 }
 
+EXLLAMA_HOST_DEVICE constexpr int position(int bits, int j, int b, bool shuffled) {
+  return shuffled ? shuffled_position(bits, j, b) : checkpoint_position(bits, j, b);
+}
+
 EXLLAMA_HOST_DEVICE constexpr Place place(int bits, int j, bool shuffled) {
   Place result{};
   for (int b = 0; b < bits; ++b) {
-    const int position = shuffled ? shuffled_position(bits, j, b) : checkpoint_position(bits, j, b);
-    const int word = position / 32, shift = position % 32;
+    const int word = position(bits, j, b, shuffled) / 32, shift = position(bits, j, b, shuffled) % 32;
     const int last = result.count - 1;
     if (b > 0 && result.fields[last].word == word && result.fields[last].shift + result.fields[last].width == shift) {
       ++result.fields[last].width;

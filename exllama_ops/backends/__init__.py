@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from exllama_ops.backends import cpu, reference
+from exllama_ops.backends import cpu, cuda, reference
 from exllama_ops.backends._types import Backend, Choice
 from exllama_ops.ops import _library
 
@@ -17,7 +17,7 @@ __all__ = ["PRIORITY", "Backend", "Choice", "register", "report"]
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
     "CPU": (cpu.BACKEND, reference.BACKEND),
-    "CUDA": (reference.BACKEND,),
+    "CUDA": (cuda.BACKEND, reference.BACKEND),
 }
 VARIABLE = "EXLLAMA_OPS_BACKEND"
 

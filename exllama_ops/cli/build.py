@@ -1,4 +1,4 @@
-"""`exllama-ops build`: build the native CPU library before it is needed, and say what it is."""
+"""`exllama-ops build`: build a native library before it is needed, and say what it is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from exllama_ops.backends.cpu import cache
-from exllama_ops.backends.cpu.native import LoadError, NativeLibrary
+from exllama_ops.backends.cpu.library import CpuLibrary
+from exllama_ops.backends.cuda.library import CudaLibrary
+from exllama_ops.backends.native import LoadError, cache
+from exllama_ops.backends.native.compile import CPU, CUDA, Recipe
 from exllama_ops.cli.output import CliError, emit, say
 
 
@@ -17,10 +19,12 @@ def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     parser = subparsers.add_parser(
         "build",
-        help="build the native CPU kernels into the cache",
-        description="Build the native CPU kernels into the cache, unless they are built or were installed with the "
-        "package. Without this command they are built when they are first called.",
+        help="build the native CPU or CUDA kernels into the cache",
+        description="Build the native CPU kernels (with --cuda: the CUDA kernels, for which nvcc is needed and no GPU) "
+        "into the cache, unless they are built or were installed with the package. Without this command they are built "
+        "when they are first called.",
     )
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, not those of the CPU")
     parser.add_argument("--force", action="store_true", help="build into the cache even if there is a library")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
     parser.set_defaults(command=build)
@@ -33,18 +37,10 @@ def build(args: argparse.Namespace) -> None:
         CliError: whatever a user can cause.
     """
     try:
-        result = _find_or_build(force=args.force)
-        library = NativeLibrary(Path(result["library"]))
+        result = _find_or_build(CUDA if args.cuda else CPU, force=args.force)
+        result |= _cuda_details(result) if args.cuda else _cpu_details(result)
     except (cache.BuildError, LoadError) as error:
         raise CliError(f"build: {error}") from error
-    isas = library.isas()
-    result |= {"isas": isas, "isa_in_use": library.isa_in_use()}
-    if result["isa_in_use"] is None:
-        available = ", ".join(name for name, has in isas.items() if has)
-        raise CliError(
-            f"build: EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of {available}; got "
-            f"{os.environ.get('EXLLAMA_OPS_CPU_ISA')}"
-        )
     if args.json:
         emit(json.dumps(result, ensure_ascii=False) + "\n")
         return
@@ -52,23 +48,41 @@ def build(args: argparse.Namespace) -> None:
         "library": f"{result['library']} ({result['origin']})",
         "compiler": result["compiler"],
         "flags": " ".join(result["flags"]),
-        "ISAs": ", ".join(
-            name + (" (in use)" if name == result["isa_in_use"] else "" if has else " (not on this CPU)")
-            for name, has in isas.items()
-        ),
     }
+    if not args.cuda:
+        lines["ISAs"] = ", ".join(
+            name + (" (in use)" if name == result["isa_in_use"] else "" if has else " (not on this CPU)")
+            for name, has in result["isas"].items()
+        )
     for name, value in lines.items():
         emit(f"{name + ':':10}{value}\n")
 
 
-def _find_or_build(*, force: bool) -> dict[str, Any]:
-    packaged = cache.packaged()
+def _cpu_details(result: dict[str, Any]) -> dict[str, Any]:
+    library = CpuLibrary(Path(result["library"]))
+    isas, in_use = library.isas(), library.isa_in_use()
+    if in_use is None:
+        available = ", ".join(name for name, has in isas.items() if has)
+        raise CliError(
+            f"build: EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of {available}; got "
+            f"{os.environ.get('EXLLAMA_OPS_CPU_ISA')}"
+        )
+    return {"isas": isas, "isa_in_use": in_use}
+
+
+def _cuda_details(result: dict[str, Any]) -> dict[str, Any]:
+    CudaLibrary(Path(result["library"]))  # it loads, on a machine without a GPU too
+    return {}
+
+
+def _find_or_build(recipe: Recipe, *, force: bool) -> dict[str, Any]:
+    packaged = cache.packaged(recipe)
     if packaged is not None and not force:
-        built, origin = cache.read(packaged.parent), "packaged"
+        built, origin = cache.read(recipe, packaged.parent), "packaged"
         if built is None:
             raise CliError(f"build: {packaged} is damaged; install the package anew")
     else:
-        built = cache.find_or_build(say, force=force)
+        built = cache.find_or_build(recipe, say, force=force)
         origin = "built" if built.fresh else "cached"
     return {
         "library": str(built.path),

@@ -22,16 +22,17 @@ import exllama_ops
 from conformance.backends import CPU_ISAS
 from conformance.weights import Case, build
 from exllama_ops.backends import cpu
-from exllama_ops.backends.cpu import cache
-from exllama_ops.backends.cpu import compile as compiling
-from exllama_ops.backends.cpu.native import LoadError, NativeLibrary
+from exllama_ops.backends.cpu.library import CpuLibrary
+from exllama_ops.backends.native import LoadError, cache
+from exllama_ops.backends.native import compile as compiling
+from exllama_ops.backends.native.compile import CPU
 from exllama_ops.integrations.demo import cache_directory
 from exllama_ops.ops import _library
 
 ROOT = Path(__file__).parents[2]
 MARK = 0x2A2A2A2A  # of the stub's gptq_unshuffle
 
-needs_compiler = pytest.mark.skipif(compiling.find_compiler() is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(compiling.find_compiler(CPU) is None, reason="needs a C++ compiler")
 
 CALL = """
 import torch, exllama_ops
@@ -43,7 +44,7 @@ print(exllama_ops.backends.report()[0])
 
 
 @pytest.fixture(scope="module")
-def library() -> NativeLibrary:
+def library() -> CpuLibrary:
     cpu.BACKEND.build()
     if cpu.BACKEND.library is None:
         pytest.skip(f"needs the native CPU library: {cpu.BACKEND.failure[0].splitlines()[0]}")
@@ -92,7 +93,7 @@ class Sandbox:
         return out, err
 
     def libraries(self) -> list[Path]:
-        return sorted(self.cache.glob(f"native/*/{compiling.LIBRARY}"))
+        return sorted(self.cache.glob(f"native/*/{CPU.library}"))
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sandbox, str, str]:
 # What the library is
 
 
-def test_the_library_knows_nothing_of_python_and_only_the_c_shims_of_torch(library: NativeLibrary) -> None:
+def test_the_library_knows_nothing_of_python_and_only_the_c_shims_of_torch(library: CpuLibrary) -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("needs nm")
@@ -133,7 +134,7 @@ def test_the_library_knows_nothing_of_python_and_only_the_c_shims_of_torch(libra
     }
 
 
-def test_the_table_of_instruction_sets_is_best_first_and_ends_with_scalar(library: NativeLibrary) -> None:
+def test_the_table_of_instruction_sets_is_best_first_and_ends_with_scalar(library: CpuLibrary) -> None:
     isas = library.isas()
     assert [isa for isa in CPU_ISAS if isa in isas] == list(isas)
     assert list(isas)[-1] == "scalar"
@@ -142,7 +143,7 @@ def test_the_table_of_instruction_sets_is_best_first_and_ends_with_scalar(librar
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_by_every_op(
-    library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
+    library: CpuLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", "mmx")
     assert library.isa_in_use() is None
@@ -154,7 +155,7 @@ def test_an_instruction_set_that_is_not_there_is_refused_by_every_op(
         torch.ops.exllama.gptq_unshuffle(weight.qweight, weight.rows, 4)
 
 
-def test_an_index_outside_its_range_names_itself(library: NativeLibrary) -> None:
+def test_an_index_outside_its_range_names_itself(library: CpuLibrary) -> None:
     weight = build(Case(4, 64, 32, 16, "perm"))
     weight.rows[5] = -1
     with pytest.raises(IndexError, match=r"^gptq_gemm: g_idx must have values in \[0, 64\); got -1 at index 5$"):
@@ -163,12 +164,12 @@ def test_an_index_outside_its_range_names_itself(library: NativeLibrary) -> None
         torch.ops.exllama.gptq_shuffle(weight.qweight, weight.rows, 4)
 
 
-def test_a_kernel_that_the_library_has_not_is_refused(library: NativeLibrary) -> None:
+def test_a_kernel_that_the_library_has_not_is_refused(library: CpuLibrary) -> None:
     with pytest.raises(RuntimeError, match="exllama::gptq_nothing: no CPU kernel named gptq_nothing"):
         library.register("exllama", "gptq_nothing")
 
 
-def test_no_torch_tensor_is_left_behind(library: NativeLibrary) -> None:
+def test_no_torch_tensor_is_left_behind(library: CpuLibrary) -> None:
     """A boxed kernel owns its arguments, also where it throws."""
     weight = build(Case(4, 64, 32, 16))
     x = torch.randn(2, 64)
@@ -180,7 +181,7 @@ def test_no_torch_tensor_is_left_behind(library: NativeLibrary) -> None:
     assert counts == [x._use_count(), *(tensor._use_count() for tensor in weight.args[:4])]
 
 
-def test_calls_from_many_threads_agree(library: NativeLibrary) -> None:
+def test_calls_from_many_threads_agree(library: CpuLibrary) -> None:
     weight = build(Case(4, 480, 96, 32, "perm"))
     x = torch.randn(5, 480)
     expected = torch.ops.exllama.gptq_gemm(x, *weight.args)
@@ -202,7 +203,7 @@ def test_calls_from_many_threads_agree(library: NativeLibrary) -> None:
 # Precision
 
 
-def test_precision_reaches_the_library(library: NativeLibrary) -> None:
+def test_precision_reaches_the_library(library: CpuLibrary) -> None:
     before = exllama_ops.get_cpu_matmul_precision()
     try:
         for value, name in enumerate(("highest", "high", "medium")):
@@ -284,7 +285,7 @@ def test_a_damaged_library_is_built_anew(built: tuple[Sandbox, str, str], tmp_pa
     sandbox, out, _ = built
     damaged = tmp_path / "cache"
     shutil.copytree(sandbox.cache, damaged)
-    (path,) = damaged.glob(f"native/*/{compiling.LIBRARY}")
+    (path,) = damaged.glob(f"native/*/{CPU.library}")
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
@@ -315,8 +316,8 @@ def test_an_edit_of_the_sources_is_another_library(built: tuple[Sandbox, str, st
 
 def cache_key(sandbox: Sandbox, **changes: str) -> str:
     code = (
-        "from exllama_ops.backends.cpu import cache, compile as c\n"
-        "print(c.source_key(cache.csrc()), c.compiler_key(c.find_compiler()))"
+        "from exllama_ops.backends.native import cache, compile as c\n"
+        "print(c.source_key(c.CPU, cache.csrc()), c.compiler_key(c.find_compiler(c.CPU)))"
     )
     return sandbox.call(code, **changes)[0]
 
@@ -412,12 +413,12 @@ def test_the_cache_is_that_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_file_that_is_no_library_of_ours_is_a_load_error(tmp_path: Path) -> None:
     (tmp_path / "x.so").write_bytes(b"no library")
     with pytest.raises(LoadError, match=r"x\.so"):
-        NativeLibrary(tmp_path / "x.so")
+        CpuLibrary(tmp_path / "x.so")
     with pytest.raises(LoadError, match="exllama_cpu_register"):
-        NativeLibrary(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so")
+        CpuLibrary(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so")
 
 
-def test_every_op_has_one_kernel_on_the_cpu(library: NativeLibrary) -> None:
+def test_every_op_has_one_kernel_on_the_cpu(library: CpuLibrary) -> None:
     for name in _library.schemas():
         dump = torch._C._dispatch_dump(f"exllama::{name}")
         assert len(re.findall(r"^CPU(?:\[alias\])?:", dump, re.MULTILINE)) == 1

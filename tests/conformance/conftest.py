@@ -10,6 +10,8 @@ import torch
 import exllama_ops
 from conformance.backends import CPU_ISAS, BackendUnderTest
 from exllama_ops import backends, reference
+from exllama_ops.backends.native import cache
+from exllama_ops.backends.native.compile import CPU
 
 # Every instruction set at the default precision, and every precision on the best. Between instruction sets results are
 # the same bits at any precision: tests/backends/test_cpu_bitwise.py.
@@ -42,7 +44,7 @@ def use_cpu_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     native = backends.cpu.BACKEND
     native.build()
     if native.library is None:
-        if not backends.cpu.cache.reasons_against_building():
+        if not cache.reasons_against_building(CPU):
             pytest.fail(f"the native CPU library could be built here, and was not: {native.failure}")
         pytest.skip(f"needs the native CPU library: {native.failure[0].splitlines()[0]}")
     if isa and not native.library.isas().get(isa):

@@ -57,4 +57,4 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
         [sys.executable, "-c", "import exllama_ops"], capture_output=True, text=True, env=environment
     )
     assert result.returncode
-    assert "EXLLAMA_OPS_BACKEND must be one of cpu, reference, or not set; got 'refrence'" in result.stderr
+    assert "EXLLAMA_OPS_BACKEND must be one of cpu, cuda, reference, or not set; got 'refrence'" in result.stderr

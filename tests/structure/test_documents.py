@@ -18,6 +18,7 @@ DOCUMENTS = (
     "docs/format.md",
     "benchmarks/README.md",
     "tests/data/README.md",
+    "tests/emulation/README.md",
 )
 
 

@@ -1,121 +1,30 @@
 """The native CPU backend: csrc/cpu behind torch's stable ABI, in one library for every Python and torch >= 2.10.
 
-The library is looked for when the package is imported, in the installed package and in the cache. Neither a compiler
-nor a build is needed for that. If it is there, its kernels are the ops' kernels and no Python runs in a call.
-
-If it is not, an op's one kernel is a Python function. The first op to be called on a CPU tensor builds the library
-into the cache, with a message and progress on stderr. A kernel that torch has cannot be exchanged safely: another
-thread may be inside it, or find none. So in this one process the Python functions stay and call the library's kernels
-under a second namespace (`exllama_ops.ops._library.late_kernel`), for a few microseconds a call; later processes find
-the library at import. Where it cannot be built, the functions run the reference, with one warning that says why.
+How the library is found, built and called is `exllama_ops.backends.native`'s.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from exllama_ops.backends import reference
-from exllama_ops.backends.cpu import cache, precision
-from exllama_ops.backends.cpu.native import LoadError, NativeLibrary
+from exllama_ops.backends.cpu import precision
+from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.cpu.precision import get_cpu_matmul_precision, set_cpu_matmul_precision
-from exllama_ops.ops import _library
+from exllama_ops.backends.native import NativeBackend
+from exllama_ops.backends.native.compile import CPU
 
 __all__ = ["BACKEND", "CpuBackend", "get_cpu_matmul_precision", "set_cpu_matmul_precision"]
 
 
-class CpuBackend:
-    """Serves every op on CPU tensors, from the library that is found or built."""
-
-    name = "cpu"
+class CpuBackend(NativeBackend[CpuLibrary]):
+    """Serves every op on CPU tensors."""
 
     def __init__(self) -> None:
-        self.library: NativeLibrary | None = None
-        # Why there is no library and will be none in this process; empty while there may be one.
-        self.failure: list[str] = []
-        self._lock = threading.Lock()
-        self._searched = False
-        self._late: dict[str, Callable[..., Any]] = {}
+        super().__init__(CPU, CpuLibrary)
 
-    def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
-        self.find()
-        return self.failure
+    def settings(self, library: CpuLibrary) -> str:
+        return f", {library.isa_in_use()}, {get_cpu_matmul_precision()}"
 
-    def detail(self) -> str:
-        """Where the library is and what it uses, or that it will be built."""
-        if self.library is None:
-            return "its library is built at the first call"
-        origin = "packaged" if self.library.path == cache.packaged() else "cached"
-        return f"{origin} library {self.library.path}, {self.library.isa_in_use()}, {get_cpu_matmul_precision()}"
-
-    def kernel(
-        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]
-    ) -> _library.NativeKernel | Callable[..., Any]:
-        if self.library is not None:
-            return _library.NativeKernel(self.library.register)
-        return self._first_use(op, dispatch_key)
-
-    def find(self) -> None:
-        """Load the library if it is there already; the first call decides."""
-        if self._searched:
-            return
-        self._searched = True
-        if sys.platform != "linux":
-            self.failure = [f"its library is for Linux; this is {sys.platform}"]
-            return
-        packaged = cache.packaged()
-        try:
-            path = packaged or cache.find()
-            if path is not None:
-                self._load(NativeLibrary(path))
-        except OSError:
-            return  # an unreadable cache is as good as an empty one; building says what is wrong with it
-        except LoadError as error:
-            if packaged is not None:
-                self.failure = [f"its packaged library cannot be loaded: {error}"]
-
-    def build(self) -> None:
-        """Have a library, or a `failure`; builds at most once, whichever thread comes first."""
-        with self._lock:
-            if self.library is not None or self.failure:
-                return
-            try:
-                self._load(NativeLibrary(cache.find_or_build(_say).path))
-            except cache.BuildError as error:
-                self.failure = [str(error)]
-            except LoadError as error:
-                self.failure = [f"the library that was built cannot be loaded: {error}"]
-
-    def _load(self, library: NativeLibrary) -> None:
+    def prepare(self, library: CpuLibrary) -> None:
         precision.apply_to(library)
-        self.library = library
-
-    def _first_use(self, op: str, dispatch_key: str) -> Callable[..., Any]:
-        chosen: Callable[..., Any] | None = None
-
-        def build_and_compute(*args: Any, **kwargs: Any) -> Any:
-            nonlocal chosen
-            if chosen is None:
-                chosen = self._choose(op, dispatch_key)
-            return chosen(*args, **kwargs)
-
-        return build_and_compute
-
-    def _choose(self, op: str, dispatch_key: str) -> Callable[..., Any]:
-        self.build()
-        if self.library is None:
-            return reference.BACKEND.kernel(op, dispatch_key, {self.name: self.failure})
-        with self._lock:
-            if op not in self._late:
-                self._late[op] = _library.late_kernel(op, dispatch_key, _library.NativeKernel(self.library.register))
-            return self._late[op]
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"exllama_ops: {line}\n")
-    sys.stderr.flush()
 
 
 BACKEND = CpuBackend()

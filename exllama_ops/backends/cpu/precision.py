@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 if TYPE_CHECKING:
-    from exllama_ops.backends.cpu.native import NativeLibrary
+    from exllama_ops.backends.cpu.library import CpuLibrary
 
 CpuMatmulPrecision = Literal["highest", "high", "medium"]
 
@@ -15,7 +15,7 @@ PRECISIONS: tuple[str, ...] = get_args(CpuMatmulPrecision)
 VARIABLE = "EXLLAMA_OPS_CPU_MATMUL_PRECISION"
 DEFAULT: CpuMatmulPrecision = "high"
 
-_libraries: list[NativeLibrary] = []
+_libraries: list[CpuLibrary] = []
 
 
 def _checked(precision: object, source: str) -> CpuMatmulPrecision:
@@ -57,7 +57,7 @@ def get_cpu_matmul_precision() -> CpuMatmulPrecision:
     return _precision
 
 
-def apply_to(library: NativeLibrary) -> None:
+def apply_to(library: CpuLibrary) -> None:
     """Let a library follow the setting from now on."""
     _libraries.append(library)
     library.set_precision(PRECISIONS.index(_precision))

@@ -1,16 +1,14 @@
-"""The native library by its C functions: what it registers, its precision, its instruction sets."""
+"""The CPU library by its C functions: what it registers, its precision, its instruction sets."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
 
-
-class LoadError(RuntimeError):
-    """The library cannot be loaded."""
+from exllama_ops.backends.native import LoadError
 
 
-class NativeLibrary:
+class CpuLibrary:
     """A loaded library. Loading has no effect on torch; `register` has.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where the CPU library lies: in the installed package, or in a cache that is built into on first use.
+"""Where a native library lies: in the installed package, or in a cache that is built into on first use.
 
 The cache has a folder for every key of sources, flags, machine and compiler, so that nothing in it ever goes stale.
 A folder appears by one rename, complete; builds of one key wait for each other at a lock that the system releases
@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from exllama_ops.backends.cpu import compile as compiling
-from exllama_ops.backends.cpu.compile import CompileError, Compiler
+from exllama_ops.backends.native import compile as compiling
+from exllama_ops.backends.native.compile import CompileError, Compiler, Recipe
 
 _PACKAGE = Path(__file__).parents[2]
-_PACKAGED = _PACKAGE / "_native" / compiling.LIBRARY
 
 
 class BuildError(RuntimeError):
@@ -40,15 +39,16 @@ class Built(NamedTuple):
     fresh: bool  # built just now, not found
 
 
-def packaged() -> Path | None:
+def packaged(recipe: Recipe) -> Path | None:
     """The library that a wheel brought, or None."""
-    return _PACKAGED if _PACKAGED.is_file() else None
+    path = _PACKAGE / "_native" / recipe.library
+    return path if path.is_file() else None
 
 
 def csrc() -> Path | None:
     """The C++ sources: inside an installed package, beside it in a checkout."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
-        if (folder / "bindings" / "cpu.cpp").is_file():
+        if (folder / "bindings" / "checks.cpp").is_file():
             return folder
     return None
 
@@ -58,7 +58,7 @@ def root() -> Path:
     return Path(os.environ.get("EXLLAMA_OPS_CACHE") or Path.home() / ".cache" / "exllama_ops") / "native"
 
 
-def find() -> Path | None:
+def find(recipe: Recipe) -> Path | None:
     """A whole library of the cache for the present sources and compiler, or None. Builds nothing.
 
     Without a compiler, any compiler's library serves.
@@ -66,55 +66,56 @@ def find() -> Path | None:
     folder = csrc()
     if folder is None or not root().is_dir():
         return None
-    key = compiling.source_key(folder)
-    compiler = compiling.find_compiler()
+    key = compiling.source_key(recipe, folder)
+    compiler = compiling.find_compiler(recipe)
     pattern = f"{key}-{compiling.compiler_key(compiler)}" if compiler else f"{key}-????????"
-    found = (built for path in sorted(root().glob(pattern)) if (built := read(path)))
+    found = (built for path in sorted(root().glob(pattern)) if (built := read(recipe, path)))
     return next((built.path for built in found), None)
 
 
-def reasons_against_building() -> list[str]:
+def reasons_against_building(recipe: Recipe) -> list[str]:
     """Why no library can be built here, as far as can be told without trying."""
     if csrc() is None:
         return ["the package has neither its native library nor the sources for it"]
-    if compiling.find_compiler() is None:
-        return [compiling.no_compiler()]
+    if compiling.find_compiler(recipe) is None:
+        return [compiling.no_compiler(recipe)]
     if not compiling.has_stable_headers(_torch_directory()):
         return [f"torch has no C++ headers in {_torch_directory() / 'include'}, which its kernels are compiled with"]
     return []
 
 
-def find_or_build(say: Callable[[str], None], *, force: bool = False) -> Built:
+def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = False) -> Built:
     """The library of the cache for the present sources and compiler, built if it is not there.
 
     Args:
+        recipe: of the device.
         say: takes lines of progress.
         force: build it even if it is there.
 
     Raises:
         BuildError: it cannot be built.
     """
-    reasons = reasons_against_building()
-    folder, compiler = csrc(), compiling.find_compiler()
+    reasons = reasons_against_building(recipe)
+    folder, compiler = csrc(), compiling.find_compiler(recipe)
     if reasons or folder is None or compiler is None:
         raise BuildError("; ".join(reasons))
-    target = root() / f"{compiling.source_key(folder)}-{compiling.compiler_key(compiler)}"
+    target = root() / f"{compiling.source_key(recipe, folder)}-{compiling.compiler_key(compiler)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f"{target.name}.lock"), say):
-            found = None if force else read(target)
-            return found or _build(folder, compiler, target, say)
+            found = None if force else read(recipe, target)
+            return found or _build(recipe, folder, compiler, target, say)
     except OSError as error:
         raise BuildError(f"{error}; EXLLAMA_OPS_CACHE names another place than {root()}") from error
     except CompileError as error:
         raise BuildError(f"the compiler failed:\n{error}") from error
 
 
-def _build(folder: Path, compiler: Compiler, target: Path, say: Callable[[str], None]) -> Built:
-    say(f"building the CPU kernels with {compiler} into {target}: once, in about a minute")
+def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, say: Callable[[str], None]) -> Built:
+    say(f"building the {recipe.device.upper()} kernels with {compiler} into {target}: once, in a few minutes")
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
-        compiling.compile_library(folder, _torch_directory(), compiler, scratch, say)
+        compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, say)
         scratch.chmod(0o755)  # mkdtemp keeps others out
         if target.exists():
             # A library may be in use: it is moved away whole, and a process that has loaded it keeps it.
@@ -124,16 +125,16 @@ def _build(folder: Path, compiler: Compiler, target: Path, say: Callable[[str], 
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    built = read(target)
+    built = read(recipe, target)
     if built is None:
         raise BuildError(f"{target} changed while it was built")
     say(f"built in {built.seconds:.0f} s")
     return built._replace(fresh=True)
 
 
-def read(folder: Path) -> Built | None:
+def read(recipe: Recipe, folder: Path) -> Built | None:
     """The library of a folder, if it is whole: a truncated one would kill the process that loads it."""
-    library = folder / compiling.LIBRARY
+    library = folder / recipe.library
     try:
         record = json.loads((folder / compiling.RECORD).read_text())
         if compiling.digest(library) != record["sha256"]:
@@ -157,6 +158,6 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that builds the CPU kernels ({path})")
+            say(f"waiting for another process that builds the kernels ({path})")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,0 +1,50 @@
+// Kernels to the dispatcher, of one device in one library.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <exception>
+#include <string>
+
+namespace exllama::bindings {
+
+using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
+
+// The kernels of the ops. An op whose autograd kernel calls a private twin has the same kernel twice.
+struct Kernels {
+  Kernel shuffle, unshuffle, dequantize, gemm, gemm_dx;
+};
+
+// Registers the kernel of one op, or of every op if `op` is null, in an operator namespace that has the schemas or will
+// have them. Returns null, or what went wrong; the text lives until the thread's next call.
+inline const char* register_kernels(const Kernels& kernels, const char* name_space, const char* op,
+                                    const char* dispatch_key) {
+  using torch::stable::detail::StableLibrary;
+  const struct {
+    const char* op;
+    Kernel kernel;
+  } implementations[] = {
+      {"gptq_shuffle", kernels.shuffle}, {"gptq_unshuffle", kernels.unshuffle}, {"gptq_dequantize", kernels.dequantize},
+      {"gptq_gemm", kernels.gemm},       {"_gptq_gemm", kernels.gemm},          {"gptq_gemm_dx", kernels.gemm_dx},
+      {"_gptq_gemm_dx", kernels.gemm_dx},
+  };
+  static thread_local std::string error;
+  try {
+    bool known = false;
+    // Kept for ever: its destructor would take the kernels back, when torch may be gone already.
+    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, dispatch_key, __FILE__, __LINE__);
+    for (const auto& [name, kernel] : implementations) {
+      if (op != nullptr && std::strcmp(op, name) != 0) continue;
+      library->impl(name, kernel);
+      known = true;
+    }
+    if (known) return nullptr;
+    error = std::string("no ") + dispatch_key + " kernel named " + op;
+  } catch (const std::exception& exception) {
+    error = exception.what();
+  }
+  return error.c_str();
+}
+
+}  // namespace exllama::bindings

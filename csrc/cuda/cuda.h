@@ -1,0 +1,60 @@
+// The CUDA kernels of the five ops: plain pointers, sizes and a stream, no torch. Arguments were checked by the caller.
+//
+// All work is enqueued on the stream of the current device, and nothing waits, allocates or reads device memory, so that
+// every function can be captured in a graph. A launch that fails throws std::runtime_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../layout/weight.h"
+#include "select.h"
+
+namespace exllama::cuda {
+
+// A cudaStream_t.
+using Stream = void*;
+
+// Of a CUDA device, asked once per device.
+const Device& device_properties(int32_t index);
+
+// Makes a device the current one until the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int32_t previous_;
+  bool changed_;
+};
+
+// Device memory that the caller lends until the work is done, aligned to 256 bytes.
+size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
+size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
+size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
+
+// out (M, N) = x (M, K) @ W, both of dtype x_dtype, by what select_gemm chose for the problem_of these arguments.
+// Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
+void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
+          void* workspace, Stream stream);
+Problem problem_of(const Weight& weight, DType x_dtype, int64_t M, const Device& device, bool batch_invariant);
+
+// dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
+void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream);
+
+// out (K, columns) = the columns of W from first_column on, in out_dtype, rows in the order of the checkpoint.
+void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype,
+                Stream stream);
+
+// Checkpoint order to shuffled order in place; perm (K,) or null.
+void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace,
+             Stream stream);
+
+// Shuffled order to checkpoint order in out.
+void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
+               void* workspace, Stream stream);
+
+}  // namespace exllama::cuda

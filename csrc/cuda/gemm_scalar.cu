@@ -1,0 +1,30 @@
+#include "gemm_kernels.h"
+#include "gemm_scalar.cuh"
+#include "launch.h"
+
+namespace exllama::cuda {
+namespace {
+
+template <typename F>
+void with_rows(int32_t rows, const F& f) {
+  if (rows == 1) return f(std::integral_constant<int, 1>{});
+  f(std::integral_constant<int, kScalarMaxRows>{});
+}
+
+}  // namespace
+
+void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream stream) {
+  with_bits(a.weight.bits, [&](auto bits) {
+    with_flag(a.weight.shuffled, [&](auto shuffled) {
+      with_rows(config.rows, [&](auto rows) {
+        const int64_t tiles = divide_up(a.weight.N, kScalarColumns) * divide_up(a.M, rows);
+        const dim3 grid(grid_of(tiles, "gemm_scalar"), static_cast<unsigned>(config.split_k));
+        gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
+            a.weight, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.partials, a.out);
+      });
+    });
+  });
+  check(cudaGetLastError(), "gemm_scalar");
+}
+
+}  // namespace exllama::cuda

@@ -1,0 +1,75 @@
+// A product with W or W^T by tiles in shared memory, float32 arithmetic throughout: gemm_dx, and gemm of many rows where
+// there are no tensor cores for it.
+#pragma once
+
+#include "tiles.h"
+#include "words.cuh"
+
+namespace exllama::cuda {
+
+// out (M, columns) = a (M, terms) @ W, where columns are N and terms K; transposed: @ W^T, columns K and terms N.
+// K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
+template <int bits, bool shuffled, bool transposed>
+__global__ void __launch_bounds__(kTiledThreads)
+    gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out) {
+  constexpr int kValues = layout::block_values(bits);
+  constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
+  __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
+  __shared__ __align__(16) float s_w[kTiledTerms][kPitch];
+  const int64_t K = weight.K, N = weight.N;
+  const int64_t columns = transposed ? K : N, terms = transposed ? N : K;
+  const int64_t column_tiles = (columns + kTiledColumns - 1) / kTiledColumns;
+  const int64_t first_column = blockIdx.x % column_tiles * kTiledColumns;
+  const int64_t first_row = blockIdx.x / column_tiles * kTiledRows;
+  const int across = threadIdx.x % 16, down = threadIdx.x / 16;
+
+  float sums[4][4] = {};
+  for (int64_t first_term = 0; first_term < terms; first_term += kTiledTerms) {
+    __syncthreads();  // the last tiles have been read
+    for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
+      const int row = i / kTiledTerms, term = i % kTiledTerms;
+      const int64_t m = first_row + row, at = first_term + term;
+      const bool inside = m < M && at < terms;
+      s_a[term][row] =
+          inside ? load_number(a, dtype, m * terms + (transposed ? at : source_row(weight, at))) : 0.0f;
+    }
+    constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
+    constexpr int kTileK = transposed ? kTiledColumns : kTiledTerms;
+    const int64_t first_n = transposed ? first_term : first_column, first_k = transposed ? first_column : first_term;
+    for (int i = threadIdx.x; i < kTileK / kValues * kTileN; i += kTiledThreads) {
+      const int n = i % kTileN, k = i / kTileN * kValues;
+      const auto store = [&](int j, float value) { (transposed ? s_w[n][k + j] : s_w[k + j][n]) = value; };
+      if (first_n + n < N && first_k + k < K) {
+        visit_block<bits, shuffled>(weight, (first_k + k) / kValues, first_n + n, store);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) store(j, 0.0f);
+      }
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int term = 0; term < kTiledTerms; ++term) {
+      const float4 a4 = *reinterpret_cast<const float4*>(&s_a[term][4 * down]);
+      const float4 w4 = *reinterpret_cast<const float4*>(&s_w[term][4 * across]);
+      const float r_a[4] = {a4.x, a4.y, a4.z, a4.w}, r_w[4] = {w4.x, w4.y, w4.z, w4.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(r_a[i], r_w[j], sums[i][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t column = first_column + 4 * across + j;
+    if (column >= columns) continue;
+    const int64_t to = transposed ? source_row(weight, column) : column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t m = first_row + 4 * down + i;
+      if (m < M) store_number(sums[i][j], out, dtype, m * columns + to);
+    }
+  }
+}
+
+}  // namespace exllama::cuda

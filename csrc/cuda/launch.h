@@ -1,0 +1,51 @@
+// What the host code of the kernels shares: run-time arguments as template arguments, and launches that are checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda.h"
+
+namespace exllama::cuda {
+
+// f(constant of 2, 3, 4 or 8).
+template <typename F>
+void with_bits(int32_t bits, const F& f) {
+  switch (bits) {
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// f(true or false as a constant).
+template <typename F>
+void with_flag(bool flag, const F& f) {
+  if (flag) return f(std::true_type{});
+  f(std::false_type{});
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("exllama_ops: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// As many blocks as work needs, which must be a grid's x.
+inline unsigned grid_of(int64_t blocks, const char* kernel) {
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace exllama::cuda

@@ -1,0 +1,46 @@
+// The floating-point types of memory, to and from the float32 of all arithmetic.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../layout/weight.h"
+
+namespace exllama::cuda {
+
+using layout::DType;
+using layout::Weight;
+
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ T rounded(float value);
+template <>
+__device__ inline __half rounded<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// One number of an array whose dtype is known at run time. Scales, and x and the results of all but gemm_mma, go through
+// these: a branch at the ends of a kernel costs less than three times the kernels.
+__device__ inline float load_number(const void* array, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(array)[index]);
+  if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(array)[index]);
+  return static_cast<const float*>(array)[index];
+}
+
+__device__ inline void store_number(float value, void* array, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat16) {
+    static_cast<__half*>(array)[index] = rounded<__half>(value);
+  } else if (dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(array)[index] = rounded<__nv_bfloat16>(value);
+  } else {
+    static_cast<float*>(array)[index] = value;
+  }
+}
+
+}  // namespace exllama::cuda

@@ -1,0 +1,115 @@
+// The values in the words: where csrc/layout/formats.h says they lie.
+#pragma once
+
+#include "../layout/formats.h"
+#include "numbers.cuh"
+
+namespace exllama::cuda {
+
+// Value j of a block of words. j may be known at compile time, when little is left of this, or not.
+template <int bits, bool shuffled>
+__device__ inline uint32_t value_of(const uint32_t* words, int j) {
+  using layout::position;
+  if constexpr (bits == 3) {
+    // The three words by choice and not by index: a run-time index would put them into local memory.
+    const auto word = [&](int at) { return at < 32 ? words[0] : at < 64 ? words[1] : words[2]; };
+    const int first = position(3, j, 0, shuffled), last = position(3, j, 2, shuffled);
+    if (last == first + 2 && last / 32 == first / 32) return word(first) >> (first % 32) & 7;
+    uint32_t value = 0;
+#pragma unroll
+    for (int b = 0; b < 3; ++b) {
+      const int at = position(3, j, b, shuffled);
+      value |= (word(at) >> (at % 32) & 1) << b;
+    }
+    return value;
+  } else {
+    return words[0] >> position(bits, j, 0, shuffled) & ((1u << bits) - 1);
+  }
+}
+
+// Puts value j into the words of a block, whose bits at its place are 0.
+template <int bits, bool shuffled>
+__device__ inline void insert_value(uint32_t* words, int j, uint32_t value) {
+#pragma unroll
+  for (int b = 0; b < bits; ++b) {
+    const int at = layout::position(bits, j, b, shuffled);
+    words[at / 32] |= (value >> b & 1) << (at % 32);
+  }
+}
+
+// Value (row, column) of a weight.
+template <int bits, bool shuffled>
+__device__ inline uint32_t read_value(const uint32_t* qweight, int64_t N, int64_t row, int64_t column) {
+  constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = qweight[(row / kValues * kWords + w) * N + column];
+  return value_of<bits, shuffled>(words, static_cast<int>(row % kValues));
+}
+
+// The zero point of a group and a column, at most 256.
+template <int bits>
+__device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t column) {
+  // A field lies in one word or goes on in the next: bits * column is its first bit in the row of the group.
+  const uint32_t* row = weight.qzeros + group * (weight.N * bits / 32);
+  const int64_t first = column * bits;
+  uint32_t field = row[first / 32] >> (first % 32);
+  if (bits == 3 && first % 32 > 29) field |= row[first / 32 + 1] << (32 - first % 32);
+  return (field & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
+}
+
+__device__ inline float scale_of(const Weight& weight, int64_t group, int64_t column) {
+  return load_number(weight.scales, weight.scales_dtype, group * weight.N + column);
+}
+
+// An index that came in a tensor. The host cannot look at it without a sync: a wrong one stops the kernel, as it does in
+// torch's own gathers, before it leads outside the memory of an argument.
+__device__ inline int64_t checked_index(int32_t index, int64_t limit) {
+  if (index < 0 || index >= limit) __trap();
+  return index;
+}
+
+// The group of row k of the words, which is row k of the checkpoint unless the weight is shuffled.
+__device__ inline int64_t group_of(const Weight& weight, int64_t k) {
+  if (!weight.shuffled && weight.rows) return checked_index(weight.rows[k], weight.G);
+  return k / weight.group_size;
+}
+
+// The row of the checkpoint, and so the column of x, that row k of the words is.
+__device__ inline int64_t source_row(const Weight& weight, int64_t k) {
+  if (weight.shuffled && weight.rows) return checked_index(weight.rows[k], weight.K);
+  return k;
+}
+
+// visit(j, scale * (q - z)) for the values of a block of words of one column, rounded to float32.
+template <int bits, bool shuffled, typename Visit>
+__device__ inline void visit_block(const Weight& weight, int64_t block, int64_t column, const Visit& visit) {
+  constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = weight.qweight[(block * kWords + w) * weight.N + column];
+  const bool raw = !weight.shuffled && weight.rows;
+  int64_t group = -1, left_in_group = 0;
+  float scale = 0;
+  int zero = 0;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) {
+    const int64_t k = block * kValues + j;
+    const int64_t last = group;
+    if (raw || j == 0) {
+      group = group_of(weight, k);
+      left_in_group = raw ? 0 : weight.group_size - k % weight.group_size;
+    } else if (left_in_group == 0) {
+      ++group;
+      left_in_group = weight.group_size;
+    }
+    --left_in_group;
+    if (group != last) {
+      scale = scale_of(weight, group, column);
+      zero = static_cast<int>(zero_of<bits>(weight, group, column));
+    }
+    visit(j, static_cast<float>(static_cast<int>(value_of<bits, shuffled>(words, j)) - zero) * scale);
+  }
+}
+
+}  // namespace exllama::cuda

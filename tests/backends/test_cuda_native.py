@@ -1,0 +1,93 @@
+"""The native CUDA library: what nvcc is asked for, and that nobody hears of it where there is no CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from exllama_ops.backends.cuda.library import CudaLibrary
+from exllama_ops.backends.native import cache
+from exllama_ops.backends.native import compile as compiling
+from exllama_ops.backends.native.compile import CUDA, Compiler
+
+needs_nvcc = pytest.mark.skipif(compiling.find_compiler(CUDA) is None, reason="needs nvcc")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA; this one has it")
+
+REPORT = """
+import exllama_ops
+print(*[choice for choice in exllama_ops.backends.report() if choice.dispatch_key == "CUDA"], sep="\\n")
+"""
+
+
+def fake_nvcc(folder: Path, *codes: str) -> Path:
+    """A program that knows these GPUs, and leaves a trace when it runs."""
+    program = folder / "nvcc"
+    lines = "\n".join(codes)
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {folder / 'trace'}\necho '{lines}'\n")
+    program.chmod(0o755)
+    return program
+
+
+@without_cuda
+def test_without_cuda_nvcc_never_runs_and_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_NVCC", str(fake_nvcc(tmp_path, "sm_80")))
+    result = subprocess.run([sys.executable, "-c", REPORT], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) == 5
+    for line in result.stdout.splitlines():
+        assert "reference (not cuda: " in line
+        assert "torch was installed without CUDA" in line or "there is no CUDA device" in line
+    assert not (tmp_path / "trace").exists()
+
+
+def test_the_command_without_nvcc_fails_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    command = [sys.executable, "-m", "exllama_ops", "build", "--cuda", "--force"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"needs nvcc, and EXLLAMA_OPS_NVCC={tmp_path / 'nvcc'} names no program" in result.stderr
+    assert "NVIDIA's CUDA toolkit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        (
+            ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "sm_121"),  # nvcc 13
+            ["arch=compute_75,code=[sm_75]", "arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"],
+        ),
+        (
+            ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),  # nvcc 12.0
+            [
+                "arch=compute_60,code=[sm_60,sm_70]",
+                "arch=compute_75,code=[sm_75]",
+                "arch=compute_80,code=[sm_80,sm_90,compute_80]",
+            ],
+        ),
+    ],
+)
+def test_device_code_is_for_the_gpus_that_nvcc_knows(tmp_path: Path, known: list[str], wanted: list[str]) -> None:
+    flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *known)),)))
+    assert flags == [word for code in wanted for word in ("-gencode", code)]
+    assert compiling.device_flags(compiling.CPU, Compiler(("false",))) == []
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_library_builds_and_loads_beside_any_torch(tmp_path: Path) -> None:
+    compiler, csrc = compiling.find_compiler(CUDA), cache.csrc()
+    assert compiler is not None
+    assert csrc is not None
+    compiling.compile_library(CUDA, csrc, Path(torch.__file__).parent, compiler, tmp_path, print)
+    assert cache.read(CUDA, tmp_path) is not None
+    library = CudaLibrary(tmp_path / CUDA.library)
+    assert not library.batch_invariant()
+    library.set_batch_invariant(True)
+    assert library.batch_invariant()
+    with pytest.raises(RuntimeError, match="exllama::gptq_sing"):
+        library.register("exllama", "gptq_sing")

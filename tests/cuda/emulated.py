@@ -1,0 +1,77 @@
+"""The CUDA library on an emulated device: its ops serve CPU tensors, in an operator namespace for each architecture."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emulation.emulator import DEVICES, Emulator, build
+from exllama_ops.ops import _library
+
+ROOT = Path(__file__).parents[2]
+TORCH = Path(torch.__file__).parent
+
+
+@functools.cache
+def library(arch: int, sanitize: str | None = None) -> Path:
+    """csrc/cuda and its bindings, compiled for an architecture; cached on disk."""
+    csrc = ROOT / "csrc"
+    return build(
+        sorted((csrc / "cuda").glob("*.cu")),
+        arch=arch,
+        bindings=[csrc / "bindings" / "cuda.cpp", csrc / "bindings" / "checks.cpp"],
+        include_dirs=[csrc],
+        system_include_dirs=[TORCH / "include"],
+        defines=["EXLLAMA_CUDA_ON_CPU", "TORCH_TARGET_VERSION=0x020a000000000000"],
+        link=["-L", str(TORCH / "lib"), "-ltorch_cpu"],
+        sanitize=sanitize,
+    )
+
+
+class EmulatedOps:
+    """The ops of an emulated device, each call checked for faults.
+
+    Attributes:
+        device: its emulator.
+        calls: what the last op asked of the CUDA runtime.
+        unchecked: the ops without a record of their own.
+    """
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.device = Emulator(library(arch), DEVICES[arch])
+        self.calls: list[dict[str, Any]] = []
+        namespace = f"exllama_sm_{arch}"
+        self._schemas = torch.library.Library(namespace, "DEF")
+        for schema in _library.schemas().values():
+            self._schemas.define(schema)
+        register = self.device.library.exllama_cuda_register
+        register.restype = ctypes.c_char_p
+        error = register(namespace.encode(), None)
+        assert error is None, error
+        self.unchecked = getattr(torch.ops, namespace)
+
+    def set_batch_invariant(self, enabled: bool) -> None:
+        """The library's setting, as `exllama_ops.set_batch_invariant` sets it."""
+        self.device.library.exllama_cuda_set_batch_invariant(ctypes.c_bool(enabled))
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self.unchecked, name)
+
+        def call(*args: Any) -> Any:
+            with self.device.record() as recording:
+                result = op(*args)
+            self.calls = recording.calls
+            return result
+
+        return call
+
+
+@functools.cache
+def ops(arch: int) -> EmulatedOps:
+    """One device per architecture and process: its library cannot be unloaded."""
+    return EmulatedOps(arch)

@@ -1,0 +1,34 @@
+// select_gemm for Python: the fields of a problem in their order, the fields of a config, and the modelled cycles of each
+// algorithm (negative: it cannot).
+#include "cuda/select.h"
+
+using namespace exllama::cuda;
+
+namespace {
+
+Problem problem_of(const int64_t* in) {
+  return {in[0],      in[1],      in[2],      static_cast<int32_t>(in[3]), in[4], static_cast<DType>(in[5]),
+          static_cast<DType>(in[6]), in[7] != 0, in[8] != 0, in[9] != 0, in[10] != 0, in[11] != 0,
+          {static_cast<int32_t>(in[12]), static_cast<int32_t>(in[13]), in[14]}};
+}
+
+// It is a constant expression: nothing in it can read an environment, a clock or a device.
+constexpr Config kConstant = select_gemm(
+    {1, 4096, 4096, 4, 128, DType::kFloat16, DType::kFloat16, true, false, false, true, false, {80, 108, 40 << 20}});
+static_assert(kConstant.algorithm == Algorithm::kMma);
+
+}  // namespace
+
+extern "C" void select(const int64_t* problem, int64_t* config, double* algorithm_cycles) {
+  const Problem p = problem_of(problem);
+  const Config c = select_gemm(p);
+  config[0] = static_cast<int64_t>(c.algorithm);
+  config[1] = c.rows;
+  config[2] = c.split_k;
+  config[3] = c.k_per_split;
+  config[4] = c.chunk;
+  for (int i = 0; i < 4; ++i) {
+    const auto algorithm = static_cast<Algorithm>(i);
+    algorithm_cycles[i] = can(p, algorithm) ? cycles(p, config_of(p, algorithm)) : -1;
+  }
+}

@@ -1,0 +1,290 @@
+"""The CUDA kernels, as nvcc compiles them, on an emulated device: every algorithm against the declared bounds.
+
+Without --slow, what costs minutes on one core from an empty cache: the PTX for sm_80, 4 and 3 bits, every algorithm,
+and the PTX for sm_75 where it differs. With it, every width, order and group size, for sm_90 too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.bounds import assert_within_bound
+from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build
+from cuda import bounds, emulated
+from emulation.emulator import reasons_against
+
+pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
+
+ARCHS = (80, 75, 90)
+ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
+ALGORITHMS = ("scalar", "mma", "tiled", "dense")
+# Rows in a step of gemm_mma, whose groups must be whole steps.
+STEP = {2: 64, 3: 128, 4: 32, 8: 32}
+# (K, N): beyond a stage, a run and a tile, and no multiple of them.
+SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
+
+
+def on(arch: int, *values: Any, quick: bool) -> Any:
+    """A parameter set for `ops` and others, slow unless it is quick."""
+    names = [value for value in values if isinstance(value, Case | str | int)]
+    name = "-".join([f"sm_{arch}", *map(str, names)])
+    return pytest.param(arch, *values, id=name, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> Iterator[emulated.EmulatedOps]:
+    emulated_ops = emulated.ops(request.param)
+    torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
+    yield emulated_ops
+    torch.use_deterministic_algorithms(False)
+    emulated_ops.device.set_order("ascending")
+    emulated_ops.device.set_mma()
+
+
+def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
+    """Which algorithms can compute a case, as README and select.h say."""
+    if algorithm == "mma":
+        tensor_cores = dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
+        one_group = case.group_size >= case.K
+        return tensor_cores and case.shuffled and (case.group_size % STEP[case.bits] == 0 or one_group)
+    return algorithm != "dense" or dtype != torch.float32
+
+
+def cases(bits: int) -> list[Case]:
+    K, N = SHAPES[bits]
+    return [
+        Case(bits, K, N, size, order, shuffled, v2=(size + bits) % 3 != 0)
+        for size in (8, 24, 32, 64, 128, 256, K)
+        for order, shuffled in ORDERS
+    ]
+
+
+ALL_CASES = [case for bits in SHAPES for case in cases(bits)]
+
+
+def is_quick(case: Case) -> bool:
+    if case.bits == 4:
+        return case.group_size in (24, 128, case.K)
+    return case.bits == 3 and case.group_size == 128 and case.order == "perm"
+
+
+EVERY_WEIGHT = [on(arch, case, quick=arch == 80 and is_quick(case)) for arch in ARCHS for case in ALL_CASES]
+EVERY_WIDTH = [on(arch, bits, quick=arch == 80 and bits in (3, 4)) for arch in ARCHS for bits in SHAPES]
+EVERY_PRODUCT = [
+    on(
+        arch,
+        algorithm,
+        case,
+        quick=is_quick(case) and (arch == 80 or (arch == 75 and algorithm == "mma" and case.bits == 4)),
+    )
+    for arch in ARCHS
+    for algorithm in ALGORITHMS
+    for case in ALL_CASES
+]
+
+
+def activations(M: int, K: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+
+
+def check_gemm(ops: emulated.EmulatedOps, algorithm: str, weight: Weight, M: int, dtype: torch.dtype) -> torch.Tensor:
+    x = activations(M, weight.case.K, dtype)
+    out: torch.Tensor = ops.gptq_gemm(x, *weight.args)
+    assert any(algorithm in call["kernel"] for call in ops.calls if call["call"] == "launch") or algorithm == "dense"
+    assert_within_bound(out, x, weight.dense, bounds.gemm_error(algorithm, weight, dtype))
+    return out
+
+
+@pytest.mark.parametrize(("ops", "algorithm", "case"), EVERY_PRODUCT, indirect=["ops"])
+def test_gemm_is_within_the_bound(
+    ops: emulated.EmulatedOps, algorithm: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    weight = build(case)
+    for dtype in DTYPES:
+        if not can(algorithm, ops.arch, case, dtype):
+            with pytest.raises(ValueError, match=f"EXLLAMA_OPS_CUDA_ALGORITHM={algorithm} cannot"):
+                ops.gptq_gemm(activations(1, case.K, dtype), *weight.args)
+            continue
+        for M in (1, 11):
+            check_gemm(ops, algorithm, weight, M, dtype)
+
+
+@pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
+def test_dequantize_is_exact_up_to_one_rounding(ops: emulated.EmulatedOps, case: Case) -> None:
+    weight = build(case)
+    assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(case.scales_dtype))
+
+
+@pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
+def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
+    weight = build(case)
+    for dtype in DTYPES:
+        grad = activations(5, case.N, dtype)
+        assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
+
+
+@pytest.mark.parametrize(
+    ("ops", "bits", "order", "truncates"),
+    [
+        on(arch, bits, order, truncates, quick=arch == 80 and bits == 4 and (order == "random") == truncates)
+        for arch, bits, order, truncates in itertools.product(ARCHS, SHAPES, ["descending", "random"], [False, True])
+    ],
+    indirect=["ops"],
+)
+def test_many_tokens_in_any_order_of_blocks(
+    ops: emulated.EmulatedOps, bits: int, order: str, truncates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    K, N = SHAPES[bits]
+    weight = build(Case(bits, K, N, 128, "perm"))
+    ops.device.set_order(order, seed=bits)
+    ops.device.set_mma(truncates=truncates)
+    for algorithm in ALGORITHMS:
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        for M in (33, 300):
+            check_gemm(ops, algorithm, weight, M, torch.float16)
+
+
+@pytest.mark.parametrize("scales_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_scales_of_any_dtype_are_taken_exactly(
+    ops: emulated.EmulatedOps, bits: int, scales_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = build(Case(bits, *SHAPES[bits], 128, scales_dtype=scales_dtype))
+    for algorithm in ("scalar", "mma", "tiled"):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        check_gemm(ops, algorithm, weight, 3, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("ops", "algorithm", "case"),
+    [
+        on(arch, algorithm, case, quick=arch == 80 and is_quick(case))
+        for arch, algorithm in itertools.product(ARCHS, ALGORITHMS)
+        for bits, (order, shuffled) in itertools.product(SHAPES, ORDERS)
+        if can(algorithm, arch, case := Case(bits, *SHAPES[bits], 128, order, shuffled), torch.float16)
+    ],
+    indirect=["ops"],
+)
+def test_one_hot_x_returns_rows_of_dequantize(
+    ops: emulated.EmulatedOps, algorithm: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random product hides one misplaced value; this cannot."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    weight = build(case)
+    eye = torch.eye(case.K, dtype=torch.float16)
+    assert torch.equal(ops.gptq_gemm(eye, *weight.args), ops.gptq_dequantize(*weight.args))
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_outliers_where_q_equals_z_leave_no_trace(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(bits, *SHAPES[bits], 128)
+    plain = build(case)
+    q = plain.q.clone()
+    q[3] = plain.z[plain.groups[3]]
+    weight = build(case, q=q)
+    x = activations(2, case.K, torch.float16)
+    with_outlier = x.clone()
+    with_outlier[:, 3] = 30000.0
+    x[:, 3] = 0.0
+    for algorithm in ("scalar", "mma", "tiled"):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        assert torch.equal(ops.gptq_gemm(with_outlier, *weight.args), ops.gptq_gemm(x, *weight.args))
+
+
+@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_batch_invariant_rows_do_not_depend_on_M(ops: emulated.EmulatedOps, bits: int, algorithm: str) -> None:
+    weight = build(Case(bits, *SHAPES[bits], 128 if algorithm == "mma" else 24))
+    x = activations(40, weight.case.K, torch.float16)
+    ops.set_batch_invariant(True)
+    try:
+        whole = ops.gptq_gemm(x, *weight.args)
+        assert any(algorithm in call["kernel"] for call in ops.calls)
+        for rows in (x[:1], x[1:4], x[4:15]):
+            start = int((rows.data_ptr() - x.data_ptr()) / x.stride(0) / x.element_size())
+            assert torch.equal(ops.gptq_gemm(rows, *weight.args), whole[start : start + len(rows)])
+    finally:
+        ops.set_batch_invariant(False)
+
+
+SHUFFLE_CASES = [
+    Case(bits, BLOCK_VALUES[bits] * blocks, BLOCK_VALUES[bits] * 3, 8, order)
+    for bits in BLOCK_VALUES
+    for blocks in (1, 5, 13)
+    for order in ("sorted", "perm")
+]
+
+
+@pytest.mark.parametrize(
+    ("ops", "case"),
+    [on(arch, case, quick=arch == 80) for arch in ARCHS for case in SHUFFLE_CASES],
+    indirect=["ops"],
+)
+def test_shuffle_and_unshuffle_bit_for_bit(ops: emulated.EmulatedOps, case: Case) -> None:
+    shuffled = build(case)
+    checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight
+    words = checkpoint.clone()
+    ops.gptq_shuffle(words, shuffled.rows, case.bits)
+    assert torch.equal(words, shuffled.qweight)
+    assert torch.equal(ops.gptq_unshuffle(words, shuffled.rows, case.bits), checkpoint)
+
+
+EVERY_ARCH = [on(arch, quick=arch == 80) for arch in ARCHS]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+def test_sums_of_a_split_K(ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    check_gemm(ops, algorithm, build(Case(4, 3144, 40, 128, "perm")), 3, torch.float16)
+    kernels = [call["kernel"] for call in ops.calls]
+    assert len(kernels) == 2
+    assert "add_splits" in kernels[1]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_every_call_can_be_captured_in_a_graph(ops: emulated.EmulatedOps) -> None:
+    """Launches and copies on the current stream, and nothing else: the emulator refuses calls that sync or allocate."""
+    weight = build(Case(4, *SHAPES[4], 128, "perm"))
+    stream = 0x5EED
+    ops.device.set_stream(stream, is_capturing=True)
+    try:
+        x, grad = activations(5, weight.case.K, torch.float16), activations(5, weight.case.N, torch.float16)
+        for call in (
+            lambda: ops.gptq_gemm(x, *weight.args),
+            lambda: ops.gptq_gemm_dx(grad, *weight.args),
+            lambda: ops.gptq_dequantize(*weight.args),
+            lambda: ops.gptq_unshuffle(weight.qweight, weight.rows, 4),
+            lambda: ops.gptq_shuffle(weight.qweight.clone(), weight.rows, 4),
+        ):
+            call()
+            assert ops.calls
+            assert {recorded["call"] for recorded in ops.calls} <= {"launch", "memcpy", "memset"}
+            assert {recorded["stream"] for recorded in ops.calls} == {stream}
+    finally:
+        ops.device.set_stream(0)
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_a_replay_computes_with_the_new_data(ops: emulated.EmulatedOps) -> None:
+    """As a CUDA graph replays: the same launches, on what then lies at the same addresses."""
+    weight, other = (build(Case(4, *SHAPES[4], 128, "perm", seed=seed)) for seed in (0, 1))
+    x = activations(3, weight.case.K, torch.float16)
+    with ops.device.record() as recording:
+        out = ops.unchecked.gptq_gemm(x, *weight.args)
+        dense = ops.unchecked.gptq_dequantize(*weight.args)
+    assert [call["call"] for call in recording.calls] == ["launch", "launch"]  # no workspace, which is gone by now
+    x.mul_(-3)
+    for name in ("qweight", "qzeros", "scales", "rows"):
+        getattr(weight, name).copy_(getattr(other, name))
+    ops.device.replay(recording)
+    assert torch.equal(dense, other.dense.to(torch.float16))
+    assert_within_bound(out, x, other.dense, bounds.gemm_error("mma", weight, torch.float16))

@@ -1,0 +1,4 @@
+// All that a translated kernel includes.
+#pragma once
+
+#include "warp.h"
