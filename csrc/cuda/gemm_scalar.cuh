@@ -95,8 +95,9 @@ __device__ void load_blocks(const Weight& weight, int64_t k, int64_t column, boo
 }
 
 // partials (split_k, M, N) if there are several splits, else out (M, N). A split has stages_per_split stages of K.
+// Thread blocks of an SM are named because ptxas otherwise aims at 80 registers for one row, and spills for it.
 template <int bits, bool shuffled, int rows>
-__global__ void __launch_bounds__(kScalarThreads)
+__global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 5 : 3)
     gemm_scalar(Weight weight, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
