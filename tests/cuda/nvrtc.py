@@ -23,6 +23,9 @@ typedef unsigned long long uint64_t, uintptr_t;
 
 def folder() -> Path | None:
     """Where the wheels lie, or None."""
+    # Looking for a module in a package that is not there raises.
+    if importlib.util.find_spec("nvidia") is None:
+        return None
     found = importlib.util.find_spec("nvidia.cuda_nvrtc")
     if found is None or not found.submodule_search_locations:
         return None

@@ -80,3 +80,8 @@ def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:
         path = ROOT / name
         if path.is_file() and path.suffix in (".py", ".md", ".toml", ".json", ".cpp", ".h", ""):
             assert not machine.search(path.read_text()), name
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), "pytest imports test files by their bare names"
