@@ -9,8 +9,9 @@ namespace exllama::cuda {
 
 // out (M, columns) = a (M, terms) @ W, where columns are N and terms K; transposed: @ W^T, columns K and terms N.
 // K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
+// Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it.
 template <int bits, bool shuffled, bool transposed>
-__global__ void __launch_bounds__(kTiledThreads)
+__global__ void __launch_bounds__(kTiledThreads, 3)
     gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out) {
   constexpr int kValues = layout::block_values(bits);
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
