@@ -25,6 +25,7 @@ from exllama_ops.prepare import prepare
 
 if TYPE_CHECKING:
     from exllama_ops.checkpoint import open_gptq, read_gptq, save_gptq
+    from exllama_ops.compile.freeze import freeze
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
     from exllama_ops.nn import ExllamaLinear, convert, quantize
@@ -37,6 +38,7 @@ __all__ = [
     "GptqWeight",
     "PackedWeight",
     "convert",
+    "freeze",
     "get_cpu_matmul_precision",
     "gptq_dequantize",
     "gptq_gemm",
@@ -61,6 +63,7 @@ _LAZY = {
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
     "convert": "exllama_ops.nn",
+    "freeze": "exllama_ops.compile.freeze",
     "load_model": "exllama_ops.integrations.transformers",
     "open_gptq": "exllama_ops.checkpoint",
     "quantize": "exllama_ops.nn",

@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "compile": {"ops", "backends"},
+    "compile": {"nn", "ops", "backends", "layout"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
