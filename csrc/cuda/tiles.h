@@ -21,10 +21,28 @@ inline constexpr int kMmaTokens = 8;  // of a tile
 inline constexpr int kMmaMaxTiles = 4;
 inline constexpr int kMmaStageBytes = 32 * 1024;
 
-// Rows of W in a step, which four lanes share: every group must be a whole number of steps.
-EXLLAMA_HOST_DEVICE constexpr int mma_step_k(int bits) { return bits == 3 ? 128 : bits == 2 ? 64 : 32; }
-// Rows of W for which x lies in shared memory at a time.
-EXLLAMA_HOST_DEVICE constexpr int mma_stage_k(int tiles) { return kMmaStageBytes / (2 * kMmaTokens * tiles); }
+inline constexpr int kMmaMinUnitK = 32;
+
+// Rows of W that are multiplied before their sums are scaled: a run, or less where groups are not whole runs. A group must
+// be whole units.
+EXLLAMA_HOST_DEVICE constexpr int mma_unit_k(int64_t K, int64_t group_size) {
+  return group_size % kMmaRunK == 0 || group_size >= K ? kMmaRunK : kMmaMinUnitK;
+}
+// Rows of W in a step, which four lanes share: where the unit allows it, no two lanes need the same word.
+EXLLAMA_HOST_DEVICE constexpr int mma_step_k(int bits, int unit_k) {
+  if (unit_k == kMmaMinUnitK) return kMmaMinUnitK;
+  return bits == 3 ? 128 : bits == 2 ? 64 : 32;
+}
+// Steps that a warp loads ahead, for four loads of 16 bytes or more: a run has two of 2 bits and three of 3.
+EXLLAMA_HOST_DEVICE constexpr int mma_steps_ahead(int bits, int unit_k, int tiles) {
+  const int run_steps = kMmaRunK / mma_step_k(bits, unit_k);
+  if (bits == 3 && unit_k == kMmaMinUnitK) return 2;
+  return bits <= 3 && unit_k == kMmaRunK && tiles <= 2 ? 2 * run_steps : run_steps;
+}
+// Rows of W for which x, the scales and the zero points lie in shared memory at a time.
+EXLLAMA_HOST_DEVICE constexpr int mma_stage_k(int unit_k, int tiles) {
+  return unit_k == kMmaRunK ? kMmaStageBytes / (2 * kMmaTokens * tiles) : kMmaWarpsK * kMmaRunK;
+}
 
 // gemm_tiled: 64 by 64 outputs of a thread block, 16 terms of their sums in shared memory at a time.
 inline constexpr int kTiledThreads = 256;

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate
 ARCHS = (80, 75, 90)
 ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
 ALGORITHMS = ("scalar", "mma", "tiled", "dense")
-# Rows in a step of gemm_mma, whose groups must be whole steps.
-STEP = {2: 64, 3: 128, 4: 32, 8: 32}
+MMA_UNIT = 32  # rows of W, of which every group must have a whole number in gemm_mma
 # (K, N): beyond a stage, a run and a tile, and no multiple of them.
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
@@ -51,7 +50,7 @@ def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
     if algorithm == "mma":
         tensor_cores = dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
         one_group = case.group_size >= case.K
-        return tensor_cores and case.shuffled and (case.group_size % STEP[case.bits] == 0 or one_group)
+        return tensor_cores and case.shuffled and (case.group_size % MMA_UNIT == 0 or one_group)
     return algorithm != "dense" or dtype != torch.float32
 
 
