@@ -20,16 +20,16 @@ from exllama_ops.layout.formats import FORMATS
 # cdna, rdna: AMD's matrix cores, of gfx9 and of gfx11 and later. other: devices of which nothing is known.
 # host: Triton's interpreter, which takes its time by the operation, whatever its size.
 ARCHS = ("sm75", "sm80", "sm90", "sm100", "cdna", "rdna", "other", "host")
-_TENSOR_CORES = ("sm80", "sm90", "sm100", "cdna", "rdna", "host")
+TENSOR_CORES = ("sm80", "sm90", "sm100", "cdna", "rdna", "host")
 
 FORMS = ("gemv", "dot", "float_dot")
 
 # Rows of x that gemv takes at once. From one more on, float_dot reads the words less often.
 GEMV_ROWS = 4
-# Blocks in a step of gemv: enough words for a 16-byte load by each of 128 threads.
-_GEMV_BLOCKS = {2: 16, 3: 16, 4: 16, 8: 16}
+# Blocks in a step of gemv: words for a 16-byte load or two by each of 128 threads, in as many registers as there are.
+_GEMV_BLOCKS = {2: 16, 3: 8, 4: 16, 8: 16}
 # Rows of W in a step of dot, the first that groups allow; a step of 8 bits takes as many words as one of 4.
-_DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
+DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
 # Of float_dot, whose operands a thread holds whole: few.
 _FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
 
@@ -85,9 +85,9 @@ class Plan:
 
 # (arch, bits, tokens up to this many) -> tile of dot. Below 64 rows sm90 and sm100 use mma.sync, from there on wgmma
 # and tcgen05, which need groups of four warps.
-_BUCKETS = (16, 32, 64, None)
+BUCKETS = (16, 32, 64, None)
 _DOT_TILES: dict[tuple[str, int, int | None], Tile] = {}
-for _arch in _TENSOR_CORES:
+for _arch in TENSOR_CORES:
     for _bits in FORMATS:
         _DOT_TILES |= {
             (_arch, _bits, 16): Tile(16, 64, 4, 3),
@@ -112,7 +112,7 @@ def dx_tile(arch: str) -> DxTile:
 
 def bucket_of(M: int) -> int | None:
     """The M of the table that serves M tokens."""
-    return next(bucket for bucket in _BUCKETS if bucket is None or bucket >= M)
+    return next(bucket for bucket in BUCKETS if bucket is None or bucket >= M)
 
 
 def tile_of(form: str, arch: str, bits: int, M: int) -> Tile:
@@ -129,8 +129,13 @@ def tile_of(form: str, arch: str, bits: int, M: int) -> Tile:
 
 def dot_rows(weight: Weight) -> int | None:
     """Rows in a step of dot: all in one group, and at least the 16 of a matrix instruction. None if no step does."""
-    fits = (rows for rows in _DOT_ROWS[weight.bits] if weight.groups_of(rows) == "tile")
+    fits = (rows for rows in DOT_ROWS[weight.bits] if weight.groups_of(rows) == "tile")
     return next(fits, None)
+
+
+def gemv_blocks(bits: int) -> int:
+    """Blocks of words in a step of gemv."""
+    return _GEMV_BLOCKS[bits]
 
 
 def float_dot_rows(bits: int, arch: str) -> int:
@@ -140,7 +145,7 @@ def float_dot_rows(bits: int, arch: str) -> int:
 
 def form_of(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> str:
     """Which form computes ``M`` rows of x in ``dtype``."""
-    if dtype != torch.float32 and device.arch in _TENSOR_CORES and dot_rows(weight) is not None:
+    if dtype != torch.float32 and device.arch in TENSOR_CORES and dot_rows(weight) is not None:
         return "dot" if M > 1 or batch_invariant else "gemv"
     return "gemv" if M <= GEMV_ROWS or batch_invariant else "float_dot"
 
