@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "compile": {"nn", "layout"},
+    "compile": {"nn", "ops", "reference", "layout", "extras"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
