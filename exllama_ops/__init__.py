@@ -13,7 +13,14 @@ from exllama_ops import backends
 from exllama_ops.backends.batch_invariant import is_batch_invariant, set_batch_invariant
 from exllama_ops.backends.cpu import get_cpu_matmul_precision, set_cpu_matmul_precision
 from exllama_ops.layout import GptqWeight, PackedWeight
-from exllama_ops.ops import gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_shuffle, gptq_unshuffle
+from exllama_ops.ops import (
+    gptq_dequantize,
+    gptq_gemm,
+    gptq_gemm_dx,
+    gptq_gemm_multi,
+    gptq_shuffle,
+    gptq_unshuffle,
+)
 from exllama_ops.prepare import prepare
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ __all__ = [
     "gptq_dequantize",
     "gptq_gemm",
     "gptq_gemm_dx",
+    "gptq_gemm_multi",
     "gptq_shuffle",
     "gptq_unshuffle",
     "is_batch_invariant",

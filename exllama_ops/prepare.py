@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.groups import sorting_order
+from exllama_ops.layout.interning import intern
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
 
 
@@ -15,7 +16,7 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     Without activation order the rows stay where they are. With it they are sorted by group,
     ``perm = argsort(g_idx, stable=True)``. If the sorted rows do not fall into groups of group_size (a shard of an
     act-order weight under tensor parallelism, groups of unequal sizes), the weight stays in checkpoint order and keeps
-    its raw g_idx.
+    its raw g_idx. Weights with equal orders get one tensor of it between them: never write to a perm or g_idx.
 
     Args:
         weight: the weight as a checkpoint has it. It is neither changed nor shared.
@@ -34,8 +35,8 @@ def prepare(weight: GptqWeight) -> PackedWeight:
         qweight=qweight,
         qzeros=weight.qzeros.clone(),
         scales=weight.scales.clone(),
-        perm=perm,
-        g_idx=weight.g_idx.clone() if raw and weight.g_idx is not None else no_order(weight.qweight),
+        perm=intern(perm),
+        g_idx=intern(weight.g_idx.clone()) if raw and weight.g_idx is not None else no_order(weight.qweight),
         shuffled=shuffled,
         bits=weight.bits,
         group_size=weight.group_size,

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "bindings/checks.h"
 #include "bindings/tensor.h"
@@ -50,31 +51,39 @@ inline Tensor tensor_at(const StableIValue* stack, int index) { return Tensor(to
 
 inline void give_back(StableIValue* stack, Tensor result) { stack[0] = torch::stable::detail::from(result.release()); }
 
-// The arguments of a packed weight, which stand on the stack one after the other.
-struct PackedWeight {
-  Tensor qweight;
-  Tensor qzeros;
-  Tensor scales;
+// The entries of a list, which is taken over as a tensor is.
+inline std::vector<Tensor> tensors_at(const StableIValue* stack, int index) {
+  const auto list = torch::stable::detail::to<StableListHandle>(stack[index]);
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  std::vector<Tensor> tensors;
+  tensors.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue entry;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &entry));
+    tensors.emplace_back(torch::stable::detail::to<AtenTensorHandle>(entry));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return tensors;
+}
+
+// The arguments that say how a packed weight, or each of several, is to be read; they stand last on the stack.
+struct Options {
   Tensor g_idx;
   bool use_exllama;
   int64_t bit;
   bool use_v2_format;
   int64_t group_size;
 
-  explicit PackedWeight(const StableIValue* stack)
-      : qweight(tensor_at(stack, 0)),
-        qzeros(tensor_at(stack, 1)),
-        scales(tensor_at(stack, 2)),
-        g_idx(tensor_at(stack, 3)),
-        use_exllama(torch::stable::detail::to<bool>(stack[4])),
-        bit(torch::stable::detail::to<int64_t>(stack[5])),
-        use_v2_format(torch::stable::detail::to<bool>(stack[6])),
-        group_size(torch::stable::detail::to<int64_t>(stack[7])) {}
-
-  WeightArguments arguments() const { return {qweight, qzeros, scales, g_idx, use_exllama, bit, group_size}; }
+  explicit Options(const StableIValue* stack)
+      : g_idx(tensor_at(stack, 0)),
+        use_exllama(torch::stable::detail::to<bool>(stack[1])),
+        bit(torch::stable::detail::to<int64_t>(stack[2])),
+        use_v2_format(torch::stable::detail::to<bool>(stack[3])),
+        group_size(torch::stable::detail::to<int64_t>(stack[4])) {}
 
   // For the kernels, after the checks.
-  layout::Weight weight(const Shape& shape) const {
+  layout::Weight weight(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const Shape& shape) const {
     const int32_t* rows = g_idx.size(0) != 0 ? g_idx.data<const int32_t>() : nullptr;
     // A raw g_idx needs no group size, and any may have come with it.
     const bool groups_of_equal_size = use_exllama || rows == nullptr;
@@ -94,5 +103,57 @@ struct PackedWeight {
     return weight;
   }
 };
+
+// The arguments of a packed weight, which stand on the stack one after the other.
+struct PackedWeight {
+  Tensor qweight;
+  Tensor qzeros;
+  Tensor scales;
+  Options options;
+
+  explicit PackedWeight(const StableIValue* stack)
+      : qweight(tensor_at(stack, 0)), qzeros(tensor_at(stack, 1)), scales(tensor_at(stack, 2)), options(stack + 3) {}
+
+  WeightArguments arguments() const {
+    return {qweight, qzeros, scales, options.g_idx, options.use_exllama, options.bit, options.group_size};
+  }
+  layout::Weight weight(const Shape& shape) const { return options.weight(qweight, qzeros, scales, shape); }
+};
+
+// The arguments of gptq_gemm_multi: lists of the parts' tensors, and what the parts share.
+struct PackedWeights {
+  std::vector<Tensor> qweight;
+  std::vector<Tensor> qzeros;
+  std::vector<Tensor> scales;
+  Options options;
+
+  explicit PackedWeights(const StableIValue* stack)
+      : qweight(tensors_at(stack, 0)), qzeros(tensors_at(stack, 1)), scales(tensors_at(stack, 2)), options(stack + 3) {}
+
+  // Of each part, after the checks.
+  std::vector<layout::Weight> checked_weights(const Tensor& x) const {
+    check_gptq_gemm_multi(x, static_cast<int64_t>(qweight.size()), static_cast<int64_t>(qzeros.size()),
+                          static_cast<int64_t>(scales.size()));
+    std::vector<layout::Weight> weights;
+    weights.reserve(qweight.size());
+    Shape first{};
+    for (size_t i = 0; i < qweight.size(); ++i) {
+      const auto part = static_cast<int64_t>(i);
+      const Shape shape = check_gptq_gemm_multi_part(
+          x,
+          {qweight[i], qzeros[i], scales[i], options.g_idx, options.use_exllama, options.bit, options.group_size, part},
+          i > 0 ? &first : nullptr);
+      if (i == 0) first = shape;
+      weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shape));
+    }
+    return weights;
+  }
+};
+
+inline int64_t columns_of(const std::vector<layout::Weight>& weights) {
+  int64_t columns = 0;
+  for (const layout::Weight& weight : weights) columns += weight.N;
+  return columns;
+}
 
 }  // namespace exllama::bindings

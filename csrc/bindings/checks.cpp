@@ -17,6 +17,17 @@ using layout::Format;
 
 std::string str(int64_t value) { return std::to_string(value); }
 
+// Of an argument, which may be an entry of a list.
+struct Name {
+  Name(const char* argument, int64_t part = -1) : argument(argument), part(part) {}
+  const char* argument;
+  int64_t part;
+
+  std::string str() const {
+    return part < 0 ? std::string(argument) : std::string(argument) + "[" + std::to_string(part) + "]";
+  }
+};
+
 // As Python prints a tuple of integers.
 std::string tuple(const int64_t* values, int64_t count) {
   std::string text = "(";
@@ -63,10 +74,10 @@ bool is_contiguous(const Tensor& tensor) {
   return strides_match || numel == 0;
 }
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t dim,
+void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim,
                   std::initializer_list<int32_t> dtypes, const Tensor& first) {
   if (tensor.dim() != dim) {
-    refuse(op, std::string(name) + " must have " + str(dim) + (dim > 1 ? " dimensions" : " dimension") + "; got " +
+    refuse(op, name.str() + " must have " + str(dim) + (dim > 1 ? " dimensions" : " dimension") + "; got " +
                    str(tensor.dim()));
   }
   bool allowed = false;
@@ -74,20 +85,20 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_
   if (!allowed) {
     std::string names;
     for (int32_t dtype : dtypes) names += (names.empty() ? "" : ", ") + dtype_name(dtype);
-    refuse(op, std::string(name) + " must be " + (dtypes.size() > 1 ? "one of " : "") + names + "; got " +
+    refuse(op, name.str() + " must be " + (dtypes.size() > 1 ? "one of " : "") + names + "; got " +
                    dtype_name(tensor.dtype()));
   }
   if (!tensor.on_the_device_of(first)) {
-    refuse(op, std::string(name) + " must be on " + device_name(first) + " like the first argument; got " +
+    refuse(op, name.str() + " must be on " + device_name(first) + " like the first argument; got " +
                    device_name(tensor));
   }
   if (!is_contiguous(tensor)) {
-    refuse(op, std::string(name) + " must be contiguous; got shape " + shape_of(tensor) + " with strides " +
+    refuse(op, name.str() + " must be contiguous; got shape " + shape_of(tensor) + " with strides " +
                    tuple(tensor.strides(), tensor.dim()));
   }
 }
 
-void check_float_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
+void check_float_tensor(const char* op, Name name, const Tensor& tensor, const Tensor& first) {
   check_tensor(op, name, tensor, 2, {kFloat16, kBFloat16, kFloat32}, first);
 }
 
@@ -100,10 +111,10 @@ const Format& check_bits(const char* op, int64_t bits) {
   refuse(op, "bit must be one of (" + supported + "); got " + str(bits));
 }
 
-void check_fills_words(const char* op, const char* name, int64_t size, const Format& format) {
+void check_fills_words(const char* op, Name name, int64_t size, const Format& format) {
   if (size > 0 && size % format.block_values == 0) return;
-  refuse(op, std::string(name) + " must be a positive multiple of " + str(format.block_values) + ", the " +
-                 str(format.bits) + "-bit values that fill whole 32-bit words; got " + name + "=" + str(size));
+  refuse(op, name.str() + " must be a positive multiple of " + str(format.block_values) + ", the " +
+                 str(format.bits) + "-bit values that fill whole 32-bit words; got " + name.str() + "=" + str(size));
 }
 
 int64_t check_rows(const char* op, const Tensor& qweight, const Format& format) {
@@ -115,36 +126,37 @@ int64_t check_rows(const char* op, const Tensor& qweight, const Format& format) 
   return rows * 32 / format.bits;
 }
 
-void check_shape(const char* op, const char* name, const Tensor& tensor, const char* formula, int64_t rows,
+void check_shape(const char* op, Name name, const Tensor& tensor, const char* formula, int64_t rows,
                  int64_t columns, const std::string& given) {
   if (tensor.size(0) == rows && tensor.size(1) == columns) return;
   const int64_t expected[] = {rows, columns};
-  refuse(op, std::string(name) + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given +
+  refuse(op, name.str() + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given +
                  "; got " + shape_of(tensor));
 }
 
 // The texts below are built only where a rule is broken: a call has a few microseconds in all.
 Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& first, const int64_t* K_of_x,
                    const int64_t* N_of_grad) {
-  const auto& [qweight, qzeros, scales, g_idx, use_exllama, bits, group_size] = weight;
+  const auto& [qweight, qzeros, scales, g_idx, use_exllama, bits, group_size, part] = weight;
   const Format& format = check_bits(op, bits);
-  check_tensor(op, "qweight", qweight, 2, {kInt32}, first);
-  check_tensor(op, "qzeros", qzeros, 2, {kInt32}, first);
-  check_float_tensor(op, "scales", scales, first);
+  check_tensor(op, {"qweight", part}, qweight, 2, {kInt32}, first);
+  check_tensor(op, {"qzeros", part}, qzeros, 2, {kInt32}, first);
+  check_float_tensor(op, {"scales", part}, scales, first);
   check_tensor(op, "g_idx", g_idx, 1, {kInt32}, first);
 
   const int64_t K = K_of_x ? *K_of_x : check_rows(op, qweight, format);
   const int64_t N = N_of_grad ? *N_of_grad : scales.size(1);
   const int64_t G = scales.size(0);
   check_fills_words(op, "K", K, format);
-  check_fills_words(op, "N", N, format);
+  check_fills_words(op, {"N", part}, N, format);
   if (qweight.size(0) != K * bits / 32 || qweight.size(1) != N) {
-    check_shape(op, "qweight", qweight, "(K*bits/32, N)", K * bits / 32, N, "K=" + str(K) + ", bits=" + str(bits));
+    check_shape(op, {"qweight", part}, qweight, "(K*bits/32, N)", K * bits / 32, N,
+                "K=" + str(K) + ", bits=" + str(bits));
   }
-  if (G <= 0) refuse(op, "scales must have at least one group (row); got " + shape_of(scales));
-  if (scales.size(1) != N) check_shape(op, "scales", scales, "(G, N)", G, N, "N=" + str(N));
+  if (G <= 0) refuse(op, Name{"scales", part}.str() + " must have at least one group (row); got " + shape_of(scales));
+  if (scales.size(1) != N) check_shape(op, {"scales", part}, scales, "(G, N)", G, N, "N=" + str(N));
   if (qzeros.size(0) != G || qzeros.size(1) != N * bits / 32) {
-    check_shape(op, "qzeros", qzeros, "(G, N*bits/32)", G, N * bits / 32,
+    check_shape(op, {"qzeros", part}, qzeros, "(G, N*bits/32)", G, N * bits / 32,
                 "G=" + str(G) + ", N=" + str(N) + ", bits=" + str(bits));
   }
 
@@ -159,12 +171,12 @@ Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& 
   if (group_size != 0) {
     const int64_t groups = (K - 1) / group_size + 1;
     if (groups != G) {
-      refuse(op, "scales must have G = ceil(K / group_size) = " + str(groups) + " rows for K=" + str(K) +
-                     ", group_size=" + str(group_size) + "; got " + str(G));
+      refuse(op, Name{"scales", part}.str() + " must have G = ceil(K / group_size) = " + str(groups) + " rows for K=" +
+                     str(K) + ", group_size=" + str(group_size) + "; got " + str(G));
     }
   } else if (K % G != 0) {
-    refuse(op, "group_size=0 means K / G, which must be whole; got K=" + str(K) + ", G=" + str(G) +
-                   " (say the group_size of a weight whose last group is partial)");
+    refuse(op, "group_size=0 means K / G, which must be whole; got K=" + str(K) + ", " + Name{"G", part}.str() + "=" +
+                   str(G) + " (say the group_size of a weight whose last group is partial)");
   }
   return {K, N, G};
 }
@@ -175,6 +187,24 @@ Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight) {
   check_float_tensor("gptq_gemm", "x", x, x);
   const int64_t K = x.size(1);
   return check_weight("gptq_gemm", weight, x, &K, nullptr);
+}
+
+void check_gptq_gemm_multi(const Tensor& x, int64_t qweights, int64_t qzeros, int64_t scales) {
+  check_float_tensor("gptq_gemm_multi", "x", x, x);
+  if (qweights > 0 && qweights == qzeros && qweights == scales) return;
+  const int64_t lengths[] = {qweights, qzeros, scales};
+  refuse("gptq_gemm_multi", "qweight, qzeros and scales must have one entry for each part, at least 1; got " +
+                                tuple(lengths, 3));
+}
+
+Shape check_gptq_gemm_multi_part(const Tensor& x, const WeightArguments& weight, const Shape* first) {
+  const int64_t K = x.size(1);
+  const Shape shape = check_weight("gptq_gemm_multi", weight, x, &K, nullptr);
+  if (first != nullptr && shape.G != first->G) {
+    refuse("gptq_gemm_multi", Name{"scales", weight.part}.str() + " must have as many groups (rows) as scales[0], " +
+                                  str(first->G) + "; got " + str(shape.G));
+  }
+  return shape;
 }
 
 Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight) {

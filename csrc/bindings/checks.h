@@ -24,10 +24,14 @@ struct WeightArguments {
   bool use_exllama;
   int64_t bit;
   int64_t group_size;
+  int64_t part = -1;  // its index in lists of weights
 };
 
 // Each throws std::invalid_argument, which Python sees as ValueError with the same text.
 Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight);
+// Of x and the lengths of the lists; then of each part, which must have the groups of the first.
+void check_gptq_gemm_multi(const Tensor& x, int64_t qweights, int64_t qzeros, int64_t scales);
+Shape check_gptq_gemm_multi_part(const Tensor& x, const WeightArguments& weight, const Shape* first);
 Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight);
 Shape check_gptq_dequantize(const WeightArguments& weight);
 // gptq_shuffle and gptq_unshuffle; `op` is the name that errors carry. Returns K.

@@ -11,6 +11,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/registration.h"
@@ -76,14 +77,33 @@ void check_isa(const char* op) {
                               available + "; got " + (given != nullptr ? given : ""));
 }
 
-// For the kernels, after the checks. Reads g_idx, which must not lead outside the weight.
+// Reads g_idx, which must not lead outside the weight.
+void check_rows_of(const char* op, const cpu::Weight& weight, const Tensor& g_idx) {
+  if (!weight.rows) return;
+  check_index_range(op, "g_idx", weight.rows, g_idx.size(0), weight.shuffled ? weight.K : weight.G);
+}
+
+// For the kernels, after the checks.
 cpu::Weight checked(const char* op, const PackedWeight& packed, const Shape& shape) {
   check_isa(op);
   const cpu::Weight weight = packed.weight(shape);
-  if (weight.rows) {
-    check_index_range(op, "g_idx", weight.rows, packed.g_idx.size(0), weight.shuffled ? shape.K : shape.G);
-  }
+  check_rows_of(op, weight, packed.options.g_idx);
   return weight;
+}
+
+// x times every part, side by side.
+Tensor product(const cpu::Weight* parts, int64_t count, int64_t columns, const Tensor& x) {
+  const int64_t M = x.size(0);
+  const int64_t sizes[] = {M, columns};
+  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
+  if (M > 0) {
+    TorchThreads pool;
+    const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
+    const Workspace workspace(cpu::gemm_workspace_bytes(parts, count, M, dtype_of(x), precision, pool.threads()), x);
+    cpu::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
+              pool.parallel());
+  }
+  return out;
 }
 
 void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
@@ -91,17 +111,16 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
   const cpu::Weight weight = checked("gptq_gemm", packed, shape);
-  const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, shape.N};
-  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
-  if (M > 0) {
-    TorchThreads pool;
-    const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
-    const Workspace workspace(cpu::gemm_workspace_bytes(weight, M, dtype_of(x), precision, pool.threads()), x);
-    cpu::gemm(weight, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
-              pool.parallel());
-  }
-  give_back(stack, static_cast<Tensor&&>(out));
+  give_back(stack, product(&weight, 1, weight.N, x));
+}
+
+void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = tensor_at(stack, 0);
+  const PackedWeights packed(stack + 1);
+  const std::vector<cpu::Weight> parts = packed.checked_weights(x);
+  check_isa("gptq_gemm_multi");
+  check_rows_of("gptq_gemm_multi", parts[0], packed.options.g_idx);
+  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), columns_of(parts), x));
 }
 
 void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
@@ -181,8 +200,8 @@ void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
 // schemas or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx}, name_space, op,
-                          "CPU");
+  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_gemm_multi},
+                          name_space, op, "CPU");
 }
 
 // The values are those of exllama::cpu::Precision; whoever calls has checked them.

@@ -13,6 +13,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/registration.h"
@@ -102,8 +103,9 @@ torch::stable::Tensor float32_product(const torch::stable::Tensor& a, const torc
   return to<torch::stable::Tensor>(stack[0]);
 }
 
-// out = x @ W, by chunks of columns that are rounded to x's dtype.
-void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t chunk, const Place& place) {
+// The columns of out from first_column on = x @ W, by chunks of columns that are rounded to x's dtype.
+void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column, int64_t chunk,
+                const Place& place) {
   const torch::stable::Tensor whole_x = new_reference(x);
   torch::stable::Tensor whole_out = new_reference(out);
   for (int64_t first = 0; first < weight.N; first += chunk) {
@@ -111,9 +113,42 @@ void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out
     const int64_t sizes[] = {weight.K, columns};
     Tensor dense = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
     cuda::dequantize(weight, first, columns, dense.data<void>(), dtype_of(x), place.stream());
-    torch::stable::Tensor part = torch::stable::narrow(whole_out, 1, first, columns);
+    torch::stable::Tensor part = torch::stable::narrow(whole_out, 1, first_column + first, columns);
     torch::stable::copy_(part, float32_product(whole_x, new_reference(dense)));
   }
+}
+
+// The columns of out from first_column on = x @ W, as gptq_gemm of this weight alone computes them.
+void gemm_into(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column,
+               const Place& place) {
+  const int64_t M = x.size(0), out_stride = out.size(1);
+  const cuda::Problem problem =
+      cuda::problem_of(weight, dtype_of(x), M, place.device(), batch_invariant.load(std::memory_order_relaxed));
+  const cuda::Config config = choose(problem);
+  log_choice(problem, config);
+  if (config.algorithm == cuda::Algorithm::kDense) {
+    gemm_dense(weight, x, out, first_column, config.chunk, place);
+    return;
+  }
+  const Workspace workspace(cuda::gemm_workspace_bytes(problem, config, out_stride), x);
+  const int64_t bytes = dtype_of(x) == layout::DType::kFloat32 ? 4 : 2;
+  cuda::gemm(weight, x.data<const void>(), dtype_of(x), M, out.data<char>() + first_column * bytes, out_stride, config,
+             workspace.get(), place.stream());
+}
+
+// x times every part, side by side. Each part is a launch of its own, which gathers x into shared memory as it would
+// alone: one for all would have to choose one config for them, and other bits.
+Tensor product(const layout::Weight* parts, int64_t count, int64_t columns, const Tensor& x) {
+  const int64_t M = x.size(0);
+  const int64_t sizes[] = {M, columns};
+  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
+  if (M == 0) return out;
+  const Place place(x);
+  int64_t first_column = 0;
+  for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
+    gemm_into(*part, x, out, first_column, place);
+  }
+  return out;
 }
 
 void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
@@ -121,24 +156,14 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
   const layout::Weight weight = packed.weight(shape);
-  const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, shape.N};
-  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
-  if (M > 0 && shape.N > 0) {
-    const Place place(x);
-    const cuda::Problem problem =
-        cuda::problem_of(weight, dtype_of(x), M, place.device(), batch_invariant.load(std::memory_order_relaxed));
-    const cuda::Config config = choose(problem);
-    log_choice(problem, config);
-    if (config.algorithm == cuda::Algorithm::kDense) {
-      gemm_dense(weight, x, out, config.chunk, place);
-    } else {
-      const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
-      cuda::gemm(weight, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
-                 place.stream());
-    }
-  }
-  give_back(stack, static_cast<Tensor&&>(out));
+  give_back(stack, product(&weight, 1, weight.N, x));
+}
+
+void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor x = tensor_at(stack, 0);
+  const PackedWeights packed(stack + 1);
+  const std::vector<layout::Weight> parts = packed.checked_weights(x);
+  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), columns_of(parts), x));
 }
 
 void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
@@ -205,8 +230,8 @@ void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
 // have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cuda_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx}, name_space, op,
-                          kDispatchKey);
+  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_gemm_multi},
+                          name_space, op, kDispatchKey);
 }
 
 // Whether a row's bits must not depend on the rows that it is batched with.

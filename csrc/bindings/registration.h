@@ -13,7 +13,7 @@ using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
 // The kernels of the ops. An op whose autograd kernel calls a private twin has the same kernel twice.
 struct Kernels {
-  Kernel shuffle, unshuffle, dequantize, gemm, gemm_dx;
+  Kernel shuffle, unshuffle, dequantize, gemm, gemm_dx, gemm_multi;
 };
 
 // Registers the kernel of one op, or of every op if `op` is null, in an operator namespace that has the schemas or will
@@ -27,7 +27,8 @@ inline const char* register_kernels(const Kernels& kernels, const char* name_spa
   } implementations[] = {
       {"gptq_shuffle", kernels.shuffle}, {"gptq_unshuffle", kernels.unshuffle}, {"gptq_dequantize", kernels.dequantize},
       {"gptq_gemm", kernels.gemm},       {"_gptq_gemm", kernels.gemm},          {"gptq_gemm_dx", kernels.gemm_dx},
-      {"_gptq_gemm_dx", kernels.gemm_dx},
+      {"_gptq_gemm_dx", kernels.gemm_dx}, {"gptq_gemm_multi", kernels.gemm_multi},
+      {"_gptq_gemm_multi", kernels.gemm_multi},
   };
   static thread_local std::string error;
   try {

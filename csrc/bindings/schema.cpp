@@ -11,9 +11,9 @@
 
 namespace {
 
-#define WEIGHT_ARGUMENTS                                                                    \
-  "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, " \
-  "bool use_v2_format=False, int group_size=0"
+#define OPTIONS "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
+#define WEIGHT_ARGUMENTS "Tensor qweight, Tensor qzeros, Tensor scales, " OPTIONS
+#define MULTI_ARGUMENTS "Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, " OPTIONS
 
 const char* const kSchemas[] = {
     "gptq_shuffle(Tensor(a!) qweight, Tensor q_perm, int bit) -> ()",
@@ -21,6 +21,8 @@ const char* const kSchemas[] = {
     "gptq_dequantize(" WEIGHT_ARGUMENTS ") -> Tensor",
     "gptq_gemm(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
     "_gptq_gemm(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
+    "gptq_gemm_multi(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
+    "_gptq_gemm_multi(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
     "gptq_gemm_dx(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
     "_gptq_gemm_dx(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
 };

@@ -1,4 +1,4 @@
-// The CPU kernels of the five ops: plain pointers and sizes, no torch. Arguments were checked by the caller.
+// The CPU kernels of the ops: plain pointers and sizes, no torch. Arguments were checked by the caller.
 #pragma once
 
 #include <cstddef>
@@ -25,12 +25,14 @@ struct Parallel {
 };
 
 // Scratch memory, 64-byte aligned, valid until the op returns; the caller owns it and sizes it by *_workspace_bytes.
-size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType x_dtype, Precision precision, int32_t threads);
+size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, DType x_dtype, Precision precision,
+                            int32_t threads);
 size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType grad_dtype, int32_t threads);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 
-// out (M, N) = x (M, K) @ W, both of dtype x_dtype.
-void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
+// out (M, N of all parts) = x (M, K) @ W of each part, side by side, all of dtype x_dtype. The parts, at least one, have
+// everything but N, their data and the dtype of their scales in common.
+void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel);
 
 // dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.

@@ -1,9 +1,11 @@
-// out = x @ W: x is packed block by block, then tasks of columns walk down the blocks.
+// out = x @ W of each part: x is packed block by block, then tasks of columns of a part walk down the blocks.
 //
 // Integer classes (high, medium): a block of a row of x becomes one or two limbs with power-of-two scales, see
 // Kernels::quantize; a block with NaN or inf is multiplied as float. The float class (highest, and raw g_idx with any
 // precision) takes x as it is. What happens to one row and block depends on that row and block alone, and blocks are
 // added in ascending order, so that the result of a row does not depend on M or on the threads.
+#include <numeric>
+
 #include "ahead.h"
 #include "blocks.h"
 #include "convert.h"
@@ -52,7 +54,8 @@ int tile_depth(const Weight& weight) {
   return static_cast<int>(std::min<int64_t>(64, round_up(Blocks(weight, kBlockRows).longest(), 4)));
 }
 
-Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, Class kind, int32_t threads) {
+// `weight` has the rows that all parts have, and `N` is that of the widest.
+Scratch take_scratch(Arena& arena, const Weight& weight, int64_t N, int64_t M, Class kind, int32_t threads) {
   const Blocks blocks(weight, kBlockRows);
   const Tiles* tiles = kernels().tiles;
   PackedX x{M, round_up(blocks.longest(), tiles ? std::max(8, tile_depth(weight)) : 8)};
@@ -66,7 +69,7 @@ Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, Class kind, 
     if (kind == Class::kInt8) x.bytes = arena.take<uint8_t>(entries * x.stride);
     x.scales = arena.take<BlockScale>(entries);
   }
-  return {x, arena.take<float>(threads * task_sums(weight.N, M))};
+  return {x, arena.take<float>(threads * task_sums(N, M))};
 }
 
 // Rows of x that are multiplied alike in one block: limb 0 or 1 of their integers.
@@ -85,32 +88,75 @@ struct Runs {
   const Run* end() const { return runs + count; }
 };
 
+// Weights that stand side by side: all but their columns is alike.
+struct Parts {
+  const Weight* weights;
+  int64_t count;
+
+  const Weight* begin() const { return weights; }
+  const Weight* end() const { return weights + count; }
+
+  int64_t columns() const {
+    return std::accumulate(begin(), end(), int64_t{0}, [](int64_t sum, const Weight& part) { return sum + part.N; });
+  }
+  int64_t widest() const {
+    return std::accumulate(begin(), end(), int64_t{0}, [](int64_t N, const Weight& part) { return std::max(N, part.N); });
+  }
+  // Ranges of at most `width` columns, each of one part.
+  int64_t ranges(int64_t width) const {
+    return std::accumulate(begin(), end(), int64_t{0},
+                           [&](int64_t sum, const Weight& part) { return sum + ceil_div(part.N, width); });
+  }
+};
+
+// A range of the columns of one part: in the part, and in the result.
+struct Range {
+  const Weight& weight;
+  int64_t column;
+  int64_t width;
+  int64_t out_column;
+};
+
+Range range_at(const Parts& parts, int64_t index, int64_t width) {
+  const Weight* part = parts.begin();
+  int64_t before = 0;
+  for (; index >= ceil_div(part->N, width); ++part) {
+    index -= ceil_div(part->N, width);
+    before += part->N;
+  }
+  const int64_t column = index * width;
+  return {*part, column, std::min(width, part->N - column), before + column};
+}
+
 class Gemm {
  public:
-  Gemm(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Class kind, void* workspace,
+  Gemm(const Parts& parts, const void* x, DType dtype, int64_t M, void* out, Class kind, void* workspace,
        int32_t threads)
-      : weight_(weight),
+      : parts_(parts),
+        columns_(parts.columns()),
+        task_sums_(task_sums(parts.widest(), M)),
+        format_(*parts.begin()),
         source_(x),
         dtype_(dtype),
         M_(M),
         out_(out),
         kind_(kind),
         isa_(kernels()),
-        blocks_(weight, kBlockRows),
-        perm_(weight.shuffled ? weight.rows : nullptr) {
+        blocks_(format_, kBlockRows),
+        perm_(format_.shuffled ? format_.rows : nullptr) {
     Arena arena(workspace);
-    const Scratch scratch = take_scratch(arena, weight, M, kind, threads);
+    const Scratch scratch = take_scratch(arena, format_, parts.widest(), M, kind, threads);
     x_ = scratch.x;
     sums_ = scratch.sums;
-    const int values = layout::block_values(weight.bits);
-    whole_words_ = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
+    const int values = layout::block_values(format_.bits);
+    whole_words_ = format_.shuffled && (format_.group_size % values == 0 || format_.group_size >= format_.K);
     int8_ = kind == Class::kInt8 && isa_.multiply_int8 && whole_words_;
     gemv_ = kind != Class::kFloat && M <= kGemvRows && isa_.gemv && whole_words_;
     tiles_ = kind != Class::kFloat && !gemv_ && whole_words_ ? isa_.tiles : nullptr;
   }
 
   void run(const Parallel& parallel) {
-    const int64_t pack_tasks = M_ * weight_.K < kParallelEntries ? 1 : 4 * parallel.threads;
+    const int64_t pack_tasks = M_ * format_.K < kParallelEntries ? 1 : 4 * parallel.threads;
     for_each(parallel, pack_tasks, [&](int64_t task) {
       const int64_t entries = blocks_.count() * M_;
       for (int64_t i = entries * task / pack_tasks; i < entries * (task + 1) / pack_tasks; ++i) {
@@ -124,14 +170,14 @@ class Gemm {
     }
     // Narrow weights and few rows: smaller tasks, so that each thread has some.
     int64_t chunk = kChunkRows, width = kTaskPanels * kPanelColumns;
-    const auto tasks = [&] { return ceil_div(weight_.N, width) * ceil_div(M_, chunk); };
+    const auto tasks = [&] { return parts_.ranges(width) * ceil_div(M_, chunk); };
     while (width > kPanelColumns && tasks() < 4 * parallel.threads) width /= 2;
     while (chunk > 32 && tasks() < 4 * parallel.threads) chunk /= 2;
-    const int64_t columns = ceil_div(weight_.N, width);
+    const int64_t ranges = parts_.ranges(width);
     for_each(parallel, tasks(), [&](int64_t task, int32_t worker) {
-      const int64_t begin = task / columns * chunk, column = task % columns * width;
-      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), column, std::min(width, weight_.N - column),
-               sums_ + worker * task_sums(weight_.N, M_));
+      const int64_t begin = task / ranges * chunk;
+      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), range_at(parts_, task % ranges, width),
+               sums_ + worker * task_sums_);
     });
   }
 
@@ -139,18 +185,16 @@ class Gemm {
   void run_gemv(const Parallel& parallel) const {
     // Long rows of words, but two tasks for each thread at least.
     int64_t width = kGemvSums / kPanelColumns / M_ * kPanelColumns;
-    while (width > kPanelColumns && parallel.threads > 1 && weight_.N < 2 * parallel.threads * width) {
+    while (width > kPanelColumns && parallel.threads > 1 && columns_ < 2 * parallel.threads * width) {
       width = width / 2 / kPanelColumns * kPanelColumns;
     }
-    for_each(parallel, ceil_div(weight_.N, width), [&](int64_t task) {
-      multiply_words(task * width, static_cast<int>(std::min(width, weight_.N - task * width)));
-    });
+    for_each(parallel, parts_.ranges(width), [&](int64_t task) { multiply_words(range_at(parts_, task, width)); });
   }
 
   void pack(int64_t b, int64_t m) {
     const Block block = blocks_[b];
     const int64_t entry = b * M_ + m;
-    const void* row = offset(source_, dtype_, m * weight_.K);
+    const void* row = offset(source_, dtype_, m * format_.K);
     if (kind_ == Class::kFloat) {
       isa_.load(row, dtype_, perm_, block.row, block.rows, x_.floats + entry * x_.stride);
       return;
@@ -171,14 +215,14 @@ class Gemm {
     x_.scales[entry] = isa_.quantize(values, block.rows, stride, limit, first, second);
     // int8 panels take unsigned x, the kernels for few rows and for tiles signed.
     const int shift = gemv_ || tiles_ ? 0 : kInt8Offset;
-    if (int8_) isa_.pack_bytes(first, stride, weight_.bits, 0, shift, x_.bytes + entry * stride);
+    if (int8_) isa_.pack_bytes(first, stride, format_.bits, 0, shift, x_.bytes + entry * stride);
   }
 
   void pack_two_bytes(const int16_t* limb, int16_t* out) const {
     uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
     const int stride = static_cast<int>(x_.stride);
-    isa_.pack_bytes(limb, stride, weight_.bits, 8, 0, bytes);
-    isa_.pack_bytes(limb, stride, weight_.bits, 0, 0, bytes + stride);
+    isa_.pack_bytes(limb, stride, format_.bits, 8, 0, bytes);
+    isa_.pack_bytes(limb, stride, format_.bits, 0, 0, bytes + stride);
   }
 
   bool all_finite() const {
@@ -187,46 +231,49 @@ class Gemm {
   }
 
   // All rows of x, straight from the words.
-  void multiply_words(int64_t column, int columns) const {
+  void multiply_words(const Range& range) const {
     alignas(64) float acc[kGemvSums];
+    const int columns = static_cast<int>(range.width), rows = static_cast<int>(M_);
     std::fill(acc, acc + M_ * columns, 0.0f);
-    const int rows = static_cast<int>(M_);
     const void* x = int8_ ? static_cast<const void*>(x_.bytes) : x_.first;
-    isa_.gemv({&weight_, rows, x, x_.second, int8_, x_.stride, x_.scales, column, columns, acc});
-    for (int m = 0; m < rows; ++m) {
-      isa_.store(acc + m * columns, columns, offset(out_, dtype_, m * weight_.N + column), dtype_);
-    }
+    isa_.gemv({&range.weight, rows, x, x_.second, int8_, x_.stride, x_.scales, range.column, columns, acc});
+    for (int m = 0; m < rows; ++m) store(acc + m * columns, columns, m, range.out_column);
   }
 
-  // `rows` rows of x from `begin` on, by `width` columns; the sums of each panel are contiguous.
-  void multiply(int64_t begin, int rows, int64_t column, int64_t width, float* acc) const {
-    const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
+  // `rows` rows of x from `begin` on, by a range of columns; the sums of each panel are contiguous.
+  void multiply(int64_t begin, int rows, const Range& range, float* acc) const {
+    const Weight& weight = range.weight;
+    const int64_t panels = ceil_div(range.width, kPanelColumns), panel_sums = rows * kPanelColumns;
     const auto columns = [&](int64_t panel) {
-      return static_cast<int>(std::min<int64_t>(kPanelColumns, width - panel * kPanelColumns));
+      return static_cast<int>(std::min<int64_t>(kPanelColumns, range.width - panel * kPanelColumns));
     };
-    const WordLines lines(weight_, kBlockRows, kPanelColumns);
+    const WordLines lines(weight, kBlockRows, kPanelColumns);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
-    if (tiles_) tiles_->start(tile_depth(weight_));
+    if (tiles_) tiles_->start(tile_depth(weight));
     for (int64_t b = 0; b < blocks_.count(); ++b) {
       Runs runs;
       if (kind_ != Class::kFloat) find_runs(b, begin, rows, runs);
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t from = column + panel * kPanelColumns;
-        Ahead ahead = lines_ahead(lines, b + 1, from, columns(panel));
+        const int64_t from = range.column + panel * kPanelColumns;
+        Ahead ahead = lines_ahead(weight, lines, b + 1, from, columns(panel));
         if (kind_ == Class::kFloat) {
-          add_float(b, begin, rows, from, columns(panel), acc + panel * panel_sums, ahead);
+          add_float(weight, b, begin, rows, from, columns(panel), acc + panel * panel_sums, ahead);
         } else {
-          add_integer(b, begin, rows, runs, from, columns(panel), acc + panel * panel_sums, ahead);
+          add_integer(weight, b, begin, rows, runs, from, columns(panel), acc + panel * panel_sums, ahead);
         }
       }
     }
     if (tiles_) tiles_->stop();
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int m = 0; m < rows; ++m) {
-        isa_.store(acc + panel * panel_sums + m * kPanelColumns, columns(panel),
-                   offset(out_, dtype_, (begin + m) * weight_.N + column + panel * kPanelColumns), dtype_);
+        store(acc + panel * panel_sums + m * kPanelColumns, columns(panel), begin + m,
+              range.out_column + panel * kPanelColumns);
       }
     }
+  }
+
+  void store(const float* sums, int columns, int64_t m, int64_t out_column) const {
+    isa_.store(sums, columns, offset(out_, dtype_, m * columns_ + out_column), dtype_);
   }
 
   // The longest runs of rows whose limbs match.
@@ -246,39 +293,40 @@ class Gemm {
   }
 
   // The words of a panel of block b, for prefetching; its zero points and scales are prefetched here.
-  Ahead lines_ahead(const WordLines& lines, int64_t b, int64_t column, int columns) const {
+  Ahead lines_ahead(const Weight& weight, const WordLines& lines, int64_t b, int64_t column, int columns) const {
     if (b >= blocks_.count()) return {};
     const Block block = blocks_[b];
-    if (Blocks::grouped(weight_)) {
-      const int64_t index = block.group * weight_.N + column;
-      __builtin_prefetch(weight_.qzeros + index * weight_.bits / 32, 0, 3);
-      const char* scales = static_cast<const char*>(offset(weight_.scales, weight_.scales_dtype, index));
-      for (int64_t byte = 0; byte < columns * bytes_of(weight_.scales_dtype); byte += 64) {
+    if (Blocks::grouped(weight)) {
+      const int64_t index = block.group * weight.N + column;
+      __builtin_prefetch(weight.qzeros + index * weight.bits / 32, 0, 3);
+      const char* scales = static_cast<const char*>(offset(weight.scales, weight.scales_dtype, index));
+      for (int64_t byte = 0; byte < columns * bytes_of(weight.scales_dtype); byte += 64) {
         __builtin_prefetch(scales + byte, 0, 3);
       }
     }
-    return lines.from(words_of(weight_, block.row, column));
+    return lines.from(words_of(weight, block.row, column));
   }
 
-  void add_float(int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc, Ahead& ahead) const {
+  void add_float(const Weight& weight, int64_t b, int64_t begin, int rows, int64_t column, int columns, float* acc,
+                 Ahead& ahead) const {
     alignas(64) float panel[kBlockRows * kPanelColumns];
     float scales[kPanelColumns];
     const Block block = blocks_[b];
-    if (Blocks::grouped(weight_)) {
+    if (Blocks::grouped(weight)) {
       int32_t zeros[kPanelColumns];
-      isa_.load_zeros(weight_, block.group, column, columns, zeros);
-      isa_.load_scales(weight_, block.group, column, columns, scales);
-      isa_.unpack_float(weight_, block.row, block.rows, column, columns, zeros, nullptr, panel);
+      isa_.load_zeros(weight, block.group, column, columns, zeros);
+      isa_.load_scales(weight, block.group, column, columns, scales);
+      isa_.unpack_float(weight, block.row, block.rows, column, columns, zeros, nullptr, panel);
     } else {
-      unpack_scaled(isa_, weight_, block.row, block.rows, 0, column, columns, panel);
+      unpack_scaled(isa_, weight, block.row, block.rows, 0, column, columns, panel);
       std::fill(scales, scales + kPanelColumns, 1.0f);
     }
     const float* x = x_.floats + (b * M_ + begin) * x_.stride;
     isa_.multiply_float({x, x_.stride, nullptr, 0, rows, block.rows, panel, columns, scales, acc}, ahead);
   }
 
-  void add_integer(int64_t b, int64_t begin, int rows, const Runs& runs, int64_t column, int columns, float* acc,
-                   Ahead& ahead) const {
+  void add_integer(const Weight& weight, int64_t b, int64_t begin, int rows, const Runs& runs, int64_t column,
+                   int columns, float* acc, Ahead& ahead) const {
     const Block block = blocks_[b];
     const int64_t entry = b * M_ + begin;
     const BlockScale* x_scales = x_.scales + entry;
@@ -286,14 +334,14 @@ class Gemm {
     alignas(64) float scales[kPanelColumns];
     // With so few rows the tiles are done as soon as the unpacking, which takes a share of what is ahead too.
     if (tiles_ && rows <= tiles_->rows) ahead.prefetch(3);
-    isa_.load_zeros(weight_, block.group, column, columns, zeros);
-    isa_.load_scales(weight_, block.group, column, columns, scales);
-    if (!runs.all_finite) add_not_finite(block, x_scales, begin, rows, column, columns, zeros, scales, acc);
+    isa_.load_zeros(weight, block.group, column, columns, zeros);
+    isa_.load_scales(weight, block.group, column, columns, scales);
+    if (!runs.all_finite) add_not_finite(weight, block, x_scales, begin, rows, column, columns, zeros, scales, acc);
     if (tiles_ || int8_) {
       alignas(64) int8_t panel[kBlockRows * kPanelColumns];
       alignas(64) int32_t start[kPanelColumns];
-      isa_.unpack_int8(weight_, block.row, block.rows, column, columns, zeros, panel, start);
-      const bool whole_zero = weight_.bits != 8;
+      isa_.unpack_int8(weight, block.row, block.rows, column, columns, zeros, panel, start);
+      const bool whole_zero = weight.bits != 8;
       if (!whole_zero) std::for_each(zeros, zeros + kPanelColumns, [](int32_t& zero) { zero -= kInt8Offset; });
       for (const Run& run : runs) {
         if (tiles_) {
@@ -301,7 +349,7 @@ class Gemm {
           const int64_t x_stride = two_bytes ? 2 * x_.stride : x_.stride;
           const void* x = !two_bytes ? x_.bytes : static_cast<const void*>(run.limb == 0 ? x_.first : x_.second);
           tiles_->multiply({static_cast<const int8_t*>(x) + (entry + run.first) * x_stride, x_stride,
-                            x_scales + run.first, run.limb, two_bytes, run.count, block.rows, tile_depth(weight_),
+                            x_scales + run.first, run.limb, two_bytes, run.count, block.rows, tile_depth(weight),
                             panel, columns, scales, whole_zero ? nullptr : zeros, acc + run.first * kPanelColumns},
                            ahead);
           continue;
@@ -314,7 +362,7 @@ class Gemm {
       return;
     }
     alignas(64) int16_t panel[kBlockRows * kPanelColumns];
-    isa_.unpack_int16(weight_, block.row, block.rows, column, columns, zeros, panel);
+    isa_.unpack_int16(weight, block.row, block.rows, column, columns, zeros, panel);
     for (const Run& run : runs) {
       const int16_t* x = run.limb == 0 ? x_.first : x_.second;
       isa_.multiply_int16({x + (entry + run.first) * x_.stride, x_.stride, x_scales + run.first, run.limb,
@@ -324,21 +372,24 @@ class Gemm {
   }
 
   // The rows whose x has NaN or inf in this block, in float arithmetic.
-  void add_not_finite(const Block& block, const BlockScale* x_scales, int64_t begin, int rows, int64_t column,
-                      int columns, const int32_t* zeros, const float* scales, float* acc) const {
+  void add_not_finite(const Weight& weight, const Block& block, const BlockScale* x_scales, int64_t begin, int rows,
+                      int64_t column, int columns, const int32_t* zeros, const float* scales, float* acc) const {
     alignas(64) float panel[kBlockRows * kPanelColumns];
     alignas(64) float x[kBlockRows];
-    isa_.unpack_float(weight_, block.row, block.rows, column, columns, zeros, nullptr, panel);
+    isa_.unpack_float(weight, block.row, block.rows, column, columns, zeros, nullptr, panel);
     for (int m = 0; m < rows; ++m) {
       if (x_scales[m].limbs != Limbs::kNone) continue;
-      isa_.load(offset(source_, dtype_, (begin + m) * weight_.K), dtype_, perm_, block.row, block.rows, x);
+      isa_.load(offset(source_, dtype_, (begin + m) * weight.K), dtype_, perm_, block.row, block.rows, x);
       Ahead nothing{};
       isa_.multiply_float({x, kBlockRows, nullptr, 0, 1, block.rows, panel, columns, scales, acc + m * kPanelColumns},
                           nothing);
     }
   }
 
-  const Weight& weight_;
+  const Parts parts_;
+  const int64_t columns_;
+  const int64_t task_sums_;
+  const Weight& format_;  // what the parts have in common
   const void* source_;
   DType dtype_;
   int64_t M_;
@@ -357,16 +408,17 @@ class Gemm {
 
 }  // namespace
 
-size_t gemm_workspace_bytes(const Weight& weight, int64_t M, DType, Precision precision, int32_t threads) {
+size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, DType, Precision precision,
+                            int32_t threads) {
   Arena arena(nullptr);
-  take_scratch(arena, weight, M, class_of(weight, precision), threads);
+  take_scratch(arena, *parts, Parts{parts, count}.widest(), M, class_of(*parts, precision), threads);
   return arena.bytes();
 }
 
-void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
+void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel) {
-  if (M == 0 || weight.N == 0) return;
-  Gemm(weight, x, x_dtype, M, out, class_of(weight, precision), workspace, parallel.threads).run(parallel);
+  if (M == 0) return;
+  Gemm({parts, count}, x, x_dtype, M, out, class_of(*parts, precision), workspace, parallel.threads).run(parallel);
 }
 
 }  // namespace exllama::cpu

@@ -169,7 +169,7 @@ inline bool fills_words(const Weight& weight, int64_t row, int rows) {
   return weight.shuffled && row % values == 0 && rows % values == 0;
 }
 
-// Where a row of x lies in a quad of bytes of the int8 panel, see split_quads: row quad_order(bits, i) of each block is
+// Where a row of x lies in a quad of bytes of the int8 panel, see quad_of: row quad_order(bits, i) of each block is
 // its i-th byte.
 //   4 bits: w & 0x0f0f0f0f has the rows 0 4 1 5, (w >> 4) & 0x0f0f0f0f the rows 2 6 3 7
 //   2 bits: (w >> 2 i) & 0x03030303 has the rows 2 i, 2 i + 8, 2 i + 1, 2 i + 9

@@ -1,4 +1,5 @@
-// The kernels for AVX2 with FMA and F16C, with and without AVX-VNNI. int8 values of x go through the int16 panel: vpmaddubsw would saturate.
+// The kernels for AVX2 with FMA and F16C, with and without AVX-VNNI. Without it int8 values of x go through
+// the int16 panel: vpmaddubsw would saturate.
 #include "kernels.h"
 
 #if EXLLAMA_X86
@@ -8,23 +9,18 @@
 namespace exllama::cpu {
 namespace {
 
-EXLLAMA_VECTOR_INLINE __m256 widen(__m128i values, DType dtype) {
-  if (dtype == DType::kFloat16) return _mm256_cvtph_ps(values);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
-}
-
 EXLLAMA_VECTOR void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
-  if (dtype == DType::kFloat32) return scalar::load(x, dtype, perm, begin, count, out);
+  if (perm && dtype == DType::kFloat32) return scalar::load(x, dtype, perm, begin, count, out);
   const uint16_t* source = static_cast<const uint16_t*>(x);
   int i = 0;
   for (; i + 8 <= count; i += 8) {
-    uint16_t values[8];
-    if (perm) {
-      for (int j = 0; j < 8; ++j) values[j] = source[perm[begin + i + j]];
-    } else {
-      std::memcpy(values, source + begin + i, sizeof values);
+    if (!perm) {
+      _mm256_storeu_ps(out + i, load_any(x, dtype, begin + i, 8));
+      continue;
     }
-    _mm256_storeu_ps(out + i, widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), dtype));
+    alignas(16) uint16_t values[8];
+    for (int j = 0; j < 8; ++j) values[j] = source[perm[begin + i + j]];
+    _mm256_storeu_ps(out + i, widen(_mm_load_si128(reinterpret_cast<const __m128i*>(values)), dtype));
   }
   scalar::load(x, dtype, perm, begin + i, count - i, out + i);
 }
@@ -112,10 +108,19 @@ EXLLAMA_VECTOR BlockScale quantize(const float* x, int rows, int stride, int lim
   return scale;
 }
 
-void load_scales(const Weight& weight, int64_t group, int64_t column, int columns, float* scales) {
-  load(offset(weight.scales, weight.scales_dtype, group * weight.N), weight.scales_dtype, nullptr, column, columns,
-       scales);
-  for (int n = columns; n < kPanelColumns; ++n) scales[n] = 0;
+EXLLAMA_VECTOR void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) {
+  if (rows % 16) return scalar::pack_bytes(limb, rows, bits, shift, offset, out);
+  alignas(16) uint8_t order[16];
+  const int values = layout::block_values(bits) < 16 ? layout::block_values(bits) : 16;
+  for (int i = 0; i < 16; ++i) order[i] = static_cast<uint8_t>(i / values * values + quad_order(bits, i % values));
+  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+  for (int k = 0; k < rows; k += 16) {
+    const __m256i shifted = _mm256_sra_epi16(load_int(limb + k), _mm_cvtsi32_si128(shift));
+    const __m256i moved = _mm256_add_epi16(shifted, _mm256_set1_epi16(static_cast<int16_t>(offset)));
+    const __m256i bytes = _mm256_and_si256(moved, _mm256_set1_epi16(0xff));
+    const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm_shuffle_epi8(packed, shuffle));
+  }
 }
 
 }  // namespace
@@ -125,17 +130,17 @@ const Kernels kAvx2Kernels = {
     load,
     store,
     quantize,
-    scalar::load_zeros,
+    load_zeros,
     load_scales,
     unpack_int16,
     unpack_float,
     unpack_transposed,
     multiply_rows<Int16Product<false>>,
     multiply_rows<FloatProduct>,
-    scalar::pack_bytes,
+    pack_bytes,
     nullptr,
     nullptr,
-    nullptr,
+    avx2::gemv,
     nullptr,
 };
 
@@ -144,17 +149,17 @@ const Kernels kAvx2VnniKernels = {
     load,
     store,
     quantize,
-    scalar::load_zeros,
+    load_zeros,
     load_scales,
     unpack_int16,
     unpack_float,
     unpack_transposed,
     multiply_rows<Int16Product<true>>,
     multiply_rows<FloatProduct>,
-    scalar::pack_bytes,
-    nullptr,
-    nullptr,
-    nullptr,
+    pack_bytes,
+    unpack_int8,
+    multiply_rows<Int8Product>,
+    avx2::gemv_vnni,
     nullptr,
 };
 

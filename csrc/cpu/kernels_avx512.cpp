@@ -14,27 +14,16 @@ EXLLAMA_VECTOR void load(const void* x, DType dtype, const int32_t* perm, int64_
   for (int i = 0; i < count; i += 16) {
     const __mmask16 mask = mask_of(count - i);
     __m512 value;
-    if (dtype == DType::kFloat32) {
-      const float* source = static_cast<const float*>(x);
-      if (perm) {
-        const __m512i index = _mm512_maskz_loadu_epi32(mask, perm + begin + i);
-        value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, source, 4);
-      } else {
-        value = _mm512_maskz_loadu_ps(mask, source + begin + i);
-      }
+    if (!perm) {
+      value = load_any(x, dtype, begin + i, count - i);
+    } else if (dtype == DType::kFloat32) {
+      const __m512i index = _mm512_maskz_loadu_epi32(mask, perm + begin + i);
+      value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, static_cast<const float*>(x), 4);
     } else {
-      const uint16_t* source = static_cast<const uint16_t*>(x);
-      __m256i bits;
-      if (perm) {
-        alignas(32) uint16_t gathered[16] = {};
-        const int valid = count - i < 16 ? count - i : 16;
-        for (int j = 0; j < valid; ++j) gathered[j] = source[perm[begin + i + j]];
-        bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(gathered));
-      } else {
-        bits = _mm256_maskz_loadu_epi16(mask, source + begin + i);
-      }
-      value = dtype == DType::kFloat16 ? _mm512_cvtph_ps(bits)
-                                       : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      alignas(32) uint16_t gathered[16] = {};
+      const int valid = count - i < 16 ? count - i : 16;
+      for (int j = 0; j < valid; ++j) gathered[j] = static_cast<const uint16_t*>(x)[perm[begin + i + j]];
+      value = widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(gathered)), dtype);
     }
     _mm512_mask_storeu_ps(out + i, mask, value);
   }
@@ -121,88 +110,6 @@ EXLLAMA_VECTOR void pack_bytes(const int16_t* limb, int rows, int bits, int shif
     _mm_mask_storeu_epi8(out + k, mask, _mm_shuffle_epi8(_mm256_cvtepi16_epi8(shifted), shuffle));
   }
 }
-
-// --- weights -----------------------------------------------------------------------------------------------------
-
-template <int kBits>
-EXLLAMA_VECTOR void load_zeros_of(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
-  for (int n = 0; n < kPanelColumns; n += 16) {
-    _mm512_storeu_si512(zeros + n, zeros_of_strip<kBits>(weight, group, column + n, mask_of(columns - n)));
-  }
-}
-
-void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
-  switch (weight.bits) {
-    case 2: return load_zeros_of<2>(weight, group, column, columns, zeros);
-    case 3: return load_zeros_of<3>(weight, group, column, columns, zeros);
-    case 4: return load_zeros_of<4>(weight, group, column, columns, zeros);
-    default: return load_zeros_of<8>(weight, group, column, columns, zeros);
-  }
-}
-
-EXLLAMA_VECTOR void load_scales(const Weight& weight, int64_t group, int64_t column, int columns, float* scales) {
-  for (int n = 0; n < kPanelColumns; n += 16) {
-    _mm512_storeu_ps(scales + n, scales_of_strip(weight, group, column + n, mask_of(columns - n)));
-  }
-}
-
-// 8-bit q do not fit int8 once centered, and q - 128 does: x - 128 flips the highest bit.
-template <int kBits>
-EXLLAMA_VECTOR void unpack_int8_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
-                                   const int32_t* zeros, int8_t* panel, int32_t* start) {
-  constexpr int kWords = layout::block_words(kBits), kQuads = layout::block_values(kBits) / 4;
-  const uint32_t* block = words_of(weight, row, column);
-  const Int offsets = set_int(static_cast<int32_t>(kInt8Offset * 0x01010101u));
-  Int zero[kStrips], sum[kStrips];
-#pragma GCC unroll 4
-  for (int v = 0; v < kStrips; ++v) {
-    const Int twice = both_halves(load_int(zeros + kStrip * v));
-    zero[v] = kBits == 8 ? offsets : bit_or(twice, shift_left(twice, 8));
-    sum[v] = set_int(0);
-  }
-  for (int i = 0; i < rows; i += 4 * kQuads, block += kWords * weight.N, panel += 4 * kQuads * kPanelColumns) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kStrips; ++v) {
-      Int words[kWords], quad[kQuads];
-      load_block<kBits>(block + kStrip * v, weight.N, columns - kStrip * v, words);
-      split_quads<kBits>(words, quad);
-#pragma GCC unroll 8
-      for (int p = 0; p < kQuads; ++p) {
-        const Int centered = sub_int8(quad[p], zero[v]);
-        dot_int8(sum[v], offsets, centered);
-        store_int(panel + 4 * (p * kPanelColumns + kStrip * v), centered);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kStrips; ++v) store_int(start + kStrip * v, sub_int32(set_int(0), sum[v]));
-}
-
-void unpack_int8(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
-                 int8_t* panel, int32_t* start) {
-  switch (weight.bits) {
-    case 2: return unpack_int8_of<2>(weight, row, rows, column, columns, zeros, panel, start);
-    case 3: return unpack_int8_of<3>(weight, row, rows, column, columns, zeros, panel, start);
-    case 4: return unpack_int8_of<4>(weight, row, rows, column, columns, zeros, panel, start);
-    default: return unpack_int8_of<8>(weight, row, rows, column, columns, zeros, panel, start);
-  }
-}
-
-struct Int8Product {
-  using Args = Multiply<uint8_t, int8_t>;
-  using Vector = Int;
-  static constexpr int kDepth = 4;
-
-  static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int column) { return load_int(args.start + column); }
-  static EXLLAMA_VECTOR_INLINE Int load(const int8_t* panel) { return load_int(panel); }
-  static EXLLAMA_VECTOR_INLINE Int spread(const uint8_t* x) { return broadcast(x); }
-  static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int8(sum, x, weight); }
-  static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Int sum, int row, int column) {
-    const BlockScale& x = args.x_scales[row];
-    if (args.zeros) sum = sub_int32(sum, multiply_int32(load_int(args.zeros + column), set_int(x.sum[0])));
-    return multiply(to_float(sum), set_float(x.scale[0]));
-  }
-};
 
 }  // namespace
 

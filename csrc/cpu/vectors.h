@@ -19,35 +19,73 @@ EXLLAMA_VECTOR_INLINE Int both_halves(Int values) { return bit_or(values, shift_
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
-// A block of words of a shuffled weight, a strip of columns, as pairs: pair[p] has rows 2 p and 2 p + 1 in 16 bits each.
+// Of a block of words of a shuffled weight, in a strip of columns: rows 2 p and 2 p + 1, in 16 bits each.
 template <int kBits>
-EXLLAMA_VECTOR_INLINE void split_pairs(const Int* words, Int* pair) {
-  if (kBits == 8) {
-    split_bytes(words[0], pair);
-  } else if (kBits == 3) {
-    const Int mask = set_int(0x00070007), bit = set_int(0x00010001);
-#pragma GCC unroll 3
-    for (int w = 0; w < 3; ++w) {
-#pragma GCC unroll 5
-      for (int i = 0; i < 5; ++i) pair[5 * w + i] = bit_and(shift_right(words[w], 3 * i), mask);
-    }
+EXLLAMA_VECTOR_INLINE Int pair_of(const Int* words, int p) {
+  if (kBits == 8) return byte_pair(words[0], p);
+  if (kBits == 3) {
+    if (p < 15) return bit_and(shift_right(words[p / 5], p % 5 * 3), set_int(0x00070007));
     // Bit b of the last pair is bits 15 and 31 of word b.
+    const Int bit = set_int(0x00010001);
     const Int b0 = bit_and(shift_right(words[0], 15), bit);
     const Int b1 = bit_and(shift_right(words[1], 14), shift_left(bit, 1));
     const Int b2 = bit_and(shift_right(words[2], 13), shift_left(bit, 2));
-    pair[15] = bit_or(bit_or(b0, b1), b2);
-  } else {
-    const Int mask = set_int(kBits == 4 ? 0x000f000f : 0x00030003);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16 / kBits; ++i) pair[i] = bit_and(shift_right(words[0], kBits * i), mask);
+    return bit_or(bit_or(b0, b1), b2);
   }
+  return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x000f000f : 0x00030003));
+}
+
+// The same as quads of bytes, their rows in the order of quad_order.
+template <int kBits>
+EXLLAMA_VECTOR_INLINE Int quad_of(const Int* words, int p) {
+  if (kBits == 8) return words[0];
+  if (kBits == 3) return bit_or(pair_of<3>(words, 2 * p), shift_left(pair_of<3>(words, 2 * p + 1), 8));
+  return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x0f0f0f0f : 0x03030303));
 }
 
 template <int kBits>
-EXLLAMA_VECTOR_INLINE void load_block(const uint32_t* block, int64_t N, int64_t columns, Int* words) {
+EXLLAMA_VECTOR_INLINE void load_block(const uint32_t* block, int64_t N, Mask mask, Int* words) {
   constexpr int kWords = layout::block_words(kBits);
 #pragma GCC unroll 3
-  for (int w = 0; w < kWords; ++w) words[w] = load_int(block + w * N, columns);
+  for (int w = 0; w < kWords; ++w) words[w] = load_int_masked(block + w * N, mask);
+}
+
+// The zero points of a strip of columns of a group; column is a multiple of 4 and the lanes off the mask are zero.
+template <int kBits>
+EXLLAMA_VECTOR_INLINE Int zeros_of_strip(const Weight& weight, int64_t group, int64_t column, int64_t columns) {
+  if (columns <= 0) return set_int(0);
+  const int64_t row_words = weight.N * kBits / 32, first = column * kBits / 32;
+  const Int words = load_int_masked(weight.qzeros + group * row_words + first, mask_of(row_words - first));
+  const Int position = add_int32(multiply_int32(lanes(), set_int(kBits)), set_int(column * kBits % 32));
+  const Int word = shift_right(position, 5), from = bit_and(position, set_int(31));
+  const Int low = shift_right(permute(words, word), from);
+  // A shift by 32 gives zero.
+  const Int high = shift_left(permute(words, add_int32(word, set_int(1))), sub_int32(set_int(32), from));
+  const Int stored = bit_and(bit_or(low, high), set_int((1 << kBits) - 1));
+  return keep(mask_of(columns), add_int32(stored, set_int(weight.zeros_v2 ? 0 : 1)));
+}
+
+template <int kBits>
+EXLLAMA_VECTOR void load_zeros_of(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
+  for (int n = 0; n < kPanelColumns; n += kStrip) {
+    store_int(zeros + n, zeros_of_strip<kBits>(weight, group, column + n, columns - n));
+  }
+}
+
+inline void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
+  switch (weight.bits) {
+    case 2: return load_zeros_of<2>(weight, group, column, columns, zeros);
+    case 3: return load_zeros_of<3>(weight, group, column, columns, zeros);
+    case 4: return load_zeros_of<4>(weight, group, column, columns, zeros);
+    default: return load_zeros_of<8>(weight, group, column, columns, zeros);
+  }
+}
+
+EXLLAMA_VECTOR inline void load_scales(const Weight& weight, int64_t group, int64_t column, int columns,
+                                       float* scales) {
+  for (int n = 0; n < kPanelColumns; n += kStrip) {
+    store_floats(scales + n, load_any(weight.scales, weight.scales_dtype, group * weight.N + column + n, columns - n));
+  }
 }
 
 template <int kBits>
@@ -61,15 +99,45 @@ EXLLAMA_VECTOR void unpack_int16_of(const Weight& weight, int64_t row, int rows,
   for (int i = 0; i < rows; i += 2 * kPairs, block += kWords * weight.N, panel += 2 * kPairs * kPanelColumns) {
 #pragma GCC unroll 8
     for (int v = 0; v < kStrips; ++v) {
-      Int words[kWords], pair[kPairs];
-      load_block<kBits>(block + kStrip * v, weight.N, columns - kStrip * v, words);
-      split_pairs<kBits>(words, pair);
+      Int words[kWords];
+      load_block<kBits>(block + kStrip * v, weight.N, mask_of(columns - kStrip * v), words);
 #pragma GCC unroll 16
       for (int p = 0; p < kPairs; ++p) {
-        store_int(panel + 2 * (p * kPanelColumns + kStrip * v), sub_int16(pair[p], zero[v]));
+        store_int(panel + 2 * (p * kPanelColumns + kStrip * v), sub_int16(pair_of<kBits>(words, p), zero[v]));
       }
     }
   }
+}
+
+// 8-bit q do not fit int8 once centered, and q - 128 does: x - 128 flips the highest bit.
+template <int kBits>
+EXLLAMA_VECTOR void unpack_int8_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
+                                   const int32_t* zeros, int8_t* panel, int32_t* start) {
+  constexpr int kWords = layout::block_words(kBits), kQuads = layout::block_values(kBits) / 4;
+  const uint32_t* block = words_of(weight, row, column);
+  const Int offsets = set_int(static_cast<int32_t>(kInt8Offset * 0x01010101u));
+  Int zero[kStrips], sum[kStrips];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStrips; ++v) {
+    const Int twice = both_halves(load_int(zeros + kStrip * v));
+    zero[v] = kBits == 8 ? offsets : bit_or(twice, shift_left(twice, 8));
+    sum[v] = set_int(0);
+  }
+  for (int i = 0; i < rows; i += 4 * kQuads, block += kWords * weight.N, panel += 4 * kQuads * kPanelColumns) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kStrips; ++v) {
+      Int words[kWords];
+      load_block<kBits>(block + kStrip * v, weight.N, mask_of(columns - kStrip * v), words);
+#pragma GCC unroll 8
+      for (int p = 0; p < kQuads; ++p) {
+        const Int centered = sub_int8(quad_of<kBits>(words, p), zero[v]);
+        dot_int8(sum[v], offsets, centered);
+        store_int(panel + 4 * (p * kPanelColumns + kStrip * v), centered);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kStrips; ++v) store_int(start + kStrip * v, sub_int32(set_int(0), sum[v]));
 }
 
 template <int kBits>
@@ -81,12 +149,11 @@ EXLLAMA_VECTOR void unpack_float_of(const Weight& weight, int64_t row, int rows,
     for (int v = 0; v < kStrips; ++v) {
       const Int zero = both_halves(load_int(zeros + kStrip * v));
       const Float scale = scales ? load_floats(scales + kStrip * v) : set_float(1);
-      Int words[kWords], pair[kPairs];
-      load_block<kBits>(block + kStrip * v, weight.N, columns - kStrip * v, words);
-      split_pairs<kBits>(words, pair);
+      Int words[kWords];
+      load_block<kBits>(block + kStrip * v, weight.N, mask_of(columns - kStrip * v), words);
 #pragma GCC unroll 16
       for (int p = 0; p < kPairs; ++p) {
-        const Int value = sub_int16(pair[p], zero);
+        const Int value = sub_int16(pair_of<kBits>(words, p), zero);
         float* out = panel + 2 * p * kPanelColumns + kStrip * v;
         store_floats(out, multiply(to_float(shift_right_signed(shift_left(value, 16), 16)), scale));
         store_floats(out + kPanelColumns, multiply(to_float(shift_right_signed(value, 16)), scale));
@@ -161,6 +228,16 @@ inline void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t co
   }
 }
 
+inline void unpack_int8(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                 int8_t* panel, int32_t* start) {
+  switch (weight.bits) {
+    case 2: return unpack_int8_of<2>(weight, row, rows, column, columns, zeros, panel, start);
+    case 3: return unpack_int8_of<3>(weight, row, rows, column, columns, zeros, panel, start);
+    case 4: return unpack_int8_of<4>(weight, row, rows, column, columns, zeros, panel, start);
+    default: return unpack_int8_of<8>(weight, row, rows, column, columns, zeros, panel, start);
+  }
+}
+
 inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
                          const int32_t* zeros, const float* scales, float* panel) {
   if (!fills_words(weight, row, rows)) {
@@ -202,6 +279,22 @@ struct Int16Product {
   static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int16<kVnni>(sum, weight, x); }
   static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Int sum, int row, int) {
     return multiply(to_float(sum), set_float(args.x_scales[row].scale[args.limb]));
+  }
+};
+
+struct Int8Product {
+  using Args = Multiply<uint8_t, int8_t>;
+  using Vector = Int;
+  static constexpr int kDepth = 4;
+
+  static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int column) { return load_int(args.start + column); }
+  static EXLLAMA_VECTOR_INLINE Int load(const int8_t* panel) { return load_int(panel); }
+  static EXLLAMA_VECTOR_INLINE Int spread(const uint8_t* x) { return broadcast(x); }
+  static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int8(sum, x, weight); }
+  static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Int sum, int row, int column) {
+    const BlockScale& x = args.x_scales[row];
+    if (args.zeros) sum = sub_int32(sum, multiply_int32(load_int(args.zeros + column), set_int(x.sum[0])));
+    return multiply(to_float(sum), set_float(x.scale[0]));
   }
 };
 

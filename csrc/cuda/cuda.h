@@ -1,4 +1,4 @@
-// The CUDA kernels of the five ops: plain pointers, sizes and a stream, no torch. Arguments were checked by the caller.
+// The CUDA kernels of the ops: plain pointers, sizes and a stream, no torch. Arguments were checked by the caller.
 //
 // All work is enqueued on the stream of the current device, and nothing waits, allocates or reads device memory, so that
 // every function can be captured in a graph. A launch that fails throws std::runtime_error.
@@ -32,14 +32,15 @@ class DeviceGuard {
 };
 
 // Device memory that the caller lends until the work is done, aligned to 256 bytes.
-size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
+size_t gemm_workspace_bytes(const Problem& problem, const Config& config, int64_t out_stride);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
 
-// out (M, N) = x (M, K) @ W, both of dtype x_dtype, by what select_gemm chose for the problem_of these arguments.
+// out (M, N) = x (M, K) @ W, both of dtype x_dtype, by what select_gemm chose for the problem_of these arguments. Rows of
+// out begin out_stride numbers apart, N or more; the bits do not depend on it.
 // Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
-void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
-          void* workspace, Stream stream);
+void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, int64_t out_stride,
+          const Config& config, void* workspace, Stream stream);
 Problem problem_of(const Weight& weight, DType x_dtype, int64_t M, const Device& device, bool batch_invariant);
 
 // dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.

@@ -25,14 +25,26 @@ Problem problem_of(const Weight& weight, DType x_dtype, int64_t M, const Device&
   return problem;
 }
 
-size_t gemm_workspace_bytes(const Problem& problem, const Config& config) {
-  return config.split_k > 1 ? static_cast<size_t>(config.split_k * problem.M * problem.N) * sizeof(float) : 0;
+namespace {
+
+// The kernels store rows that follow one another. Sums for other places take the way of those that are split along K;
+// few rows have split sums anyway.
+bool takes_partials(int64_t M, int64_t N, const Config& config, int64_t out_stride) {
+  return config.split_k > 1 || (M > 1 && out_stride != N);
 }
 
-void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
-          void* workspace, Stream stream) {
+}  // namespace
+
+size_t gemm_workspace_bytes(const Problem& problem, const Config& config, int64_t out_stride) {
+  if (!takes_partials(problem.M, problem.N, config, out_stride)) return 0;
+  return static_cast<size_t>(config.split_k * problem.M * problem.N) * sizeof(float);
+}
+
+void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, int64_t out_stride,
+          const Config& config, void* workspace, Stream stream) {
   if (M == 0 || weight.N == 0) return;
-  float* const partials = config.split_k > 1 ? static_cast<float*>(workspace) : nullptr;
+  const bool split = takes_partials(M, weight.N, config, out_stride);
+  float* const partials = split ? static_cast<float*>(workspace) : nullptr;
   const GemmArguments arguments{weight, x, x_dtype, M, out, partials};
   switch (config.algorithm) {
     case Algorithm::kScalar:
@@ -47,10 +59,10 @@ void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* o
     case Algorithm::kDense:
       throw std::logic_error("exllama_ops: gemm: a dense product is its caller's");
   }
-  if (!partials) return;
+  if (!split) return;
   const int64_t elements = M * weight.N;
   add_splits<<<grid_of(divide_up(elements, kSplitThreads), "add_splits"), kSplitThreads, 0, to_cuda(stream)>>>(
-      partials, static_cast<int>(config.split_k), elements, out, x_dtype);
+      partials, static_cast<int>(config.split_k), elements, weight.N, out, out_stride, x_dtype);
   check(cudaGetLastError(), "add_splits");
 }
 

@@ -11,7 +11,7 @@ struct GemmArguments {
   DType dtype;  // of x and out
   int64_t M;
   void* out;
-  float* partials;  // (split_k, M, N), or null if K is not split
+  float* partials;  // (split_k, M, N) to be added up, or null if sums go to out at once
 };
 
 void launch_gemm_scalar(const GemmArguments& arguments, const Config& config, Stream stream);

@@ -12,7 +12,7 @@ namespace exllama::cuda {
 // Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it.
 template <int bits, bool shuffled, bool transposed>
 __global__ void __launch_bounds__(kTiledThreads, 3)
-    gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out) {
+    gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out, DType out_dtype) {
   constexpr int kValues = layout::block_values(bits);
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
   __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kTiledThreads, 3)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + 4 * down + i;
-      if (m < M) store_number(sums[i][j], out, dtype, m * columns + to);
+      if (m < M) store_number(sums[i][j], out, out_dtype, m * columns + to);
     }
   }
 }

@@ -12,7 +12,7 @@ from exllama_ops.backends import cpu, cuda, reference
 from exllama_ops.backends._types import Backend, Choice
 from exllama_ops.ops import _library
 
-__all__ = ["PRIORITY", "Backend", "Choice", "register", "report"]
+__all__ = ["PRIORITY", "Backend", "Choice", "register", "report", "serving"]
 
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
@@ -58,6 +58,11 @@ def _choose(op: str, key: str, backends: tuple[Backend, ...]) -> Choice:
             return Choice(op, key, backend, passed_over)
         passed_over[backend.name] = tuple(reasons)
     raise RuntimeError(f"no backend serves exllama::{op} on {key}: {passed_over}")
+
+
+def serving(op: str, dispatch_key: str) -> Backend:
+    """The backend that serves an op on a device."""
+    return _choose(op, dispatch_key, PRIORITY[dispatch_key]).backend
 
 
 def report() -> list[Choice]:

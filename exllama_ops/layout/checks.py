@@ -122,11 +122,13 @@ def check_gptq_dequantize(
     device: torch.device | None = None,
     K: int | None = None,
     N: int | None = None,
+    part: str = "",
 ) -> None:
     """The rules of a packed weight: gptq_dequantize, and what the other ops share.
 
     The arguments up to group_size are the op's. ``op`` is the name that errors carry, ``device`` that of the op's
-    first argument, and K or N the size that x or grad asks for, where there is one.
+    first argument, K or N the size that x or grad asks for, where there is one, and ``part`` the index, "[1]", of a
+    weight in lists of them.
 
     Raises:
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
@@ -134,20 +136,22 @@ def check_gptq_dequantize(
     del use_v2_format
     device = qweight.device if device is None else device
     _check_bits(op, bit)
-    _check_tensor(op, "qweight", qweight, 2, (torch.int32,), device)
-    _check_tensor(op, "qzeros", qzeros, 2, (torch.int32,), device)
-    _check_tensor(op, "scales", scales, 2, FLOAT_DTYPES, device)
+    _check_tensor(op, f"qweight{part}", qweight, 2, (torch.int32,), device)
+    _check_tensor(op, f"qzeros{part}", qzeros, 2, (torch.int32,), device)
+    _check_tensor(op, f"scales{part}", scales, 2, FLOAT_DTYPES, device)
     _check_tensor(op, "g_idx", g_idx, 1, (torch.int32,), device)
 
     K = _check_rows(op, qweight, bit) if K is None else K
     N = scales.shape[1] if N is None else N
     G = scales.shape[0]
     _check_fills_words(op, "K", K, bit)
-    _check_fills_words(op, "N", N, bit)
-    _check_shape(op, "qweight", qweight, "(K*bits/32, N)", (K * bit // 32, N), f"K={K}, bits={bit}")
-    torch._check_value(G > 0, lambda: f"{op}: scales must have at least one group (row); got {tuple(scales.shape)}")
-    _check_shape(op, "scales", scales, "(G, N)", (G, N), f"N={N}")
-    _check_shape(op, "qzeros", qzeros, "(G, N*bits/32)", (G, N * bit // 32), f"G={G}, N={N}, bits={bit}")
+    _check_fills_words(op, f"N{part}", N, bit)
+    _check_shape(op, f"qweight{part}", qweight, "(K*bits/32, N)", (K * bit // 32, N), f"K={K}, bits={bit}")
+    torch._check_value(
+        G > 0, lambda: f"{op}: scales{part} must have at least one group (row); got {tuple(scales.shape)}"
+    )
+    _check_shape(op, f"scales{part}", scales, "(G, N)", (G, N), f"N={N}")
+    _check_shape(op, f"qzeros{part}", qzeros, "(G, N*bits/32)", (G, N * bit // 32), f"G={G}, N={N}, bits={bit}")
 
     entries = g_idx.shape[0]
     meaning = "the permutation argsort(g_idx)" if use_exllama else "the group of each row"
@@ -167,7 +171,7 @@ def check_gptq_dequantize(
         torch._check_value(
             num_groups(K, group_size) == G,
             lambda: (
-                f"{op}: scales must have G = ceil(K / group_size) = {num_groups(K, group_size)} rows for K={K}, "
+                f"{op}: scales{part} must have G = ceil(K / group_size) = {num_groups(K, group_size)} rows for K={K}, "
                 f"group_size={group_size}; got {G}"
             ),
         )
@@ -175,7 +179,7 @@ def check_gptq_dequantize(
         torch._check_value(
             K % G == 0,
             lambda: (
-                f"{op}: group_size=0 means K / G, which must be whole; got K={K}, G={G} (say the group_size of a "
+                f"{op}: group_size=0 means K / G, which must be whole; got K={K}, G{part}={G} (say the group_size of a "
                 "weight whose last group is partial)"
             ),
         )
@@ -234,3 +238,42 @@ def check_gptq_gemm_dx(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size,
         op=op, device=grad.device, N=grad.shape[1],
     )  # fmt: skip
+
+
+def check_gptq_gemm_multi(
+    x: Tensor,
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> None:
+    """The rules of gptq_gemm_multi: those of gptq_gemm for each part, and that the parts have the same groups.
+
+    Raises:
+        ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
+    """
+    op = "gptq_gemm_multi"
+    _check_tensor(op, "x", x, 2, FLOAT_DTYPES, x.device)
+    lengths = len(qweight), len(qzeros), len(scales)
+    torch._check_value(
+        min(lengths) == max(lengths) > 0,
+        lambda: f"{op}: qweight, qzeros and scales must have one entry for each part, at least 1; got {lengths}",
+    )
+    for i, tensors in enumerate(zip(qweight, qzeros, scales, strict=True)):
+        check_gptq_dequantize(
+            *tensors, g_idx, use_exllama, bit, use_v2_format, group_size,
+            op=op, device=x.device, K=x.shape[1], part=f"[{i}]",
+        )  # fmt: skip
+        _check_same_groups(op, i, scales)
+
+
+def _check_same_groups(op: str, i: int, scales: Sequence[Tensor]) -> None:
+    got, expected = scales[i].shape[0], scales[0].shape[0]
+    torch._check_value(
+        got == expected,
+        lambda: f"{op}: scales[{i}] must have as many groups (rows) as scales[0], {expected}; got {got}",
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from exllama_ops.layout.checks import fills_words, words_rule
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups, row_groups
+from exllama_ops.layout.interning import intern, intern_copy
 from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
 from exllama_ops.prepare import prepare
@@ -44,8 +45,8 @@ class ExllamaLinear(nn.Module):
         qweight: (K * bits / 32, N) int32.
         qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
         scales: (G, N); `.to(dtype)` leaves them as they are.
-        perm: (K,) or (0,) int32, if shuffled.
-        g_idx: (K,) or (0,) int32, if not shuffled.
+        perm: (K,) or (0,) int32, if shuffled. Layers with equal ones share one tensor; a state_dict has copies.
+        g_idx: (K,) or (0,) int32, if not shuffled; likewise.
         bias: (N,) or None.
 
     Raises:
@@ -143,6 +144,10 @@ class ExllamaLinear(nn.Module):
     def _row_order(self) -> Tensor:
         return self.perm if self.shuffled else self.g_idx
 
+    @_row_order.setter
+    def _row_order(self, order: Tensor) -> None:
+        setattr(self, self._order_name, order)
+
     @property
     def _weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
@@ -205,8 +210,9 @@ class ExllamaLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExllamaLinear:
-        """Let ``.to(dtype)`` and its kin move the scales, but not round them."""
-        scales = self.scales
+        """Let ``.to(dtype)`` and its kin move the scales, but not round them, and leave one order of rows to those that
+        shared it."""
+        scales, order = self.scales, self._row_order
 
         def keep_scales_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -215,7 +221,15 @@ class ExllamaLinear(nn.Module):
             return moved
 
         super()._apply(keep_scales_dtype, recurse)  # type: ignore[no-untyped-call]
+        if self._row_order is not order:
+            self._row_order = intern_copy(self._row_order, order)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """With an order of rows of its own: safetensors refuses shared tensors, and loaders write to a state_dict."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + self._order_name
+        destination[name] = destination[name].clone()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -226,9 +240,14 @@ class ExllamaLinear(nn.Module):
         if errors:
             error_msgs.extend(errors)
             return
+        # Loading writes in place, which other layers that share the order must not see. The name keeps the shared one
+        # alive, so that a layer which loads the same order has the same tensor again, at its address.
+        shared = self._row_order
+        self._row_order = shared.clone()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._row_order = intern(self._row_order)
 
     def _reasons_against(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}

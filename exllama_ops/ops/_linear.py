@@ -1,4 +1,4 @@
-"""Autograd of the two ops that are linear in their first argument, each the other's adjoint.
+"""Autograd of the ops that are linear in their first argument, by their adjoints.
 
 A Python autograd kernel costs about 10 us a call, in compiled code too if the compiled graph contains the op that
 owns it. So each public op has a private twin with the same schema and kernels but without autograd. The public op's
@@ -7,34 +7,33 @@ autograd kernel calls the twin, and the twin is what AOTAutograd compiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
-from exllama_ops.layout.formats import FORMATS
 from exllama_ops.ops import _library
 
-WEIGHT_ARGUMENTS = (
-    "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, "
-    "bool use_v2_format=False, int group_size=0"
-)
+_OPTIONS = "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
+WEIGHT_ARGUMENTS = f"Tensor qweight, Tensor qzeros, Tensor scales, {_OPTIONS}"
+WEIGHTS_ARGUMENTS = f"Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, {_OPTIONS}"
+# Of either, those that are tensors or lists of them.
 _NUM_WEIGHT_TENSORS = 4
 
 
-def define_linear_op(name: str, first_argument: str, adjoint: str, *, fake: Callable[..., Tensor]) -> None:
+def define_linear_op(name: str, arguments: str, *, adjoint: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Define ``exllama::name``, its twin ``exllama::_name``, its gradient and its FLOP formula.
 
     Args:
         name: the public op; its first argument is the one it is linear in.
-        first_argument: the name of that argument.
-        adjoint: the public op that maps a gradient of the result to one of the first argument.
+        arguments: of its schema; the first, and those of a weight or of several.
+        adjoint: maps a gradient of the result, of any strides, and the weight to one of the first argument.
         fake: the fake of both twins.
     """
-    arguments = f"Tensor {first_argument}, {WEIGHT_ARGUMENTS}"
     for twin in (name, f"_{name}"):
         _library.define_op(twin, arguments, "Tensor", fake=fake)
         register_flop_formula(_packet(twin))(_flops)
@@ -46,16 +45,21 @@ def _packet(name: str) -> Any:
     return getattr(torch.ops.exllama, name)
 
 
-def _flops(first_shape: torch.Size, qweight_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """2 M K N for either op. The arguments are shapes where the op has tensors."""
+def _flops(
+    first_shape: torch.Size,
+    qweight: torch.Size | Sequence[torch.Size],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """2 M K N of each weight, for any of the ops. The arguments are shapes where the op has tensors."""
     del out_shape
     bits = kwargs["bit"] if "bit" in kwargs else args[4]
-    rows, N = qweight_shape
-    K = rows // FORMATS[bits].block_words * FORMATS[bits].block_values
-    return 2 * first_shape[0] * K * N
+    shapes = [qweight] if isinstance(qweight, torch.Size) else qweight
+    return sum(2 * first_shape[0] * (rows * 32 // bits) * N for rows, N in shapes)
 
 
-def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
+def _autograd_kernel(twin: str, adjoint: Callable[..., Tensor]) -> Callable[..., Tensor]:
     forward_op = _packet(twin).default
 
     class Linear(torch.autograd.Function):
@@ -67,20 +71,19 @@ def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             _, *weight = inputs
-            ctx.save_for_backward(*weight[:_NUM_WEIGHT_TENSORS])
-            ctx.save_for_forward(*weight[:_NUM_WEIGHT_TENSORS])
+            tensors, ctx.structure = tree_flatten(weight[:_NUM_WEIGHT_TENSORS])
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
             ctx.options = weight[_NUM_WEIGHT_TENSORS:]
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *weight_tangents: None) -> Tensor:
-            result: Tensor = forward_op(tangent.contiguous(), *ctx.saved_tensors, *ctx.options)
+            result: Tensor = forward_op(tangent.contiguous(), *_saved_weight(ctx))
             return result
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
-            first_grad = _packet(adjoint)(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-            return first_grad, *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
+            return adjoint(grad, *_saved_weight(ctx)), *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
         if (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
@@ -93,3 +96,7 @@ def _autograd_kernel(twin: str, adjoint: str) -> Callable[..., Tensor]:
         return result
 
     return autograd_kernel
+
+
+def _saved_weight(ctx: Any) -> tuple[Any, ...]:
+    return *tree_unflatten(ctx.saved_tensors, ctx.structure), *ctx.options

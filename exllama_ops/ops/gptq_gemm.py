@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm
-from exllama_ops.ops._linear import define_linear_op
+from exllama_ops.ops._linear import WEIGHT_ARGUMENTS, define_linear_op
 
 
 def gptq_gemm(
@@ -69,4 +71,10 @@ def fake_gptq_gemm(
     return x.new_empty((x.shape[0], qweight.shape[1]))
 
 
-define_linear_op("gptq_gemm", "x", adjoint="gptq_gemm_dx", fake=fake_gptq_gemm)
+def _dx(grad: Tensor, *weight: Any) -> Tensor:
+    # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
+    result: Tensor = torch.ops.exllama.gptq_gemm_dx(grad.contiguous(), *weight)
+    return result
+
+
+define_linear_op("gptq_gemm", f"Tensor x, {WEIGHT_ARGUMENTS}", adjoint=_dx, fake=fake_gptq_gemm)

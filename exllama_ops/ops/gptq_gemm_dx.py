@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm_dx
-from exllama_ops.ops._linear import define_linear_op
+from exllama_ops.ops._linear import WEIGHT_ARGUMENTS, define_linear_op
 
 
 def gptq_gemm_dx(
@@ -64,4 +66,10 @@ def fake_gptq_gemm_dx(
     return grad.new_empty((grad.shape[0], qweight.shape[0] * 32 // bit))
 
 
-define_linear_op("gptq_gemm_dx", "grad", adjoint="gptq_gemm", fake=fake_gptq_gemm_dx)
+def _product(grad: Tensor, *weight: Any) -> Tensor:
+    # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
+    result: Tensor = torch.ops.exllama.gptq_gemm(grad.contiguous(), *weight)
+    return result
+
+
+define_linear_op("gptq_gemm_dx", f"Tensor grad, {WEIGHT_ARGUMENTS}", adjoint=_product, fake=fake_gptq_gemm_dx)

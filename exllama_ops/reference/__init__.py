@@ -11,7 +11,8 @@ bfloat16) touches it. So the result is the exact sum up to ``2**-24 + K * 2**-53
 from exllama_ops.reference.gptq_dequantize import gptq_dequantize
 from exllama_ops.reference.gptq_gemm import gptq_gemm
 from exllama_ops.reference.gptq_gemm_dx import gptq_gemm_dx
+from exllama_ops.reference.gptq_gemm_multi import gptq_gemm_multi
 from exllama_ops.reference.gptq_shuffle import gptq_shuffle
 from exllama_ops.reference.gptq_unshuffle import gptq_unshuffle
 
-__all__ = ["gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_shuffle", "gptq_unshuffle"]
+__all__ = ["gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle"]

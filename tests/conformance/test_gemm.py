@@ -7,7 +7,7 @@ import torch
 
 from conformance.backends import BackendUnderTest
 from conformance.bounds import assert_within_bound
-from conformance.weights import DTYPES, Case, Weight, build
+from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_args
 
 TOKENS = (0, 1, 7, 8, 9, 33)
 MANY_TOKENS = (64, 257)
@@ -236,6 +236,33 @@ def test_results_repeat_bit_for_bit(backend: BackendUnderTest, bits: int) -> Non
     assert all(torch.equal(first, backend.ops.gptq_gemm(x, *weight.args)) for _ in range(3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("order", "shuffled"), [("sorted", True), ("perm", True), ("raw", False), ("sorted", False)])
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_columns_of_a_part_have_the_bits_of_gemm(
+    backend: BackendUnderTest, bits: int, order: str, shuffled: bool, dtype: torch.dtype
+) -> None:
+    K, columns = 8 * SMALL_SHAPES[bits][0], [96, 32, 160]
+    case = Case(bits, K, columns[0], 32 if bits == 4 else 24, order, shuffled, v2=bits != 4)
+    parts = [part.to(backend.device) for part in build_parts(case, columns)]
+    for M in (0, 1, 5, 33):
+        x = activations(M, K, dtype)
+        x[M // 2 : M // 2 + 1, 5] = float("nan")
+        x = x.to(backend.device)
+        out = backend.ops.gptq_gemm_multi(x, *multi_args(parts))
+        assert out.shape == (M, sum(columns))
+        for part, result in zip(parts, out.split(columns, 1), strict=True):
+            torch.testing.assert_close(result, backend.ops.gptq_gemm(x, *part.args), rtol=0, atol=0, equal_nan=True)
+
+
+def test_scales_of_parts_may_have_other_dtypes(backend: BackendUnderTest) -> None:
+    K, N = SMALL_SHAPES[4]
+    parts = [build(Case(4, K, N, 32, "perm", scales_dtype=dtype)).to(backend.device) for dtype in DTYPES]
+    x = activations(3, K, torch.float16).to(backend.device)
+    out = backend.ops.gptq_gemm_multi(x, *multi_args(parts))
+    assert torch.equal(out, torch.cat([backend.ops.gptq_gemm(x, *part.args) for part in parts], 1))
+
+
 def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:
     weight = build(Case(4, 480, 24, 96)).to(backend.device)
     x = activations(3, 480, torch.float16).to(backend.device)
@@ -251,6 +278,7 @@ def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -
     pointers = {t.data_ptr() for t in tensors}
     results = [
         backend.ops.gptq_gemm(x, *weight.args),
+        backend.ops.gptq_gemm_multi(x, *multi_args([weight])),
         backend.ops.gptq_gemm_dx(activations(3, 32, torch.float16).to(backend.device), *weight.args),
         backend.ops.gptq_dequantize(*weight.args),
         backend.ops.gptq_unshuffle(weight.qweight, weight.rows, 4),

@@ -5,6 +5,7 @@ The packers here follow docs/format.md word by word and are slow; the package's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,6 +93,17 @@ def _shuffled_words(values: np.ndarray, bits: int) -> np.ndarray:
             for b in range(3):
                 out[:, b] |= (v >> b & 1) << (15 if j == 30 else 31)
     return out.reshape(-1, *values.shape[1:]).view(np.int32)
+
+
+def build_parts(case: Case, columns: Sequence[int]) -> list[Weight]:
+    """Weights of several N that have their rows' order in common, which is drawn before N counts."""
+    return [build(replace(case, N=N)) for N in columns]
+
+
+def multi_args(parts: Sequence[Weight]) -> tuple[Any, ...]:
+    """Everything after x in gptq_gemm_multi."""
+    lists = ([getattr(part, name) for part in parts] for name in ("qweight", "qzeros", "scales"))
+    return (*lists, *parts[0].args[3:])
 
 
 def build(case: Case, q: Tensor | None = None) -> Weight:

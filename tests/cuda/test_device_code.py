@@ -32,8 +32,8 @@ using namespace exllama::cuda;
       Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 8>( \\
       Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
-  template __global__ void gemm_tiled<bits, shuffled, false>(Weight, const void*, DType, int64_t, void*); \\
-  template __global__ void gemm_tiled<bits, shuffled, true>(Weight, const void*, DType, int64_t, void*); \\
+  template __global__ void gemm_tiled<bits, shuffled, false>(Weight, const void*, DType, int64_t, void*, DType); \\
+  template __global__ void gemm_tiled<bits, shuffled, true>(Weight, const void*, DType, int64_t, void*, DType); \\
   template __global__ void dequantize_columns<bits, shuffled>(Weight, int64_t, int64_t, void*, DType); \\
   template __global__ void reorder<bits, shuffled>(const uint32_t*, const int32_t*, int64_t, int64_t, uint32_t*);
 namespace exllama::cuda {

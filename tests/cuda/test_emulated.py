@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conformance.bounds import assert_within_bound
-from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build
+from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build, build_parts, multi_args
 from cuda import bounds, emulated
 from emulation.emulator import reasons_against
 
@@ -113,6 +113,22 @@ def test_gemm_is_within_the_bound(
             continue
         for M in (1, 11):
             check_gemm(ops, algorithm, weight, M, dtype)
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_columns_of_a_part_have_the_bits_of_gemm(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every algorithm; 11 rows lie apart in the result, and 1 does not."""
+    K, N = SHAPES[bits]
+    columns = [N, 32]
+    parts = build_parts(Case(bits, K, N, 128, "perm"), columns)
+    for algorithm, M in itertools.product(ALGORITHMS, (1, 11)):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        x = activations(M, K, torch.float16)
+        out = ops.gptq_gemm_multi(x, *multi_args(parts))
+        for part, result in zip(parts, out.split(columns, 1), strict=True):
+            assert torch.equal(result, ops.gptq_gemm(x, *part.args)), (algorithm, M)
 
 
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
@@ -260,6 +276,7 @@ def test_every_call_can_be_captured_in_a_graph(ops: emulated.EmulatedOps) -> Non
         x, grad = activations(5, weight.case.K, torch.float16), activations(5, weight.case.N, torch.float16)
         for call in (
             lambda: ops.gptq_gemm(x, *weight.args),
+            lambda: ops.gptq_gemm_multi(x, *multi_args([weight, weight])),
             lambda: ops.gptq_gemm_dx(grad, *weight.args),
             lambda: ops.gptq_dequantize(*weight.args),
             lambda: ops.gptq_unshuffle(weight.qweight, weight.rows, 4),

@@ -202,7 +202,7 @@ int main(int argc, char** argv) {
     for (uint16_t& value : grad) encode(normal(random), &value, DType::kFloat16, 0);
     std::printf("M=%-4ld", M);
     for (Precision precision : {Precision::kHigh, Precision::kMedium, Precision::kHighest}) {
-      const Workspace workspace(gemm_workspace_bytes(weights[0], M, DType::kFloat16, precision, threads));
+      const Workspace workspace(gemm_workspace_bytes(weights.data(), 1, M, DType::kFloat16, precision, threads));
       std::vector<double> times, of_dram, of_peak;
       int copy = 0;
       double dram = 1e9, peak = 1e9;
@@ -211,7 +211,7 @@ int main(int argc, char** argv) {
         const int calls = M <= 4 ? 4 : 1;
         const double start = now();
         for (int i = 0; i < calls; ++i) {
-          gemm(weights[copy++ % copies], x.data(), DType::kFloat16, M, out.data(), precision, workspace.data,
+          gemm(&weights[copy++ % copies], 1, x.data(), DType::kFloat16, M, out.data(), precision, workspace.data,
                pool.parallel());
         }
         const double time = (now() - start) / calls;

@@ -182,8 +182,18 @@ struct Workspace {
 inline std::vector<uint8_t> run_gemm(const RandomWeight& weight, const std::vector<uint8_t>& x, DType dtype, int64_t M,
                                      Precision precision, int threads) {
   std::vector<uint8_t> out(M * weight.N * size_of(dtype), 0xff);
-  const Workspace workspace(gemm_workspace_bytes(weight.view, M, dtype, precision, threads));
-  gemm(weight.view, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
+  const Workspace workspace(gemm_workspace_bytes(&weight.view, 1, M, dtype, precision, threads));
+  gemm(&weight.view, 1, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
+  return out;
+}
+
+// The weight and itself again, side by side.
+inline std::vector<uint8_t> run_gemm_of_two(const RandomWeight& weight, const std::vector<uint8_t>& x, DType dtype,
+                                            int64_t M, Precision precision, int threads) {
+  const Weight parts[] = {weight.view, weight.view};
+  std::vector<uint8_t> out(2 * M * weight.N * size_of(dtype), 0xff);
+  const Workspace workspace(gemm_workspace_bytes(parts, 2, M, dtype, precision, threads));
+  gemm(parts, 2, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
   return out;
 }
 

@@ -152,6 +152,12 @@ void test_gemm(std::mt19937& random, const RandomWeight& weight, DType dtype, Pr
     }
     expect(same(first, out, dtype), c.text + " differs from " + isas()[0]);
     expect(same(out, run_gemm(weight, x, dtype, M, precision, 3), dtype), c.text + " differs with 3 threads");
+    std::vector<uint8_t> twice;
+    for (int64_t m = 0; m < M; ++m) {
+      const auto begin = out.begin() + m * out_row;
+      for (int part = 0; part < 2; ++part) twice.insert(twice.end(), begin, begin + out_row);
+    }
+    expect(same(twice, run_gemm_of_two(weight, x, dtype, M, precision, 3), dtype), c.text + " differs side by side");
     for (int64_t m : {int64_t{0}, M / 2, M - 1}) {
       const std::vector<uint8_t> one(x.begin() + m * row, x.begin() + (m + 1) * row);
       const std::vector<uint8_t> alone = run_gemm(weight, one, dtype, 1, precision, 1);

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
-from conformance.weights import Case, build
+from conformance.weights import Case, build, build_parts, multi_args
 
 
 def _gemm(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
     return (torch.randn(M, case.K).to(dtype), *build(case).args)
+
+
+def _gemm_multi(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
+    return (torch.randn(M, case.K).to(dtype), *multi_args(build_parts(case, (case.N, 2 * case.N))))
 
 
 def _gemm_dx(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
@@ -34,8 +38,10 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "gptq_dequantize": _dequantize,
     "gptq_gemm": _gemm,
     "gptq_gemm_dx": _gemm_dx,
+    "gptq_gemm_multi": _gemm_multi,
     "_gptq_gemm": _gemm,
     "_gptq_gemm_dx": _gemm_dx,
+    "_gptq_gemm_multi": _gemm_multi,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conformance.bounds import assert_within_bound, gamma
-from conformance.weights import DTYPES, Case, build
+from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled)
@@ -37,6 +37,34 @@ def test_expanded_and_transposed_gradients_are_accepted(expand: object) -> None:
     expected = torch.randn(5, 96, requires_grad=True)
     expand(expected @ weight.dense.float()).backward()  # type: ignore[operator]
     torch.testing.assert_close(x.grad, expected.grad)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_of_multi_is_that_of_its_parts_added_up(case: Case) -> None:
+    parts = build_parts(case, (64, 128, 32))
+    x = torch.randn(5, case.K, requires_grad=True)
+    grad = torch.randn(224, 5).t()
+    torch.ops.exllama.gptq_gemm_multi(x, *multi_args(parts)).backward(grad)
+    assert x.grad is not None
+    dense = torch.cat([part.dense for part in parts], 1)
+    # Each part's gradient is rounded to float32, and so are the two sums.
+    assert_within_bound(x.grad, grad.contiguous(), dense.t(), gamma(128 + 3 + 3))
+
+
+def test_multi_has_second_derivatives_and_tangents() -> None:
+    parts = build_parts(CASES[1], (64, 32))
+    dense = torch.cat([part.dense for part in parts], 1)
+    x, tangent = torch.randn(3, 96, requires_grad=True), torch.randn(96, 3).t()
+    out = torch.ops.exllama.gptq_gemm_multi(x, *multi_args(parts))
+    grad = torch.randn(3, 96, requires_grad=True)
+    (dx,) = torch.autograd.grad(out, x, grad, create_graph=True)
+    (d_grad,) = torch.autograd.grad(dx, grad, tangent)
+    assert_within_bound(d_grad, tangent.contiguous(), dense, gamma(96 + 3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), tangent)
+        result = torch.autograd.forward_ad.unpack_dual(torch.ops.exllama.gptq_gemm_multi(dual, *multi_args(parts)))
+    assert result.tangent is not None
+    assert_within_bound(result.tangent, tangent.contiguous(), dense, gamma(96 + 3))
 
 
 def test_second_derivatives_exist() -> None:

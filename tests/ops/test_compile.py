@@ -12,7 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter, Compi
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from conformance.weights import Case, build
+from conformance.weights import Case, build, build_parts, multi_args
 from exllama_ops import ExllamaLinear, quantize
 
 CASE = Case(4, 96, 64, 32, "perm")
@@ -198,11 +198,39 @@ def test_flops_are_two_M_K_N_each_way(bits: int) -> None:
     assert forward.get_total_flops() == backward.get_total_flops() == inference.get_total_flops() == expected
 
 
+def test_flops_of_multi_are_those_of_its_parts() -> None:
+    parts = build_parts(CASE, (64, 32))
+    x = torch.randn(5, 96, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = torch.ops.exllama.gptq_gemm_multi(x, *multi_args(parts))
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == backward.get_total_flops() == 2 * 5 * 96 * (64 + 32)
+
+
+def test_one_graph_of_multi_serves_every_number_of_tokens_from_two() -> None:
+    args = multi_args(build_parts(CASE, (64, 32)))
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: torch.ops.exllama.gptq_gemm_multi(x, *args), backend=counter, fullgraph=True)
+    for M in (2, 3, 64, 257):
+        x = torch.randn(M, 96)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
+    assert counter.frame_count == 1
+
+
 def test_ops_keep_their_schemas() -> None:
     """Users call them positionally: a change here breaks them."""
     schemas = "\n".join(
         str(getattr(torch.ops.exllama, name).default._schema)
-        for name in ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx")
+        for name in (
+            "gptq_shuffle",
+            "gptq_unshuffle",
+            "gptq_dequantize",
+            "gptq_gemm",
+            "gptq_gemm_dx",
+            "gptq_gemm_multi",
+        )
     )
     assert_expected_inline(
         schemas,
@@ -211,5 +239,6 @@ exllama::gptq_shuffle(Tensor(a!) qweight, Tensor q_perm, int bit) -> ()
 exllama::gptq_unshuffle(Tensor qweight, Tensor q_perm, int bit) -> Tensor
 exllama::gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
 exllama::gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
-exllama::gptq_gemm_dx(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor""",
+exllama::gptq_gemm_dx(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
+exllama::gptq_gemm_multi(Tensor x, Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor""",
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from conformance.weights import Case, build
 from exllama_ops import reference
@@ -165,14 +166,14 @@ def run_op_with_grad(op: str, *args: Any) -> None:
     run_op(op, first.detach().clone(memory_format=torch.preserve_format).requires_grad_(), *rest)
 
 
-def with_the_strides_on(device: str, args: tuple[Any, ...]) -> list[Any]:
+def with_the_strides_on(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Empty tensors like args on a device; .to(device) would lose the strides of views."""
-    return [
-        torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=device)
-        if isinstance(arg, torch.Tensor)
-        else arg
-        for arg in args
-    ]
+
+    def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    result: tuple[Any, ...] = tree_map_only(torch.Tensor, empty_like, args)
+    return result
 
 
 def run_meta(op: str, *args: Any) -> None:
@@ -208,6 +209,64 @@ def test_gemm_refuses(run: Callable[..., None], bad: Bad) -> None:
 def test_gemm_refuses_with_the_same_text_when_x_requires_grad(bad: Bad) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(bad.message)}$"):
         run_op_with_grad("gptq_gemm", *gemm_arguments(**bad.changes).values())
+
+
+def of_part(text: str, part: int) -> str:
+    """The text of gptq_gemm in gptq_gemm_multi: what names an entry of a list says which."""
+    text = text.replace("gptq_gemm:", "gptq_gemm_multi:")
+    for name in ("qweight", "qzeros", "scales", "N"):
+        text = text.replace(f"multi: {name} must", f"multi: {name}[{part}] must")
+    return text.replace("got N=", f"got N[{part}]=").replace("got K=64, G=", f"got K=64, G[{part}]=")
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("bad", BAD_GEMM, ids=lambda bad: bad.message[11:60])
+def test_multi_refuses_what_gemm_refuses_and_names_the_part(run: Callable[..., None], bad: Bad) -> None:
+    x, *weight, g_idx, use_exllama, bit, v2, group_size = gemm_arguments(**bad.changes).values()
+    if {"x", "g_idx", "bit", "group_size"} & bad.changes.keys():  # of all parts: the first meets the rule
+        lists, part = [[tensor, tensor] for tensor in weight], 0
+    else:
+        good = list(gemm_arguments().values())[1:4]
+        lists, part = [[tensor, changed] for tensor, changed in zip(good, weight, strict=True)], 1
+    with pytest.raises(ValueError, match=f"^{re.escape(of_part(bad.message, part))}$"):
+        run("gptq_gemm_multi", x, *lists, g_idx, use_exllama, bit, v2, group_size)
+
+
+BAD_LISTS = [
+    (
+        (2, 1, 2),
+        "qweight, qzeros and scales must have one entry for each part, at least 1; got (2, 1, 2)",
+    ),
+    (
+        (1, 1, 2),
+        "qweight, qzeros and scales must have one entry for each part, at least 1; got (1, 1, 2)",
+    ),
+    (
+        (0, 0, 0),
+        "qweight, qzeros and scales must have one entry for each part, at least 1; got (0, 0, 0)",
+    ),
+]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize(("lengths", "rule"), BAD_LISTS)
+def test_multi_refuses_lists_of_different_lengths(
+    run: Callable[..., None], lengths: tuple[int, ...], rule: str
+) -> None:
+    x, *weight, g_idx, use_exllama, bit, v2, group_size = gemm_arguments().values()
+    lists = [[tensor] * length for tensor, length in zip(weight, lengths, strict=True)]
+    with pytest.raises(ValueError, match=f"^gptq_gemm_multi: {re.escape(rule)}$"):
+        run("gptq_gemm_multi", x, *lists, g_idx, use_exllama, bit, v2, group_size)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_multi_refuses_parts_with_other_groups(run: Callable[..., None]) -> None:
+    """x is prepared once for all parts, in blocks of rows that end where a group ends."""
+    x, qweight, qzeros, scales, g_idx, *options, _ = gemm_arguments().values()
+    lists = [qweight, qweight], [qzeros, empty(8, 4)], [scales, empty(8, 32, dtype=HALF)]
+    message = "gptq_gemm_multi: scales[1] must have as many groups (rows) as scales[0], 4; got 8"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run("gptq_gemm_multi", x, *lists, g_idx, *options, 0)
 
 
 @pytest.mark.parametrize("run", RUNNERS)
@@ -290,6 +349,9 @@ def test_an_index_outside_its_range_is_an_error_on_the_cpu() -> None:
         rows[5] = wrong
         with pytest.raises((IndexError, RuntimeError)):
             run_op("gptq_gemm", *gemm_arguments(g_idx=rows).values())
+        x, *weight, g_idx, use_exllama, bit, v2, group_size = gemm_arguments(g_idx=rows).values()
+        with pytest.raises((IndexError, RuntimeError)):
+            run_op("gptq_gemm_multi", x, *([tensor] for tensor in weight), g_idx, use_exllama, bit, v2, group_size)
 
 
 def test_errors_keep_their_text_inside_a_compiled_function() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sample import SAMPLES, packet
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from conformance.weights import DTYPES, Case
 
@@ -29,7 +30,7 @@ def test_opcheck(name: str, case: Case, dtype: torch.dtype) -> None:
     if dtype != torch.float16 and name in ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize"):
         pytest.skip("the op has no activations")
     args = SAMPLES[name](case, dtype)
-    if name in ("gptq_gemm", "gptq_gemm_dx"):
+    if name in ("gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi"):
         args[0].requires_grad_()
     torch.library.opcheck(packet(name).default, args)
 
@@ -41,9 +42,9 @@ def test_fake_equals_real_in_all_but_the_data(name: str, case: Case, M: int) -> 
     for dtype in DTYPES:
         args = SAMPLES[name](case, dtype, M)
         real = packet(name)(*args)
-        meta = packet(name)(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
+        meta = packet(name)(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args))
         with FakeTensorMode() as mode:
-            fake = packet(name)(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+            fake = packet(name)(*tree_map_only(torch.Tensor, mode.from_tensor, args))
         assert description(fake) == description(real)
         assert description(meta) == description(real.to("meta") if real is not None else None)
 
@@ -58,9 +59,6 @@ def description(result: torch.Tensor | None) -> Any:
 def test_fake_cuda_tensors_trace_without_a_gpu(name: str) -> None:
     args = SAMPLES[name](CASES[0], torch.float16)
     with FakeTensorMode():
-        cuda = [
-            torch.empty(arg.shape, dtype=arg.dtype, device="cuda") if isinstance(arg, torch.Tensor) else arg
-            for arg in args
-        ]
+        cuda = tree_map_only(torch.Tensor, lambda arg: torch.empty(arg.shape, dtype=arg.dtype, device="cuda"), args)
         result = packet(name)(*cuda)
     assert result is None or result.device.type == "cuda"

@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "compile": {"nn", "ops", "reference", "layout", "extras"},
+    "compile": {"nn", "ops", "backends", "reference", "layout"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }

@@ -19,13 +19,15 @@ ALL = sorted(_library.schemas())
 PUBLIC = [name for name in ALL if not name.startswith("_")]
 
 
-def test_the_namespace_holds_the_five_ops_and_two_twins() -> None:
+def test_the_namespace_holds_the_six_ops_and_three_twins() -> None:
     assert ALL == [
         "_gptq_gemm",
         "_gptq_gemm_dx",
+        "_gptq_gemm_multi",
         "gptq_dequantize",
         "gptq_gemm",
         "gptq_gemm_dx",
+        "gptq_gemm_multi",
         "gptq_shuffle",
         "gptq_unshuffle",
     ]

@@ -1,0 +1,20 @@
+// A few rows of x by the words of a shuffled weight, for AVX2.
+#include "kernels.h"
+
+#if EXLLAMA_X86
+
+#include "avx2.h"
+
+#include "gemv.h"
+
+namespace exllama::cpu {
+
+void avx2::gemv(const Gemv& gemv) { cpu::gemv<Dot::kInt16>(gemv); }
+void avx2::gemv_vnni(const Gemv& gemv) {
+  if (gemv.int8) return cpu::gemv<Dot::kInt8>(gemv);
+  cpu::gemv<Dot::kInt16Vnni>(gemv);
+}
+
+}  // namespace exllama::cpu
+
+#endif

@@ -1,0 +1,87 @@
+"""gptq_gemm_multi: the same activations times several quantized weights, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exllama_ops.layout.checks import check_gptq_gemm_multi
+from exllama_ops.ops._linear import WEIGHTS_ARGUMENTS, define_linear_op
+
+
+def gptq_gemm_multi(
+    x: Tensor,
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    """``out = [x @ W[0], x @ W[1], ...]``, the columns side by side; x is gathered and prepared once.
+
+    The columns of a part have the bits that `gptq_gemm` gives them. Differentiable with respect to x (by `gptq_gemm_dx`
+    of each part, summed); the weights get no gradient.
+
+    Args:
+        x: (M, K), as in `gptq_gemm`.
+        qweight: of each part, (K * bit / 32, N[i]), as in `gptq_gemm`; at least one part.
+        qzeros: of each part, (G, N[i] * bit / 32).
+        scales: of each part, (G, N[i]); G is that of all parts, the dtypes may differ.
+        g_idx: one for all parts, as in `gptq_gemm`, like the options that follow.
+        use_exllama: see `gptq_gemm`.
+        bit: see `gptq_gemm`.
+        use_v2_format: see `gptq_gemm`.
+        group_size: see `gptq_gemm`.
+
+    Returns:
+        (M, N[0] + N[1] + ...) in x's dtype, contiguous, new memory.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or option is wrong; the text names the part.
+
+    Source: `exllama_ops.reference.gptq_gemm_multi`.
+    """
+    result: Tensor = torch.ops.exllama.gptq_gemm_multi(
+        x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size
+    )
+    return result
+
+
+def fake_gptq_gemm_multi(
+    x: Tensor,
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    check_gptq_gemm_multi(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    return x.new_empty((x.shape[0], sum(part.shape[1] for part in qweight)))
+
+
+def _sum_of_dx(
+    grad: Tensor,
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    *g_idx_and_options: Any,
+) -> Tensor:
+    grads = grad.split([part.shape[1] for part in qweight], 1)
+    first, *others = (
+        torch.ops.exllama.gptq_gemm_dx(part.contiguous(), *tensors, *g_idx_and_options)
+        for part, *tensors in zip(grads, qweight, qzeros, scales, strict=True)
+    )
+    dx: Tensor = sum(others, start=first)
+    return dx
+
+
+define_linear_op("gptq_gemm_multi", f"Tensor x, {WEIGHTS_ARGUMENTS}", adjoint=_sum_of_dx, fake=fake_gptq_gemm_multi)

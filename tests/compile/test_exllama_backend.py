@@ -1,0 +1,147 @@
+"""``torch.compile(model, backend="exllama")``: Inductor behind it, its caches, its options, what it logs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compile.blocks import Block, K
+from exllama_ops.compile import FuseSharedInput, exllama
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+BLOCK = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from torch._dynamo.utils import counters
+from compile.blocks import Block, K
+block, x = Block(), torch.randn(3, K)
+compiled = torch.compile(block, backend="exllama", fullgraph=True)
+with torch.no_grad():
+    out = compiled(x)
+    # exp of silu and tanh may differ by some units in the last place.
+    torch.testing.assert_close(out, block(x), rtol=1e-5, atol=1e-5)
+print({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")})
+"""
+
+
+def run(code: str, cache: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_inductor_computes_a_block_caches_it_and_the_log_says_what_was_done(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parents[1])
+    cold = run(BLOCK, tmp_path, tests, TORCH_LOGS="+exllama_ops")
+    assert cold.stdout == "{'hit': 0, 'miss': 1, 'bypass': 0}\n"
+    assert re.findall(r"one gptq_gemm_multi of (\[.*?\]) columns takes the place of", cold.stderr) == [
+        "[96, 32, 32]",
+        "[64, 64]",
+    ]
+    warm = run(BLOCK, tmp_path, tests)
+    assert warm.stdout == "{'hit': 1, 'miss': 0, 'bypass': 0}\n"
+    assert "exllama" not in warm.stderr
+
+
+def test_torch_finds_the_backend_without_an_import(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+assert "exllama" in torch._dynamo.list_backends() and "exllama_ops" not in sys.modules
+compiled = torch.compile(lambda x: x.sin() + 1, backend="exllama", mode="max-autotune-no-cudagraphs")
+x = torch.ones(3)
+torch.testing.assert_close(compiled(x), x.sin() + 1)
+assert "exllama_ops" in sys.modules
+"""
+    run(code, tmp_path)
+
+
+@pytest.fixture
+def config_of_inductor(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the backend hands to Inductor, which does not run."""
+    given: dict[str, Any] = {}
+
+    def compile_fx(graph: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        given.update(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, {}),
+        ({"mode": "default"}, {}),
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        (
+            {"options": {"epilogue-fusion": False, "max_autotune": True}},
+            {"epilogue_fusion": False, "max_autotune": True},
+        ),
+    ],
+)
+def test_mode_and_options_go_to_inductor(
+    arguments: dict[str, Any], expected: dict[str, Any], config_of_inductor: dict[str, Any]
+) -> None:
+    torch.compile(lambda x: x + 1, backend="exllama", **arguments)(torch.ones(3))
+    assert isinstance(config_of_inductor.pop("pre_grad_custom_pass"), FuseSharedInput)
+    assert config_of_inductor == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"mode": "fast"}, r"mode must be one of default, .*reduce-overhead.*; got 'fast'"),
+        (
+            {"options": {"no_such": 1, "nor.this": 2}},
+            r"options must be of torch._inductor.config; got no_such, nor.this",
+        ),
+        (
+            {"options": {"pre_grad_custom_pass": print}},
+            r"the option pre_grad_custom_pass is its own; .*FuseSharedInput",
+        ),
+    ],
+)
+def test_modes_and_options_that_inductor_lacks_are_refused(arguments: dict[str, Any], rule: str) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=rule):
+        torch.compile(lambda x: x + 1, backend="exllama", **arguments)(torch.ones(3))
+    with pytest.raises(ValueError, match=rule):
+        exllama(torch.fx.symbolic_trace(lambda x: x + 1), [torch.ones(3)], **arguments)
+
+
+def test_the_pass_serves_inductor_on_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    block, x = Block(), torch.randn(1, K)
+    with (
+        torch._inductor.config.patch(pre_grad_custom_pass=FuseSharedInput(), force_disable_caches=True),
+        caplog.at_level("DEBUG", logger="exllama_ops.compile"),
+        torch.no_grad(),
+    ):
+        out = torch.compile(block, fullgraph=True)(x)
+    torch.testing.assert_close(out, block(x), rtol=1e-5, atol=1e-5)
+    assert sum("gptq_gemm_multi" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.gpu
+def test_reduce_overhead_replays_cuda_graphs_of_a_block() -> None:
+    block = Block(act_order=True).half().cuda()
+    compiled = torch.compile(block, backend="exllama", mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for seed in range(5):
+            x = torch.randn(1, K, generator=torch.Generator().manual_seed(seed)).half().cuda()
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x).clone(), block(x), rtol=4e-3, atol=0.05)
