@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "compile": {"nn", "ops", "backends", "layout"},
+    "compile": {"nn", "ops", "backends", "reference", "layout"},
     "warmup": {"nn"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import Plan, device_of, plan_gemm
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.backends.triton.weight import Weight
-from exllama_ops.layout.checks import check_gptq_gemm
+from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
 
 _ADD_BLOCK = 256
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -226,3 +228,23 @@ def gptq_gemm(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
     return compute(plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant()), x, weight)
+
+
+def gptq_gemm_multi(
+    x: Tensor,
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    """`torch.ops.exllama.gptq_gemm_multi` in Triton: each part as `gptq_gemm` has it, and their columns put together.
+
+    A part's plan depends on its own N, and its bits on its plan.
+    """
+    check_gptq_gemm_multi(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    parts = zip(qweight, qzeros, scales, strict=True)
+    return torch.cat([gptq_gemm(x, *part, g_idx, use_exllama, bit, use_v2_format, group_size) for part in parts], 1)
