@@ -10,6 +10,8 @@ from torch import Tensor
 
 from conformance.bounds import UNIT_ROUNDOFF_F64, gamma
 from conformance.weights import Weight
+from cuda.bounds import dx_error as cuda_dx_error
+from cuda.bounds import gemm_error as cuda_gemm_error
 from exllama_ops import backends
 
 # The instruction sets of the native CPU library, best first; tests/backends compares the list with the library's.
@@ -44,6 +46,9 @@ class BackendUnderTest:
 
     def gemm_error(self, x: Tensor, weight: Weight) -> Error:
         """Of ``x @ W``."""
+        if self._names() == {"cuda"}:
+            algorithms = ("scalar", "tiled") if x.dtype == torch.float32 else ("scalar", "mma", "tiled", "dense")
+            return Error(max(cuda_gemm_error(algorithm, weight, x.dtype) for algorithm in algorithms))
         if self.precision is None:
             return self._reference_error(x.shape[1])
         blocks = cpu_blocks(weight)
@@ -62,13 +67,20 @@ class BackendUnderTest:
 
     def dx_error(self, N: int) -> Error:
         """Of ``grad @ W.T``, whose sums run over N, in float32 at any precision."""
+        if self._names() == {"cuda"}:
+            return Error(cuda_dx_error(N))
         if self.precision is None:
             return self._reference_error(N)
         return Error(gamma(N + 3))
 
+    def _names(self) -> set[str]:
+        """Who serves the ops on the device."""
+        if self.ops is not torch.ops.exllama:
+            return {"reference"}
+        return {choice.backend.name for choice in backends.report() if choice.dispatch_key.lower() == self.device}
+
     def _reference_error(self, depth: int) -> Error:
-        names = {choice.backend.name for choice in backends.report() if choice.dispatch_key.lower() == self.device}
-        assert names == {"reference"} or self.ops is not torch.ops.exllama, f"no declared bound for {names}"
+        assert self._names() == {"reference"}, f"no declared bound for {self._names()}"
         # The sum is taken in float64 and rounded to float32.
         return Error(2.0**-24 + gamma(depth, UNIT_ROUNDOFF_F64))
 
