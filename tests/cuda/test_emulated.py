@@ -69,7 +69,7 @@ ALL_CASES = [case for bits in SHAPES for case in cases(bits)]
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
         return case.group_size in (24, 128, case.K)
-    return case.bits == 3 and case.group_size == 128 and case.order == "perm"
+    return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
 
 
 EVERY_WEIGHT = [on(arch, case, quick=arch == 80 and is_quick(case)) for arch in ARCHS for case in ALL_CASES]
