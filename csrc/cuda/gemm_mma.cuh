@@ -1,7 +1,8 @@
 // gemm on the tensor cores straight from the shuffled words, for x of 16 bits; mma_operands.cuh says how.
 //
-// A warp has 32 columns, and goes through its runs of K in steps, which four lanes share. Groups are whole steps. At the
-// end of a run, and of each step where groups are not whole runs, the products are scaled and added to the result.
+// A warp has 32 columns and goes through its runs of K in steps, which four lanes share. A unit, which is a run or a
+// step, lies in one group: at its end the sums are scaled. What all lanes need of x and of the groups, the thread block
+// lays into shared memory, a stage at a time; words go straight to the registers of the lane that unpacks them.
 #pragma once
 
 #include "mma_operands.cuh"
@@ -15,10 +16,16 @@ struct MmaShape {
   uint32_t group_reciprocal;  // ceil(2**32 / (2 * units in a group)): see divide_units
 };
 
-// unit / units_per_group by a multiplication: exact while unit * units_per_group < 2**30 (Granlund and Montgomery 1994).
+// unit / units_per_group by a multiplication: exact while their product is below 2**30 (Granlund and Montgomery 1994).
 __device__ inline uint32_t divide_units(uint32_t unit, uint32_t reciprocal) {
   return __umulhi(2 * unit + 1, reciprocal);
 }
+
+// The group of a unit in four columns.
+struct __align__(16) MmaGroups {
+  float4 scales;
+  uint4 negative_zeros;  // as Pairs has them
+};
 
 // What a thread block has of x and of the scales and zero points at a time: of a stage of K.
 template <int bits, typename T, int tiles, int unit_k>
@@ -31,15 +38,16 @@ struct MmaStage {
   static constexpr int kUnits = kK / unit_k;
 
   __align__(16) T x[kTokens][kPitch];  // [token][step][chunk]: see MmaLane
-  __align__(16) float scales[kUnits][kMmaColumns];
-  __align__(16) uint32_t zeros[kUnits][kMmaColumns];  // as Pairs has them
+  MmaGroups groups[kUnits][kMmaColumns / 4];
 
-  // Of `tokens` rows of x, what belongs to the rows of W from first_k to end_k. The other tokens keep what lies there: a
-  // column of the product depends on no other column of x.
+  // Of `tokens` rows of x, what belongs to the rows of W from first_k to end_k. The other tokens keep what lies there:
+  // a column of the product depends on no other column of x.
   __device__ void load_x(const Weight& weight, const T* from, int tokens, int32_t first_k, int32_t end_k) {
     constexpr int kChunks = kK / 8, kInStep = 4 * Lane::kChunks;
-    constexpr int kTogether = kMmaThreads / kChunks;       // tokens at a time
-    constexpr int kTimes = kTokens / kTogether, kLoads = kTimes < 4 ? kTimes : 4;
+    // Tokens that are loaded at a time, and how often.
+    constexpr int kTogether = kMmaThreads / kChunks, kTimes = kTokens / kTogether;
+    constexpr int kLoads = kTimes < 4 ? kTimes : 4;
+    static_assert(kTimes % kLoads == 0);
     const auto K = static_cast<int32_t>(weight.K);
     const int chunk = threadIdx.x % kChunks;
     const int32_t step_k = first_k + (chunk - chunk % kInStep) * 8;
@@ -87,22 +95,21 @@ struct MmaStage {
                               int32_t end_unit) {
     constexpr int kFours = kMmaColumns / 4;
     static_assert(kUnits * kFours <= kMmaThreads);
-    const int unit = threadIdx.x / kFours, c = threadIdx.x % kFours * 4;
+    const int unit = threadIdx.x / kFours, four = threadIdx.x % kFours;
     if (unit >= end_unit - first_unit) return;
     const auto N = static_cast<int32_t>(weight.N);
-    const int32_t column = min(first_column + c, N - 4);
+    const int32_t column = min(first_column + 4 * four, N - 4);
     const auto group = static_cast<int32_t>(divide_units(first_unit + unit, shape.group_reciprocal));
     const FourZeros<bits> fields(weight, group, column);
-    *reinterpret_cast<float4*>(&scales[unit][c]) =
-        load_four(weight.scales, weight.scales_dtype, static_cast<int64_t>(group) * N + column);
-    const auto zero = [&](int i) { return Pairs<bits, T>::negative_zero(fields.get(weight, i)); };
-    *reinterpret_cast<uint4*>(&zeros[unit][c]) = make_uint4(zero(0), zero(1), zero(2), zero(3));
+    const auto negative_zero = [&](int i) { return Pairs<bits, T>::negative_zero(fields.get(weight, i)); };
+    groups[unit][four] = {load_four(weight.scales, weight.scales_dtype, static_cast<int64_t>(group) * N + column),
+                          make_uint4(negative_zero(0), negative_zero(1), negative_zero(2), negative_zero(3))};
   }
 };
 
 // partials (split_k, M, N) if there are several splits, else out (M, N). tiles: of eight tokens, in a thread block.
 template <int bits, typename T, int tiles, int unit_k>
-__global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     gemm_mma(Weight weight, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
   using Stage = MmaStage<bits, T, tiles, unit_k>;
   using Lane = typename Stage::Lane;
@@ -149,8 +156,7 @@ __global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
     for (int w = 0; w < Lane::kWords; ++w) {
       const int row = row_of_step(i) + w;
       if (row >= rows_left) continue;
-      const uint4 four =
-          __ldg(reinterpret_cast<const uint4*>(next_words + static_cast<int64_t>(row) * row_bytes));
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(next_words + static_cast<int64_t>(row) * row_bytes));
       words[i % kAhead][0][w] = four.x;
       words[i % kAhead][1][w] = four.y;
       words[i % kAhead][2][w] = four.z;
@@ -159,24 +165,23 @@ __global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
   };
 
   float total[tiles][2][4] = {}, unit_sum[tiles][2][4];
-  float4 scale;
   typename Pairs<bits, T>::Zero zero[4];
-  const auto begin_unit = [&](const float* scales, const uint32_t* s_zeros) {
-    scale = *reinterpret_cast<const float4*>(scales);
-    const uint4 zeros = *reinterpret_cast<const uint4*>(s_zeros);
-    zero[0].set(zeros.x);
-    zero[1].set(zeros.y);
-    zero[2].set(zeros.z);
-    zero[3].set(zeros.w);
+  const auto begin_unit = [&](const MmaGroups& groups) {
+    const uint4 four = groups.negative_zeros;
+    zero[0].set(four.x);
+    zero[1].set(four.y);
+    zero[2].set(four.z);
+    zero[3].set(four.w);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) unit_sum[i / 8][i / 4 % 2][i % 4] = 0;
   };
-  const auto end_unit = [&] {
-    const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
+  const auto end_unit = [&](const MmaGroups& groups) {
+    const float4 four = groups.scales;
+    const float scale[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       float& sum = total[i / 8][i / 4 % 2][i % 4];
-      sum = fmaf(unit_sum[i / 8][i / 4 % 2][i % 4], scales[i % 8 / 2], sum);
+      sum = fmaf(unit_sum[i / 8][i / 4 % 2][i % 4], scale[i % 8 / 2], sum);
     }
   };
 
@@ -191,8 +196,7 @@ __global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
                              min(end * kRunUnits, (K + unit_k - 1) / unit_k));
     __syncthreads();
     const T* s_x = &shared.stage.x[g][warp_k * kMmaRunK + 8 * t];
-    const float* scales = &shared.stage.scales[warp_k * kRunUnits][warp_n * 32 + 4 * g];
-    const uint32_t* zeros = &shared.stage.zeros[warp_k * kRunUnits][warp_n * 32 + 4 * g];
+    const MmaGroups* groups = &shared.stage.groups[warp_k * kRunUnits][warp_n * 8 + g];
     int32_t k_left = min(end * kMmaRunK, K) - (stage_run + warp_k) * kMmaRunK;
     for (; k_left > 0; k_left -= kTurnK) {
 #pragma unroll
@@ -201,9 +205,9 @@ __global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
 #pragma unroll
         for (int step = 0; step < kRunSteps; ++step) {
           const int i = r * kRunSteps + step, k = r * kWarpsRunK + step * step_k;
-          // Beyond K there are no units. Within one this saves little, but keeps the compiler from delaying loads.
+          // Beyond K there are no units. Within one, leaving saves little, but keeps the compiler from delaying loads.
           if (step > 0 && k % kExitK == 0 && k_left <= k) break;
-          if (k % unit_k == 0) begin_unit(scales + k / unit_k * kMmaColumns, zeros + k / unit_k * kMmaColumns);
+          if (k % unit_k == 0) begin_unit(groups[k / unit_k * kMmaColumns / 4]);
 #pragma unroll
           for (int chunk = 0; chunk < Lane::kChunks; ++chunk) {
             uint4 b[tiles];
@@ -228,15 +232,14 @@ __global__ void __launch_bounds__(kMmaThreads, tiles == 1 && bits == 4 ? 3 : 2)
             }
           }
           load_words(i + kAhead);
-          if (unit_k < kMmaRunK) end_unit();
+          if (unit_k < kMmaRunK) end_unit(groups[k / unit_k * kMmaColumns / 4]);
         }
-        if (unit_k == kMmaRunK) end_unit();
+        if (unit_k == kMmaRunK) end_unit(groups[r * kWarpsRunK / unit_k * kMmaColumns / 4]);
       }
       rows_left -= row_of_step(kTurn);
       next_words += static_cast<int64_t>(row_of_step(kTurn)) * row_bytes;
       s_x += kTurnK;
-      scales += kTurnK / unit_k * kMmaColumns;
-      zeros += kTurnK / unit_k * kMmaColumns;
+      groups += kTurnK / unit_k * kMmaColumns / 4;
     }
   }
 

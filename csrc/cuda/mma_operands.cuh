@@ -5,8 +5,8 @@
 // second one. The order of k inside an mma is free as long as A and B agree: where the PTX table has the pairs 2 t and
 // 2 t + 8 of k, lane t has any two pairs of its words, and x lies in shared memory in the order that follows from it.
 //
-// The integers q - z are exact in float16 and bfloat16 (|q - z| <= 256). They are what is multiplied: the scale comes at
-// the end of a group, in float32, and an outlier of x costs nothing where q = z.
+// The integers q - z are exact in float16 and bfloat16 (|q - z| <= 256). They are what is multiplied: the scale comes
+// later, in float32, and an outlier of x costs nothing where q = z.
 #pragma once
 
 #include "numbers.cuh"
@@ -156,7 +156,8 @@ struct Pairs {
 };
 
 // What lane t of four has of a step of `step_k` rows: the words of a column from `first_word` on, and of their pairs
-// pair(words, 0) to pair(words, step_k / 8 - 1), which are x's rows k_of(chunk, 0) to k_of(chunk, 7) for chunk t, t + 4...
+// pair(words, 0) to pair(words, step_k / 8 - 1). These are the rows k_of(chunk, 0) to k_of(chunk, 7) of the step for the
+// chunks t, t + 4 and so on: four pairs to a chunk, which is 16 bytes of x.
 template <int bits, typename T, int step_k>
 struct MmaLane {
   using P = Pairs<bits, T>;
