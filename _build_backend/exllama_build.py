@@ -1,17 +1,19 @@
-"""The build backend: setuptools, and a wheel that carries the native CPU library where one can be compiled.
+"""The build backend: setuptools, and a wheel that carries the native libraries that can be compiled.
 
 pip builds in an isolated environment, and a build that asks for torch there gets gigabytes of one that need not be the
-user's. All that the library needs of torch are headers and a file to link with, which lie in the environment that pip
+user's. All that a library needs of torch are headers and a file to link with, which lie in the environment that pip
 installs into: visible on disk from the isolated build, though not importable. So the build requires setuptools only.
 
-A wheel always carries the C++ sources (``exllama_ops/_csrc``), from which the package compiles its library on first
-use if the wheel has none: without a compiler or torch, or where compiling fails, the wheel is pure Python.
+The CPU's library needs a C++ compiler; CUDA's needs nvcc, and a torch with CUDA: beside another one nobody calls it.
+A wheel always carries the sources (``exllama_ops/_csrc``), from which the package compiles a library on first use if
+the wheel has it not: without compilers or torch, or where compiling fails, the wheel is pure Python.
 An editable install has no library of its own either: the cache's, keyed by the sources, follows every edit.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.util
 import os
@@ -58,35 +60,43 @@ def build_wheel(
     pure = Path(wheel_directory) / _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
     added = {f"exllama_ops/_csrc/{path.relative_to(_CSRC).as_posix()}": path for path in _files(_CSRC)}
     with tempfile.TemporaryDirectory() as scratch:
-        library = _compile(Path(scratch))
-        added |= {f"exllama_ops/_native/{path.name}": path for path in library}
-        return _rewritten(pure, added, native=bool(library)).name
+        libraries = {f"exllama_ops/_native/{name}": path for name, path in _compile(Path(scratch)).items()}
+        return _rewritten(pure, added | libraries, native=bool(libraries)).name
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _compile(scratch: Path) -> list[Path]:
-    """The library and its record, compiled in a folder; nothing if that cannot be."""
+def _compile(scratch: Path) -> dict[str, Path]:
+    """The libraries that can be compiled, in a folder each, and their records: files by their names in _native."""
     compiling = _package_module("exllama_ops/backends/native/compile.py")
     torch_directory = next((path for path in _torch_directories() if compiling.has_stable_headers(path)), None)
-    compiler = compiling.find_compiler(compiling.CPU)
-    if sys.platform != "linux":
-        reason = f"there is none for {sys.platform}"
-    elif torch_directory is None:
-        reason = "no torch >= 2.10 in the environment that the package is built for"
-    elif compiler is None:
-        reason = "no C++ compiler: no g++ or clang++ in PATH, and CXX is not set"
-    else:
-        try:
-            _say(f"compiling it with {compiler} for {torch_directory}")
-            compiling.compile_library(compiling.CPU, _CSRC, torch_directory, compiler, scratch, _say)
-            return [scratch / compiling.CPU.library, scratch / compiling.RECORD]
-        except compiling.CompileError as error:
-            reason = f"the compiler failed:\n{error}"
-    _say(f"the wheel is built without it, and the package compiles it on first use: {reason}")
-    return []
+    made = {}
+    for recipe in (compiling.CPU, compiling.CUDA):
+        compiler = compiling.find_compiler(recipe)
+        if sys.platform != "linux":
+            reason = f"there is none for {sys.platform}"
+        elif torch_directory is None:
+            reason = "no torch >= 2.10 in the environment that the package is built for"
+        elif recipe is compiling.CUDA and not (torch_directory / "lib" / "libtorch_cuda.so").is_file():
+            reason = f"the torch in {torch_directory} has no CUDA"
+        elif compiler is None:
+            reason = compiling.no_compiler(recipe)
+        else:
+            folder = scratch / recipe.device
+            folder.mkdir()
+            try:
+                _say(recipe, f"compiling it with {compiler} for {torch_directory}")
+                compiling.compile_library(
+                    recipe, _CSRC, torch_directory, compiler, folder, functools.partial(_say, recipe)
+                )
+                made |= {f"{recipe.device}/{name}": folder / name for name in (recipe.library, compiling.RECORD)}
+                continue
+            except compiling.CompileError as error:
+                reason = f"the compiler failed:\n{error}"
+        _say(recipe, f"the wheel is built without it: {reason}")
+    return made
 
 
 def _torch_directories() -> Iterator[Path]:
@@ -142,6 +152,6 @@ def _hash(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"native CPU library: {line}{os.linesep}")
+def _say(recipe: Any, line: str) -> None:
+    sys.stderr.write(f"native {recipe.device.upper()} library: {line}{os.linesep}")
     sys.stderr.flush()

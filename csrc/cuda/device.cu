@@ -15,6 +15,20 @@ int attribute(cudaDeviceAttr attribute, int32_t index) {
   return value;
 }
 
+// The first call of every op into the runtime, which is linked into this library: a driver that is older is met here.
+int current_device() {
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaErrorInsufficientDriver) {
+    throw std::runtime_error("exllama_ops: the CUDA driver is older than CUDA " + std::to_string(CUDART_VERSION / 1000) +
+                             "." + std::to_string(CUDART_VERSION % 1000 / 10) +
+                             ", which compiled these kernels: install a newer driver, or compile them by the nvcc of "
+                             "its version (EXLLAMA_OPS_NVCC names it; exllama-ops build --cuda --force)");
+  }
+  check(error, "cudaGetDevice");
+  return index;
+}
+
 }  // namespace
 
 const Device& device_properties(int32_t index) {
@@ -30,8 +44,7 @@ const Device& device_properties(int32_t index) {
   return devices[index];
 }
 
-DeviceGuard::DeviceGuard(int32_t index) : previous_(0), changed_(false) {
-  check(cudaGetDevice(&previous_), "cudaGetDevice");
+DeviceGuard::DeviceGuard(int32_t index) : previous_(current_device()), changed_(false) {
   if (previous_ == index) return;
   check(cudaSetDevice(index), "cudaSetDevice");
   changed_ = true;

@@ -94,24 +94,29 @@ constexpr bool dense_can(const Problem& p) { return !p.batch_invariant && p.x_dt
 // The cost model: clock cycles of the whole device, by the slowest of the resources that an algorithm loads. It is a
 // model to rank by, from data sheets and from the instructions in the compiled loops; no GPU has been timed.
 
-// Bytes of DRAM per cycle of one SM: P100 and V100 7, T4 5, A100 10, RTX 30 and 40 4, H100 14, B200 28, RTX 50 5.
+// Bytes of DRAM per cycle of one SM: P100 and V100 7, T4 5, A100 40 GB 10, RTX 3090 7, RTX 4090 3, H100 14, B200 28,
+// RTX 5090 4.
 constexpr double dram_bytes_per_cycle(int32_t arch) {
   if (arch < 75) return 7;
   if (arch == 75) return 5;
   if (arch == 80) return 10;
-  if (arch < 90) return 4;
+  if (arch < 89) return 7;
+  if (arch < 90) return 3;
   if (arch < 100) return 14;
   if (arch < 120) return 28;
-  return 5;
+  return 4;
 }
 // Instructions of a lane per cycle of one SM: four schedulers of 32 lanes (sm_60: two).
 constexpr double issues_per_cycle(int32_t arch) { return arch == 60 ? 64 : 128; }
+// Chips whose SMs have half the tensor cores or fewer: workstation cards reach 512 with float32 sums, GeForce 256.
+constexpr bool has_small_tensor_cores(int32_t arch) { return (arch > 80 && arch < 90) || arch >= 120; }
 // Multiply-adds of 16 bits per cycle of one SM: tensor cores by mma.sync, which later chips do not speed up.
-constexpr double mma_per_cycle(int32_t arch) { return arch < 80 ? 512 : 1024; }
+constexpr double mma_per_cycle(int32_t arch) { return arch < 80 || has_small_tensor_cores(arch) ? 512 : 1024; }
 // The same by a BLAS, with the instructions of its chip; without tensor cores on the CUDA cores.
 constexpr double blas_per_cycle(DType dtype, int32_t arch) {
   if (!has_tensor_cores_for(dtype, arch)) return 64;
-  return arch < 80 ? 400 : arch < 90 ? 800 : 1600;
+  if (arch < 80 || has_small_tensor_cores(arch)) return 400;
+  return arch < 90 ? 800 : 1600;
 }
 
 constexpr double weight_bytes(const Problem& p) {

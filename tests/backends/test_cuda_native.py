@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from emulation.toolchain import cuda_include
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native import compile as compiling
@@ -16,6 +20,8 @@ from exllama_ops.backends.native.compile import CUDA, Compiler
 
 needs_nvcc = pytest.mark.skipif(compiling.find_compiler(CUDA) is None, reason="needs nvcc")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA; this one has it")
+
+ROOT = Path(__file__).parents[2]
 
 REPORT = """
 import exllama_ops
@@ -75,6 +81,54 @@ def test_device_code_is_for_the_gpus_that_nvcc_knows(tmp_path: Path, known: list
     flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *known)),)))
     assert flags == [word for code in wanted for word in ("-gencode", code)]
     assert compiling.device_flags(compiling.CPU, Compiler(("false",))) == []
+
+
+@needs_nvcc
+def test_a_driver_older_than_the_toolkit_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    library = tmp_path / "old_driver.so"
+    options = ["-std=c++17", "-shared", "-fPIC", "-I", str(ROOT / "csrc"), "-isystem", str(cuda_include())]
+    sources = ["-x", "c++", str(ROOT / "csrc" / "cuda" / "device.cu"), str(Path(__file__).parent / "old_driver.cpp")]
+    subprocess.run(["g++", *options, *sources, "-o", str(library)], check=True)
+    call = ctypes.CDLL(str(library)).first_call
+    call.restype = ctypes.c_char_p
+    message = call().decode()
+    assert message.startswith("exllama_ops: the CUDA driver is older than CUDA 1")
+    assert "install a newer driver" in message
+    assert "EXLLAMA_OPS_NVCC" in message
+
+
+def build_backend() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("build", ROOT / "_build_backend" / "exllama_build.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("torch_has_cuda", [False, True])
+def test_a_wheel_carries_the_cuda_library_if_nvcc_and_a_torch_with_cuda_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_has_cuda: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch_directory, scratch = tmp_path / "torch", tmp_path / "scratch"
+    for folder in (torch_directory / "include" / "torch" / "csrc" / "stable", torch_directory / "lib", scratch):
+        folder.mkdir(parents=True)
+    (torch_directory / "include" / "torch" / "csrc" / "stable" / "library.h").touch()
+    if torch_has_cuda:
+        (torch_directory / "lib" / "libtorch_cuda.so").touch()
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho sm_80\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("EXLLAMA_OPS_NVCC", str(compiler))
+    backend = build_backend()
+    monkeypatch.setattr(backend, "_torch_directories", lambda: iter([torch_directory]))
+    made = backend._compile(scratch)
+    expected = {"cpu/libexllama_cpu.so", "cpu/build.json"}
+    assert set(made) == expected | ({"cuda/libexllama_cuda.so", "cuda/build.json"} if torch_has_cuda else set())
+    assert all(path.is_file() for path in made.values())
+    said = capsys.readouterr().err
+    assert ("native CUDA library: the wheel is built without it: the torch in" in said) is not torch_has_cuda
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conformance.bounds import UNIT_ROUNDOFF_F64, gamma
 from conformance.weights import Case, Weight
+from cuda import bounds as cuda_bounds
 from exllama_ops import backends
 from triton_backend import bounds as triton_bounds
 
@@ -64,6 +65,9 @@ class BackendUnderTest:
         """Of ``x @ W``."""
         if self.served_by == {"triton"}:
             return Error(triton_bounds.gemm_error(x, weight, truncates=self.device != "cpu"))
+        if self.served_by == {"cuda"}:
+            algorithms = ("scalar", "tiled") if x.dtype == torch.float32 else ("scalar", "mma", "tiled", "dense")
+            return Error(max(cuda_bounds.gemm_error(algorithm, weight, x.dtype) for algorithm in algorithms))
         if self.precision is None:
             return self._reference_error(x.shape[1])
         blocks = cpu_blocks(weight)
@@ -84,6 +88,8 @@ class BackendUnderTest:
         """Of ``grad @ W.T``, whose sums run over N, in float32 at any precision."""
         if self.served_by == {"triton"}:
             return Error(triton_bounds.dx_error(N))
+        if self.served_by == {"cuda"}:
+            return Error(cuda_bounds.dx_error(N))
         if self.precision is None:
             return self._reference_error(N)
         return Error(gamma(N + 3))

@@ -73,7 +73,7 @@ EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
         return case.group_size in (24, 128, case.K)
-    return case.bits == 3 and case.group_size == 128 and case.order == "perm"
+    return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
 
 
 EVERY_WEIGHT = [

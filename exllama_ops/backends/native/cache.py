@@ -41,7 +41,7 @@ class Built(NamedTuple):
 
 def packaged(recipe: Recipe) -> Path | None:
     """The library that a wheel brought, or None."""
-    path = _PACKAGE / "_native" / recipe.library
+    path = _PACKAGE / "_native" / recipe.device / recipe.library
     return path if path.is_file() else None
 
 
