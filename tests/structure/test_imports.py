@@ -22,7 +22,6 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "warmup": {"nn"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }

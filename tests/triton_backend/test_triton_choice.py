@@ -76,6 +76,7 @@ class Serves:
 
 def test_a_native_library_that_cannot_be_built_gives_way_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     native: NativeBackend[Any] = NativeBackend(backends.cpu.BACKEND.recipe, lambda path: None)
+    monkeypatch.setattr(backends, "_ONLY", None)
     monkeypatch.setattr(native, "find", lambda: None)
     monkeypatch.setattr(native, "build", lambda: native.failure.append("no compiler"))
     kernel = backends._kernel("gptq_gemm", "CPU", (native, Serves(), reference.BACKEND), {})
@@ -85,6 +86,7 @@ def test_a_native_library_that_cannot_be_built_gives_way_to_the_next_backend(mon
 
 def test_a_gpu_that_triton_does_not_serve_gives_way_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = triton.TritonBackend()
+    monkeypatch.setattr(backends, "_ONLY", None)
     monkeypatch.setattr(backend, "reasons_against", lambda op, key: backend.failure)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     monkeypatch.setattr(triton.shutil, "which", lambda name: f"/bin/{name}")
