@@ -23,7 +23,6 @@ PARTS: dict[str, set[str]] = {
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
     "compile": {"nn", "ops", "backends", "reference", "layout"},
-    "warmup": {"nn"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }

@@ -36,7 +36,7 @@ class TritonBackend:
         self._ops: Any = None
 
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
-        if importlib.util.find_spec("triton") is None:
+        if not is_installed():
             return ['Triton is not installed: pip install "exllama-ops[triton]"']
         return self.failure or self.reasons_against_device(dispatch_key)
 
@@ -83,6 +83,11 @@ class TritonBackend:
                 self._ops = importlib.import_module("exllama_ops.backends.triton.ops")
             except ImportError as error:
                 self.failure = [f"Triton cannot be imported: {error}"]
+
+
+def is_installed() -> bool:
+    """Whether Triton can be found, which is not imported for it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _is_interpreting() -> bool:

@@ -2,7 +2,8 @@
 
 What could change a result's bits is never tuned: the form, the rows of a step and the split of K are functions of the
 problem alone, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps, stages.
-It was chosen by what the kernels compile to (no spills, instructions per weight), as no GPU has run them.
+It was chosen by what the kernels compile to (no spills, instructions per weight), as no GPU has run them:
+benchmarks/results/triton-device-code.md.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from exllama_ops.nn.linear import ExllamaLinear
+
 # One M for each kernel and tile that Triton's table chooses by M, and one for which sums are not split.
 TOKENS = (1, 2, 5, 17, 33, 65, 2048)
 
@@ -36,8 +38,6 @@ def warmup(
         ValueError: there is no weight, or an argument breaks a rule of gptq_gemm.
     """
     if isinstance(model_or_weights, nn.Module):
-        from exllama_ops.nn import ExllamaLinear
-
         weights = [layer.op_arguments for layer in model_or_weights.modules() if isinstance(layer, ExllamaLinear)]
     else:
         weights = list(model_or_weights)
