@@ -25,9 +25,11 @@ from exllama_ops.prepare import prepare
 
 if TYPE_CHECKING:
     from exllama_ops.checkpoint import open_gptq, read_gptq, save_gptq
+    from exllama_ops.compile.freeze import freeze
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
     from exllama_ops.nn import ExllamaLinear, convert, quantize
+    from exllama_ops.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "GptqWeight",
     "PackedWeight",
     "convert",
+    "freeze",
     "get_cpu_matmul_precision",
     "gptq_dequantize",
     "gptq_gemm",
@@ -53,6 +56,7 @@ __all__ = [
     "save_gptq",
     "set_batch_invariant",
     "set_cpu_matmul_precision",
+    "warmup",
 ]
 
 backends.register()
@@ -61,11 +65,13 @@ _LAZY = {
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
     "convert": "exllama_ops.nn",
+    "freeze": "exllama_ops.compile.freeze",
     "load_model": "exllama_ops.integrations.transformers",
     "open_gptq": "exllama_ops.checkpoint",
     "quantize": "exllama_ops.nn",
     "read_gptq": "exllama_ops.checkpoint",
     "save_gptq": "exllama_ops.checkpoint",
+    "warmup": "exllama_ops.warmup",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import LoadError, cache
-from exllama_ops.backends.native.compile import CPU, CUDA, Recipe
+from exllama_ops.backends.native.compile import CPU, CUDA, SCHEMA, Recipe
 from exllama_ops.cli.output import CliError, emit, say
 
 
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         help="build the native CPU or CUDA kernels into the cache",
         description="Build the native CPU kernels (with --cuda: the CUDA kernels, for which nvcc is needed and no GPU) "
         "into the cache, unless they are built or were installed with the package. Without this command they are built "
-        "when they are first called.",
+        "when they are first called. The schemas of the ops, which a program without Python loads, are built too.",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, not those of the CPU")
     parser.add_argument("--force", action="store_true", help="build into the cache even if there is a library")
@@ -41,6 +41,7 @@ def build(args: argparse.Namespace) -> None:
         result |= _cuda_details(result) if args.cuda else _cpu_details(result)
     except (cache.BuildError, LoadError) as error:
         raise CliError(f"build: {error}") from error
+    result["schema_library"], reason = _schema_library(force=args.force)
     if args.json:
         emit(json.dumps(result, ensure_ascii=False) + "\n")
         return
@@ -48,6 +49,7 @@ def build(args: argparse.Namespace) -> None:
         "library": f"{result['library']} ({result['origin']})",
         "compiler": result["compiler"],
         "flags": " ".join(result["flags"]),
+        "schemas": result["schema_library"] or f"none: {reason}",
     }
     if not args.cuda:
         lines["ISAs"] = ", ".join(
@@ -56,6 +58,14 @@ def build(args: argparse.Namespace) -> None:
         )
     for name, value in lines.items():
         emit(f"{name + ':':10}{value}\n")
+
+
+def _schema_library(*, force: bool) -> tuple[str | None, str]:
+    """Its file, or None and why there is none: a packaged library is good without it."""
+    try:
+        return str(cache.find_or_build(SCHEMA, say, force=force).path), ""
+    except cache.BuildError as error:
+        return None, str(error)
 
 
 def _cpu_details(result: dict[str, Any]) -> dict[str, Any]:

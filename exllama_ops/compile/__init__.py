@@ -1,4 +1,8 @@
-"""The Dynamo backend "exllama", ``torch.compile(model, backend="exllama")``, and its graph pass."""
+"""What is done to a model before it is compiled or leaves PyTorch, and while `torch.compile` traces it.
+
+The Dynamo backend "exllama", ``torch.compile(model, backend="exllama")``, with its graph pass; `freeze`;
+`decompositions`.
+"""
 
 from exllama_ops.compile.backend import exllama
 from exllama_ops.compile.shared_input import FuseSharedInput

@@ -13,7 +13,7 @@ from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups, row_groups
 from exllama_ops.layout.interning import intern, intern_copy
 from exllama_ops.layout.shuffle import inverse_permutation
-from exllama_ops.layout.weight import GptqWeight, PackedWeight
+from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
 from exllama_ops.prepare import prepare
 
 
@@ -86,7 +86,7 @@ class ExllamaLinear(nn.Module):
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         rows = torch.arange(row_entries, dtype=torch.int32, device=device) if shuffled else int32(row_entries)
-        self._set(
+        self.set_packed(
             PackedWeight(
                 qweight=int32(in_features * bits // 32, out_features),
                 qzeros=int32(G, out_features * bits // 32),
@@ -103,12 +103,18 @@ class ExllamaLinear(nn.Module):
     @classmethod
     def from_weight(cls, weight: GptqWeight) -> ExllamaLinear:
         """A layer that computes with ``weight``, on its device; the weight itself stays as it is."""
+        return cls.from_packed(prepare(weight))
+
+    @classmethod
+    def from_packed(cls, weight: PackedWeight) -> ExllamaLinear:
+        """A layer whose buffers are those of ``weight``."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._set(prepare(weight))
+        layer.set_packed(weight)
         return layer
 
-    def _set(self, weight: PackedWeight) -> None:
+    def set_packed(self, weight: PackedWeight) -> None:
+        """Compute with another weight from now on: the buffers are replaced by those of ``weight``."""
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.bits = weight.bits
@@ -143,7 +149,7 @@ class ExllamaLinear(nn.Module):
         setattr(self, self._order_name, order)
 
     @property
-    def _weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
+    def op_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
         use_v2_format = True
         tensors = (self.qweight, self.qzeros, self.scales, self._row_order)
@@ -153,13 +159,13 @@ class ExllamaLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
         x = _autocast(x)
-        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self._weight)
+        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self.op_arguments)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dequantize(self) -> Tensor:
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
-        weight: Tensor = torch.ops.exllama.gptq_dequantize(*self._weight)
+        weight: Tensor = torch.ops.exllama.gptq_dequantize(*self.op_arguments)
         return weight.t()
 
     def to_weight(self) -> GptqWeight:
@@ -179,6 +185,21 @@ class ExllamaLinear(nn.Module):
             bits=self.bits,
             group_size=self.group_size,
             bias=None if self.bias is None else self.bias.clone(),
+        )
+
+    def to_packed(self) -> PackedWeight:
+        """The weight that the layer computes with; it shares the layer's memory."""
+        empty = no_order(self.qweight)
+        return PackedWeight(
+            qweight=self.qweight,
+            qzeros=self.qzeros,
+            scales=self.scales,
+            perm=self.perm if self.shuffled else empty,
+            g_idx=empty if self.shuffled else self.g_idx,
+            shuffled=self.shuffled,
+            bits=self.bits,
+            group_size=self.group_size,
+            bias=self.bias,
         )
 
     def extra_repr(self) -> str:

@@ -79,6 +79,9 @@ CPU = Recipe(
     link_flags=("-shared", "-ltorch_cpu"),
 )
 
+# No kernels: the schemas, for programs without Python.
+SCHEMA = CPU._replace(device="schema", library="libexllama_schema.so", bindings=("bindings/schema.cpp",))
+
 CUDA = Recipe(
     device="cuda",
     suffix=".cu",
@@ -140,7 +143,7 @@ def no_compiler(recipe: Recipe) -> str:
     programs = " or ".join(program for program in recipe.programs if "/" not in program)
     missing = f"{recipe.variable}={chosen} names no program"
     where = missing if chosen else f"there is no {programs} in PATH, and {recipe.variable} is not set"
-    kind = "a C++ compiler" if recipe is CPU else "nvcc"
+    kind = "nvcc" if recipe is CUDA else "a C++ compiler"
     return (
         f"its kernels are compiled on first use, which needs {kind}, and {where}; install one "
         f"({recipe.install}) and start again"

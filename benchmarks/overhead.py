@@ -1,0 +1,173 @@
+"""What a call and a compilation cost beside the arithmetic: ``python -m benchmarks.overhead``; see README.md.
+
+The product is so small (one token, 32 x 32, 4 bits) that a call of it is all overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import isa
+from benchmarks.run import RESULTS
+
+SIZE = 32
+CALLS = 2000
+ROUNDS = 40
+# Products of a chain that is compiled: what a chain costs more than one product, by the products that it has more.
+CHAIN = 21
+
+# In a process of its own, whose caches of compiled code are those of the environment.
+_COMPILE_DEMO = """
+import sys, time
+import torch
+from exllama_ops import load_model
+from exllama_ops.integrations.generation import CompiledGenerator
+torch.set_num_threads(int(sys.argv[2]))
+generator = CompiledGenerator(load_model(sys.argv[1], progress=False))
+start = time.perf_counter()
+generator.warm_up()
+print(time.perf_counter() - start)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead",
+        description="Measure what a call costs beside its arithmetic, and compiling the demo model.",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads, and cores (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    args = parser.parse_args(arguments)
+    try:
+        isa.hold_to_cores(args.threads)
+    except isa.HoldError as error:
+        parser.error(str(error))
+    import torch
+
+    from benchmarks.machine import description
+    from exllama_ops.backends.cpu import BACKEND
+    from exllama_ops.cli.output import emit, say
+    from exllama_ops.integrations.demo import demo_checkpoint
+
+    torch.set_num_threads(args.threads)
+    if BACKEND.library is None:
+        say("error: no native CPU kernels were found at import; run `exllama-ops build` first")
+        return 1
+    isa_in_use = BACKEND.library.isa_in_use() or ""
+    given = sys.argv[1:] if arguments is None else arguments
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.overhead", *given]),
+        "machine": description(args.threads, isa_in_use, "native", ["exllama-ops", "torch", "transformers"]),
+        "microseconds": _calls(),
+        "compile_seconds": compile_seconds(demo_checkpoint(say), args.threads),
+    }
+    emit(_table(result))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "overhead.md").write_text(_table(result))
+    return 0
+
+
+def _calls() -> dict[str, dict[str, float]]:
+    """Microseconds of a call of each kind."""
+    import torch
+
+    from exllama_ops import ExllamaLinear, quantize
+
+    torch.manual_seed(0)
+    layer = ExllamaLinear.from_weight(quantize(torch.randn(SIZE, SIZE), 4, SIZE))
+    weight = layer.to_packed()
+    x = torch.randn(1, SIZE)
+    gemm = torch.ops.exllama.gptq_gemm.default
+    args = (x, weight.qweight, weight.qzeros, weight.scales, weight.row_order, True, 4, True, SIZE)
+
+    def chain(products: int) -> Callable[[], object]:
+        def function(x: torch.Tensor) -> torch.Tensor:
+            for _ in range(products):
+                x = gemm(x, *args[1:])
+            return x
+
+        compiled = torch.compile(function, fullgraph=True)
+        return lambda: compiled(x)
+
+    times: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        kinds = {
+            "eager op, inference_mode": lambda: gemm(*args),
+            "eager ExllamaLinear, inference_mode": lambda: layer(x),
+            "aten.empty_like, inference_mode": lambda: torch.empty_like(x),
+        }
+        one, many = chain(1), chain(CHAIN)
+        for _ in range(ROUNDS):
+            for name, call in kinds.items():
+                times.setdefault(name, []).append(_microseconds(call))
+            more = _microseconds(many) - _microseconds(one)
+            times.setdefault("one more op in compiled code", []).append(more / (CHAIN - 1))
+    with torch.no_grad():
+        name = "eager op, no_grad"
+        times[name] = [_microseconds(lambda: gemm(*args)) for _ in range(ROUNDS)]
+    return {name: _spread(values) for name, values in times.items()}
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    call()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return 1e6 * (time.perf_counter() - start) / CALLS
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    from benchmarks.timing import Spread
+
+    spread = Spread.of(values)
+    return {"median": spread.median, "iqr": spread.iqr}
+
+
+def compile_seconds(checkpoint: Path, threads: int) -> dict[str, float]:
+    """Seconds to compile a model's two graphs: with empty caches, and in a second process that finds the first's."""
+    with tempfile.TemporaryDirectory() as caches:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
+        command = [sys.executable, "-c", _COMPILE_DEMO, str(checkpoint), str(threads)]
+
+        def run() -> float:
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            return float(done.stdout)
+
+        return {"cold": run(), "warm": run()}
+
+
+def _table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    lines = [
+        "# Overhead",
+        "",
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
+        f"{machine['commit']}, torch {machine['packages']['torch']}; float32, 1 x {SIZE} times {SIZE} x {SIZE}, "
+        f"4 bits; median of {ROUNDS} rounds of {CALLS} calls ± interquartile range, arithmetic included.",
+        "",
+        f"```\n{result['command']}\n```",
+        "",
+        "| a call of | microseconds |",
+        "| --- | ---: |",
+        *(f"| {name} | {t['median']:.2f} ±{t['iqr']:.2f} |" for name, t in result["microseconds"].items()),
+        "",
+        "| compiling the two graphs of the demo model | seconds |",
+        "| --- | ---: |",
+        *(f"| {name} | {seconds:.1f} |" for name, seconds in result["compile_seconds"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

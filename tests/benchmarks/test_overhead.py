@@ -1,0 +1,39 @@
+"""The measurement of overhead, with few calls and on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import isa, overhead
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-w3g32-asym-act-v2"
+
+
+def test_calls_and_compilations_are_measured_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from exllama_ops.backends.cpu import BACKEND
+
+    if BACKEND.library is None:
+        pytest.skip("no native library was found at import")
+    monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
+    monkeypatch.setattr(
+        overhead, "compile_seconds", lambda path, threads: {"cold": 2.0, "warm": float(path == CHECKPOINT)}
+    )
+    monkeypatch.setattr(overhead, "CALLS", 3)
+    monkeypatch.setattr(overhead, "ROUNDS", 2)
+    monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    try:
+        assert overhead.main(["--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "overhead.json").read_text())
+    assert result["compile_seconds"] == {"cold": 2.0, "warm": 1.0}
+    assert result["microseconds"]["eager op, inference_mode"]["median"] > 0
+    assert (tmp_path / "overhead.md").read_text() == capsys.readouterr().out

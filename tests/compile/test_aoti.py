@@ -1,0 +1,128 @@
+"""AOTInductor packages of quantized models, run from Python and by a program without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_export import HIDDEN, TOKENS, K, mlp
+from torch import Tensor, nn
+
+from exllama_ops import ExllamaLinear
+from exllama_ops.backends.cpu import BACKEND
+from exllama_ops.backends.native import cache
+from exllama_ops.backends.native.compile import SCHEMA, find_compiler
+from exllama_ops.ops import _library
+
+TORCH = Path(torch.__file__).parent
+
+needs_compiler = pytest.mark.skipif(find_compiler(SCHEMA) is None, reason="needs a C++ compiler")
+
+
+def package(model: nn.Module, example: Tensor, path: Path) -> Path:
+    program = torch.export.export(model, (example,), dynamic_shapes=TOKENS)
+    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(path)))
+
+
+def assert_close_to(model: nn.Sequential, x: Tensor, result: Tensor) -> None:
+    """Inductor's SiLU may differ from eager's by units in the last place, which the second product passes on."""
+    second = model[2]
+    assert isinstance(second, ExllamaLinear)
+    eps = torch.finfo(torch.float32).eps
+    hidden = nn.functional.silu(model[0](x)).double().abs()
+    bound = (4 * eps + 2 * (HIDDEN + 3) * eps) * (hidden @ second.dequantize().t().double().abs())
+    assert ((result.double() - model(x).double()).abs() <= bound + eps * (model(x).double().abs() + 1)).all()
+
+
+@pytest.fixture(scope="module")
+def schema_library() -> Path:
+    return cache.find_or_build(SCHEMA, print).path
+
+
+@needs_compiler
+def test_the_schema_library_defines_what_python_defines(schema_library: Path) -> None:
+    """In a process of its own: a namespace has one owner."""
+    code = f"""
+import ctypes, torch
+library = ctypes.CDLL({str(schema_library)!r})
+library.exllama_define_ops.restype = ctypes.c_char_p
+assert not torch._C._jit_get_schemas_for_operator("exllama::gptq_gemm")
+assert library.exllama_define_ops() is None
+for name in {sorted(_library.schemas())!r}:
+    print(torch._C._jit_get_schemas_for_operator("exllama::" + name)[0])
+assert library.exllama_define_ops() == b"the ops of the namespace exllama are defined already"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = [str(getattr(torch.ops.exllama, name).default._schema) for name in sorted(_library.schemas())]
+    assert result.stdout.splitlines() == expected
+    source = (cache.csrc() or Path()) / "bindings" / "schema.cpp"
+    assert source.read_text().count(") -> ") == len(expected)
+
+
+@needs_compiler
+def test_a_packaged_mlp_runs_from_python_for_any_number_of_tokens(tmp_path: Path) -> None:
+    model = mlp()
+    path = package(model, torch.randn(4, K), tmp_path / "mlp.pt2")
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for tokens in (2, 7, 65):
+        x = torch.randn(tokens, K)
+        assert_close_to(model, x, loaded(x))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_packaged_mlp_runs_in_a_program_without_python(tmp_path: Path, schema_library: Path) -> None:
+    BACKEND.build()
+    assert BACKEND.library is not None, BACKEND.failure
+    model = mlp()
+    path = package(model, torch.randn(4, K), tmp_path / "mlp.pt2")
+    program = tmp_path / "program"
+    include = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    source = Path(__file__).with_name("aoti_program.cpp")
+    link = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{TORCH / 'lib'}"]
+    compiler = find_compiler(SCHEMA)
+    assert compiler is not None
+    command = [*compiler.command, "-std=c++20", "-O1", *include, str(source), *link, "-o", str(program)]
+    subprocess.run(command, check=True)
+    x = torch.randn(7, K)
+    x.numpy().tofile(tmp_path / "x")
+    libraries = [str(schema_library), str(BACKEND.library.path)]
+    sizes = [str(size) for size in x.shape]
+    command = [str(program), *libraries, str(path), str(tmp_path / "x"), *sizes, str(tmp_path / "out")]
+    subprocess.run(command, check=True, env={})
+    result = torch.from_numpy(np.fromfile(tmp_path / "out", dtype=np.float32)).reshape(7, K)
+    assert_close_to(model, x, result)
+
+
+class Logits(nn.Module):
+    """The forward of a transformers model without a cache: token ids to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_packaged_demo_model_gives_the_logits_of_the_model(tmp_path: Path) -> None:
+    from exllama_ops import load_model
+    from exllama_ops.integrations.demo import demo_checkpoint
+
+    model = Logits(load_model(demo_checkpoint(), torch.float32)).eval()
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids)
+        program = torch.export.export(model, (ids,), strict=False)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "demo.pt2"))
+        result = torch._inductor.aoti_load_package(path)(ids)
+    assert torch.equal(result.argmax(-1), expected.argmax(-1))
+    assert float((result - expected).norm() / expected.norm()) < 1e-4

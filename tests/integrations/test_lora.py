@@ -1,0 +1,103 @@
+"""Adapters over frozen quantized layers: they learn, eager and compiled, and the base stays as it is."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from conformance.bounds import assert_within_bound, gamma
+from exllama_ops import ExllamaLinear, quantize
+
+K, HIDDEN, RANK = 96, 160, 4
+
+
+def base(seed: int, out_features: int, in_features: int) -> ExllamaLinear:
+    generator = torch.Generator().manual_seed(seed)
+    g_idx = (torch.arange(in_features) // 32)[torch.randperm(in_features, generator=generator)]
+    weight = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
+    return ExllamaLinear.from_weight(quantize(weight, 4, 32, g_idx=g_idx))
+
+
+class Lora(nn.Module):
+    """``layer(x) + B A x``, B starting at zero."""
+
+    def __init__(self, layer: ExllamaLinear) -> None:
+        super().__init__()
+        self.base = layer
+        self.down = nn.Linear(layer.in_features, RANK, bias=False)
+        self.up = nn.Linear(RANK, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Lora(base(1, HIDDEN, K)), nn.SiLU(), Lora(base(2, K, HIDDEN)))
+
+
+def losses(trained: nn.Module, forward: object, steps: int = 25) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(16, K, generator=generator), torch.randn(16, K, generator=generator)
+    optimizer = torch.optim.Adam(trained.parameters(), 0.02)
+    values = []
+    for _ in range(steps):
+        loss = (forward(x) - target).square().mean()  # type: ignore[operator]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone() -> None:
+    trained = model()
+    before = copy.deepcopy(dict(trained.named_buffers()))
+    values = losses(trained, trained)
+    assert values[-1] < 0.5 * values[0]
+    for name, buffer in trained.named_buffers():
+        assert torch.equal(buffer, before[name])
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name, _ in trained.named_parameters()} == {"up", "down"}
+
+
+def test_compiled_training_is_one_graph_and_learns_as_eager_training_does() -> None:
+    torch._dynamo.reset()
+    eager, compiled = model(), model()
+    counter = CompileCounterWithBackend("inductor")
+    ours = losses(compiled, torch.compile(compiled, backend=counter, fullgraph=True))
+    assert counter.frame_count == 1
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(losses(eager, eager)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_gradient_that_passes_a_layer_is_within_the_bound_of_float64(dtype: torch.dtype) -> None:
+    """What reaches the adapters below a layer: the gradient of its input, of the exact product by the weight."""
+    layer = base(1, HIDDEN, K)
+    x = torch.randn(7, K, dtype=dtype, requires_grad=True)
+    grad = torch.randn(7, HIDDEN).to(dtype)
+    layer(x).backward(grad)
+    exact = ExllamaLinear.from_packed(layer.to_packed())
+    exact.scales = exact.scales.float()  # the product of a float16 scale and q - z is exact in float32
+    assert x.grad is not None
+    assert_within_bound(x.grad, grad, exact.dequantize().double(), gamma(HIDDEN + 3))
+
+
+def test_peft_names_our_layer_when_it_refuses_it_and_trains_it_once_it_is_registered() -> None:
+    config = peft.LoraConfig(target_modules=["0"], r=RANK)
+    quantized = nn.Sequential(base(1, HIDDEN, K), nn.SiLU(), nn.Linear(HIDDEN, K))
+    with pytest.raises(ValueError, match=r"ExllamaLinear.*is not supported"):
+        peft.get_peft_model(copy.deepcopy(quantized), config)
+    config._register_custom_module({ExllamaLinear: peft.tuners.lora.Linear})
+    adapted = peft.get_peft_model(quantized, config)
+    before = adapted.base_model.model[0].base_layer.qweight.clone()
+    values = losses(adapted, adapted)
+    assert values[-1] < 0.9 * values[0]
+    assert torch.equal(adapted.base_model.model[0].base_layer.qweight, before)
+    with pytest.raises(AttributeError, match="weight"):
+        adapted.merge_adapter()
