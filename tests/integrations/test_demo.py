@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from compile.blocks import Recorder
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
@@ -59,6 +62,19 @@ def dequantized(quantized: Any) -> Any:
 def tokens(checkpoint: Path) -> list[int]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     return tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
+
+
+def test_each_layer_has_one_op_for_qkv_and_one_for_gate_and_up(quantized: Any, tokens: list[int]) -> None:
+    """In the two graphs that the backend "exllama" makes of the demo model."""
+    recorder = Recorder()
+    generator = CompiledGenerator(quantized, backend=recorder)
+    generator.warm_up()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in PROMPT_LENGTHS:
+            list(generator.generate(tokens[:length], 2, stop=()))
+    layers = quantized.config.num_hidden_layers
+    expected = Counter({"gptq_gemm_multi/3": layers, "gptq_gemm_multi/2": layers, "gptq_gemm": 2 * layers})
+    assert recorder.after == 2 * [expected]
 
 
 def perplexity(model: Any, tokens: list[int]) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+
+from compile.blocks import Recorder
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
@@ -80,6 +83,19 @@ def test_graphs_hold_every_quantized_layer(model: Any, traced: CompiledGenerator
     layers = sum(type(module).__name__ == "ExllamaLinear" for module in model.modules())
     assert layers > 0
     assert traced.op_calls == {"prefill": layers, "decode": layers}
+
+
+def test_prompts_of_any_length_need_no_graph_after_one_prefill_and_one_decode(model: Any) -> None:
+    """Under the pass of the backend "exllama", which takes q, k, v and gate, up together in every layer."""
+    recorder = Recorder()
+    generator = CompiledGenerator(model, backend=recorder)
+    generator.warm_up()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (*PROMPT_LENGTHS, 63, 64, 1):
+            assert list(generator.generate(prompt(length), 4, stop=())) == greedy(model, prompt(length), 4)
+    layers = model.config.num_hidden_layers
+    expected = Counter({"gptq_gemm_multi/3": layers, "gptq_gemm_multi/2": layers, "gptq_gemm": 2 * layers})
+    assert recorder.after == 2 * [expected]
 
 
 def test_a_first_prompt_of_one_token_compiles_decode_alone(model: Any) -> None:
