@@ -1,7 +1,7 @@
 """Decode speed of the demo model, on our kernels and dense: ``python -m benchmarks.demo``; README.md has the commands.
 
-Both are the model of `exllama-ops run` with the same weights, compiled the same way; the dense one has them dequantized
-into nn.Linear. They decode in turns.
+All are the model of `exllama-ops run` with the same weights: on our kernels compiled by the backend "exllama" and by
+plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.run import RESULTS
 TURN_TOKENS = 8
 PROMPT_TOKENS = 16
 DTYPES = ("float16", "bfloat16", "float32")
+OURS, INDUCTOR, DENSE = "exllama_ops", "exllama_ops under Inductor", "dense"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
-        description="Decode with the demo model on our kernels and dense, both compiled, in turns.",
+        description="Decode with the demo model on our kernels, by two backends, and dense, all compiled, in turns.",
     )
     add = parser.add_argument
     add("--threads", type=int, default=1, help="threads, and cores of the process (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, help="of the activations (default: that of the checkpoint)")
-    add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold both to it (default: %(default)s)")
+    add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold all to it (default: %(default)s)")
     add("--seconds", type=float, default=30, help="of decoding for each dtype (default: %(default)s)")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
     return parser
@@ -74,7 +75,6 @@ def _measure(dtype: str, seconds: float) -> dict[str, Any]:
     """Decode for some seconds in one dtype; "checkpoint" for that of the checkpoint."""
     import torch
 
-    from benchmarks.timing import Spread
     from exllama_ops import load_model
     from exllama_ops.cli.output import say
     from exllama_ops.integrations.demo import demo_checkpoint
@@ -82,25 +82,38 @@ def _measure(dtype: str, seconds: float) -> dict[str, Any]:
 
     path = demo_checkpoint(say)
     chosen = None if dtype == "checkpoint" else getattr(torch, dtype)
-    models = {"exllama_ops": load_model(path, chosen), "dense": dense(load_model(path, chosen))}
-    name = str(models["dense"].dtype).removeprefix("torch.")
-    generators = {kind: CompiledGenerator(model) for kind, model in models.items()}
+    quantized, dense_model = load_model(path, chosen), dense(load_model(path, chosen))
+    name = str(dense_model.dtype).removeprefix("torch.")
+    generators = {
+        OURS: CompiledGenerator(quantized, backend="exllama"),
+        INDUCTOR: CompiledGenerator(quantized),
+        DENSE: CompiledGenerator(dense_model),
+    }
     for kind, generator in generators.items():
         say(f"{name}, {kind}: compiling (minutes, the first time)")
         generator.warm_up()
     turns: dict[str, list[float]] = {kind: [] for kind in generators}
     start = time.perf_counter()
-    while not turns["dense"] or time.perf_counter() - start < seconds:
+    while not turns[DENSE] or time.perf_counter() - start < seconds:
         for kind, generator in generators.items():
             turns[kind].append(decode_ms(generator))
-    ratios = [dense_ms / ours for ours, dense_ms in zip(turns["exllama_ops"], turns["dense"], strict=True)]
-    spreads = {kind: Spread.of(times) for kind, times in turns.items()}
     return {
         "dtype": name,
-        "turns": len(ratios),
-        "ms_per_token": {kind: {"median": spread.median, "iqr": spread.iqr} for kind, spread in spreads.items()},
-        "times_faster": {"median": Spread.of(ratios).median, "iqr": Spread.of(ratios).iqr},
+        "turns": len(turns[DENSE]),
+        "ms_per_token": {kind: _spread(times) for kind, times in turns.items()},
+        "times_faster_than": {kind: _spread(_ratios(turns[OURS], turns[kind])) for kind in (INDUCTOR, DENSE)},
     }
+
+
+def _ratios(ours: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [b / a for a, b in zip(ours, other, strict=True)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    from benchmarks.timing import Spread
+
+    spread = Spread.of(values)
+    return {"median": spread.median, "iqr": spread.iqr}
 
 
 def dense(model: Any) -> Any:
@@ -135,17 +148,17 @@ def _table(result: dict[str, Any]) -> str:
         "# Decoding with the demo model",
         "",
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
-        f"{machine['commit']}, torch {machine['packages']['torch']}; both models compiled, {TURN_TOKENS} tokens a "
+        f"{machine['commit']}, torch {machine['packages']['torch']}; all models compiled, {TURN_TOKENS} tokens a "
         "turn; median ms of a token ± interquartile range.",
         "",
         f"```\n{result['command']}\n```",
         "",
-        "| dtype | exllama_ops | dense | times faster |",
-        "| --- | ---: | ---: | ---: |",
+        f"| dtype | {OURS} | {INDUCTOR} | {DENSE} | times faster than under Inductor | than dense |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["models"]:
-        ours, other, ratio = row["ms_per_token"]["exllama_ops"], row["ms_per_token"]["dense"], row["times_faster"]
-        cells = (f"{value['median']:.3g} ±{value['iqr']:.1g}" for value in (ours, other, ratio))
+        values = [*row["ms_per_token"].values(), *row["times_faster_than"].values()]
+        cells = (f"{value['median']:.3g} ±{value['iqr']:.1g}" for value in values)
         lines.append(f"| {row['dtype']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

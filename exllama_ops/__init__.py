@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
     from exllama_ops.nn import ExllamaLinear, convert, quantize
+    from exllama_ops.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "save_gptq",
     "set_batch_invariant",
     "set_cpu_matmul_precision",
+    "warmup",
 ]
 
 backends.register()
@@ -69,6 +71,7 @@ _LAZY = {
     "quantize": "exllama_ops.nn",
     "read_gptq": "exllama_ops.checkpoint",
     "save_gptq": "exllama_ops.checkpoint",
+    "warmup": "exllama_ops.warmup",
 }
 
 

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "gemm_kernels.h"
 #include "gemm_mma.cuh"
 #include "launch.h"
@@ -17,6 +19,12 @@ void with_tiles(int32_t rows, const F& f) {
   }
 }
 
+template <typename F>
+void with_unit(int unit_k, const F& f) {
+  if (unit_k == kMmaRunK) return f(std::integral_constant<int, kMmaRunK>{});
+  f(std::integral_constant<int, kMmaMinUnitK>{});
+}
+
 template <typename T>
 struct Type {
   using type = T;
@@ -29,11 +37,9 @@ void with_half_dtype(DType dtype, const F& f) {
 }
 
 MmaShape shape_of(const Weight& weight, const Config& config) {
-  const int64_t step = mma_step_k(weight.bits);
-  const int64_t steps = divide_up(weight.K, step);
-  const int64_t of_group = divide_up(weight.group_size, step) < steps ? divide_up(weight.group_size, step) : steps;
-  return {config.k_per_split / kMmaRunK, static_cast<uint32_t>(divide_up(int64_t{1} << 32, 2 * of_group)),
-          weight.group_size % kMmaRunK == 0 || weight.group_size >= weight.K};
+  const int64_t unit = mma_unit_k(weight.K, weight.group_size);
+  const int64_t of_group = std::min(divide_up(weight.group_size, unit), divide_up(weight.K, unit));
+  return {config.k_per_split / kMmaRunK, static_cast<uint32_t>(divide_up(int64_t{1} << 32, 2 * of_group))};
 }
 
 }  // namespace
@@ -42,12 +48,14 @@ void launch_gemm_mma(const GemmArguments& a, const Config& config, Stream stream
   with_bits(a.weight.bits, [&](auto bits) {
     with_half_dtype(a.dtype, [&](auto dtype) {
       with_tiles(config.rows, [&](auto tiles) {
-        using T = typename decltype(dtype)::type;
-        const int64_t blocks = divide_up(a.weight.N, kMmaColumns) * divide_up(a.M, kMmaTokens * tiles);
-        const dim3 grid(grid_of(blocks, "gemm_mma"), static_cast<unsigned>(config.split_k));
-        gemm_mma<bits(), T, tiles()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
-            a.weight, static_cast<const T*>(a.x), a.M, shape_of(a.weight, config), a.partials,
-            static_cast<T*>(a.out));
+        with_unit(mma_unit_k(a.weight.K, a.weight.group_size), [&](auto unit_k) {
+          using T = typename decltype(dtype)::type;
+          const int64_t blocks = divide_up(a.weight.N, kMmaColumns) * divide_up(a.M, kMmaTokens * tiles);
+          const dim3 grid(grid_of(blocks, "gemm_mma"), static_cast<unsigned>(config.split_k));
+          gemm_mma<bits(), T, tiles(), unit_k()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
+              a.weight, static_cast<const T*>(a.x), a.M, shape_of(a.weight, config), a.partials,
+              static_cast<T*>(a.out));
+        });
       });
     });
   });

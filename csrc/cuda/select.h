@@ -73,15 +73,17 @@ constexpr bool has_tensor_cores_for(DType dtype, int32_t arch) {
   return (dtype == DType::kFloat16 && arch >= 75) || (dtype == DType::kBFloat16 && arch >= 80);
 }
 
-// A step of gemm_mma lies in one group, and the kernel numbers groups by a multiplication that is exact below 2**30.
-constexpr bool groups_fill_mma_steps(const Problem& p) {
-  const int64_t step = mma_step_k(p.bits), steps = divide_up(p.K, step);
-  const int64_t steps_of_group = divide_up(p.group_size, step);
-  return (p.group_size % step == 0 || p.group_size >= p.K) && steps * at_most(steps_of_group, steps) < (1 << 30);
+// A unit of gemm_mma lies in one group. The kernel numbers groups by a multiplication that is exact below 2**30, and
+// multiplies rows by the bytes between them in 32 bits.
+constexpr bool groups_fill_mma_units(const Problem& p) {
+  const int64_t unit = mma_unit_k(p.K, p.group_size), units = divide_up(p.K, unit);
+  const int64_t units_of_group = at_most(divide_up(p.group_size, unit), units);
+  return (p.group_size % unit == 0 || p.group_size >= p.K) && units * units_of_group < (1 << 30);
 }
 
 constexpr bool mma_can(const Problem& p) {
-  return has_tensor_cores_for(p.x_dtype, p.device.arch) && p.shuffled && p.aligned && groups_fill_mma_steps(p);
+  return has_tensor_cores_for(p.x_dtype, p.device.arch) && p.shuffled && p.aligned && groups_fill_mma_units(p) &&
+         p.K < (1 << 29) && p.N < (1 << 29);
 }
 
 // A row's sum must not depend on M: the tiles of gemm_tiled and of a BLAS are chosen by M. torch's matmul of float32 may

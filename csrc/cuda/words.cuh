@@ -58,6 +58,25 @@ __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t 
   return (field & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
 }
 
+// The zero points of a group and of four columns from a multiple of four on.
+template <int bits>
+struct FourZeros {
+  uint32_t fields;
+
+  __device__ FourZeros(const Weight& weight, int64_t group, int64_t column) {
+    const int64_t first = column * bits;
+    const int shift = static_cast<int>(first % 32);
+    const uint32_t* const row = weight.qzeros + group * (weight.N * bits / 32) + first / 32;
+    fields = __ldg(row) >> shift;
+    // Only the last of 12 bits may lie in the next word, which need not be there otherwise.
+    if (bits == 3 && shift > 20) fields |= __ldg(row + 1) << (32 - shift);
+  }
+
+  __device__ uint32_t get(const Weight& weight, int i) const {
+    return (fields >> (bits * i) & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
+  }
+};
+
 __device__ inline float scale_of(const Weight& weight, int64_t group, int64_t column) {
   return load_number(weight.scales, weight.scales_dtype, group * weight.N + column);
 }

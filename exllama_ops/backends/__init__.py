@@ -7,19 +7,21 @@ The environment variable EXLLAMA_OPS_BACKEND names one backend to be asked befor
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from exllama_ops.backends import cpu, cuda, reference
-from exllama_ops.backends._types import Backend, Choice
+from exllama_ops.backends import cpu, cuda, reference, triton
+from exllama_ops.backends._types import VARIABLE, Backend, Choice
 from exllama_ops.ops import _library
 
 __all__ = ["PRIORITY", "Backend", "Choice", "register", "report", "serving"]
 
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
-    "CPU": (cpu.BACKEND, reference.BACKEND),
-    "CUDA": (cuda.BACKEND, reference.BACKEND),
+    "CPU": (cpu.BACKEND, triton.BACKEND, reference.BACKEND),
+    "CUDA": (cuda.BACKEND, triton.BACKEND, reference.BACKEND),
+    "XPU": (triton.BACKEND, reference.BACKEND),
 }
-VARIABLE = "EXLLAMA_OPS_BACKEND"
 
 
 def _only() -> str | None:
@@ -43,12 +45,27 @@ def register() -> None:
     for key, backends in PRIORITY.items():
         for name in _library.schemas():
             op = name.removeprefix("_")  # a private twin has the kernel of its public op
-            choice = _choose(op, key, backends)
-            _library.register_kernel(name, key, choice.backend.kernel(op, key, choice.passed_over))
+            _library.register_kernel(name, key, _kernel(op, key, backends, {}))
 
 
-def _choose(op: str, key: str, backends: tuple[Backend, ...]) -> Choice:
-    passed_over: dict[str, tuple[str, ...]] = {}
+def _kernel(
+    op: str, key: str, backends: Sequence[Backend], passed_over: Mapping[str, tuple[str, ...]]
+) -> _library.NativeKernel | Callable[..., Any]:
+    """The kernel of the first backend that can serve; it goes on to those after it if it finds that it cannot."""
+    choice = _choose(op, key, backends, passed_over)
+    later = backends[backends.index(choice.backend) + 1 :]
+
+    def next_best(reasons: Sequence[str]) -> Callable[..., Any]:
+        kernel = _kernel(op, key, later, {**choice.passed_over, choice.backend.name: tuple(reasons)})
+        return _library.late_kernel(op, key, kernel) if isinstance(kernel, _library.NativeKernel) else kernel
+
+    return choice.backend.kernel(op, key, choice.passed_over, next_best)
+
+
+def _choose(
+    op: str, key: str, backends: Sequence[Backend], before: Mapping[str, tuple[str, ...]] | None = None
+) -> Choice:
+    passed_over = dict(before or {})
     for backend in backends:
         if _ONLY not in (None, backend.name) and backend is not reference.BACKEND:
             reasons = [f"{VARIABLE}={_ONLY}"]

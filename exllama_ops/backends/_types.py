@@ -8,6 +8,12 @@ from typing import Any, Protocol
 
 from exllama_ops.ops._library import NativeKernel
 
+# The environment variable that names the one backend to be asked before the reference.
+VARIABLE = "EXLLAMA_OPS_BACKEND"
+
+# Given why a backend turned out not to serve, the kernel of the next one of its order that does.
+NextBest = Callable[[Sequence[str]], Callable[..., Any]]
+
 
 class Backend(Protocol):
     """Kernels of one kind for some ops and devices."""
@@ -23,9 +29,13 @@ class Backend(Protocol):
         ...
 
     def kernel(
-        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]
+        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
     ) -> NativeKernel | Callable[..., Any]:
-        """The implementation of an op, with the op's arguments; ``passed_over`` says why no better backend serves."""
+        """The implementation of an op, with the op's arguments.
+
+        ``passed_over`` says why no better backend serves. A backend that finds out at its first call that it cannot
+        serve takes what ``next_best`` gives.
+        """
         ...
 
 
@@ -35,7 +45,7 @@ class Choice:
 
     Args:
         op: name of the op.
-        dispatch_key: "CPU" or "CUDA".
+        dispatch_key: "CPU", "CUDA" or "XPU".
         backend: the backend that serves it.
         passed_over: the backends asked before it, each with its reasons against.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from exllama_ops import reference
+from exllama_ops.backends._types import NextBest
 
 
 class ReferenceBackendWarning(UserWarning):
@@ -27,7 +28,10 @@ class ReferenceBackend:
     def detail(self) -> str:
         return ""
 
-    def kernel(self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
+    def kernel(
+        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
+    ) -> Callable[..., Any]:
+        del next_best  # nothing comes after it
         compute = getattr(reference, op)
         because = "; ".join(f"{name} ({', '.join(reasons)})" for name, reasons in passed_over.items())
 
@@ -45,7 +49,7 @@ class ReferenceBackend:
 def _warn_once(dispatch_key: str, because: str) -> None:
     warnings.warn(
         f"exllama_ops runs its PyTorch reference for {dispatch_key} tensors: results are right, but slow. "
-        + (f"Passed over: {because}. " if because else "This version has no native or Triton kernels for them. ")
+        + (f"Passed over: {because}. " if because else "")
         + "exllama_ops.backends.report() says what serves each op.",
         ReferenceBackendWarning,
         stacklevel=4,

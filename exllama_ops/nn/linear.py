@@ -149,7 +149,7 @@ class ExllamaLinear(nn.Module):
         setattr(self, self._order_name, order)
 
     @property
-    def _weight(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
+    def op_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
         use_v2_format = True
         tensors = (self.qweight, self.qzeros, self.scales, self._row_order)
@@ -159,13 +159,13 @@ class ExllamaLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
         x = _autocast(x)
-        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self._weight)
+        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self.op_arguments)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def dequantize(self) -> Tensor:
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
-        weight: Tensor = torch.ops.exllama.gptq_dequantize(*self._weight)
+        weight: Tensor = torch.ops.exllama.gptq_dequantize(*self.op_arguments)
         return weight.t()
 
     def to_weight(self) -> GptqWeight:

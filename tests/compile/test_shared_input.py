@@ -144,7 +144,7 @@ def write_to_an_out_argument(x: torch.Tensor) -> Any:
 
 
 def write_to_a_copy(x: torch.Tensor) -> Any:
-    one, other = x.t().contiguous().t().contiguous(), x.t().contiguous().t().contiguous()
+    one, other = x.half(), x.half()
     one.mul_(2)
     return gemm(one, *A), gemm(other, *B)
 
@@ -188,7 +188,7 @@ def test_products_stay_alone_across_a_write_or_on_another_x(function: Callable[.
 @pytest.mark.parametrize(
     "other",
     [
-        build(Case(4, K, 64, 48)).args,
+        build(Case(4, K, 64, 40)).args,
         build(Case(8, K, 64, 32)).args,
         build(Case(4, K, 64, 32, v2=False)).args,
         build(Case(4, K, 64, 32, shuffled=False)).args,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from conformance.bounds import UNIT_ROUNDOFF_F64, gamma
-from conformance.weights import Weight
+from conformance.weights import Case, Weight
 from exllama_ops import backends
+from triton_backend import bounds as triton_bounds
+
+T = TypeVar("T")
 
 # The instruction sets of the native CPU library, best first; tests/backends compares the list with the library's.
 CPU_ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar")
@@ -38,12 +43,27 @@ class BackendUnderTest:
     precision: str | None = None
 
     @property
+    def served_by(self) -> set[str]:
+        """The names of the backends that serve the ops."""
+        if self.ops is not torch.ops.exllama:
+            return {"reference"}
+        return {choice.backend.name for choice in backends.report() if choice.dispatch_key.lower() == self.device}
+
+    def thinned(self, products: Sequence[T], case: Case, slow: bool) -> Sequence[T]:
+        """All of the products, or a fifth of them, another for each case, where Triton's interpreter computes."""
+        if slow or self.device != "cpu" or self.served_by != {"triton"}:
+            return products
+        return products[zlib.crc32(str(case).encode()) % 5 :: 5]
+
+    @property
     def sums_are_exact(self) -> bool:
         """Whether a product whose terms and sums all fit into float32 comes out exactly."""
         return self.precision in (None, "highest")
 
     def gemm_error(self, x: Tensor, weight: Weight) -> Error:
         """Of ``x @ W``."""
+        if self.served_by == {"triton"}:
+            return Error(triton_bounds.gemm_error(x, weight, truncates=self.device != "cpu"))
         if self.precision is None:
             return self._reference_error(x.shape[1])
         blocks = cpu_blocks(weight)
@@ -62,13 +82,14 @@ class BackendUnderTest:
 
     def dx_error(self, N: int) -> Error:
         """Of ``grad @ W.T``, whose sums run over N, in float32 at any precision."""
+        if self.served_by == {"triton"}:
+            return Error(triton_bounds.dx_error(N))
         if self.precision is None:
             return self._reference_error(N)
         return Error(gamma(N + 3))
 
     def _reference_error(self, depth: int) -> Error:
-        names = {choice.backend.name for choice in backends.report() if choice.dispatch_key.lower() == self.device}
-        assert names == {"reference"} or self.ops is not torch.ops.exllama, f"no declared bound for {names}"
+        assert self.served_by == {"reference"}, f"no declared bound for {self.served_by}"
         # The sum is taken in float64 and rounded to float32.
         return Error(2.0**-24 + gamma(depth, UNIT_ROUNDOFF_F64))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -15,11 +16,35 @@ from exllama_ops.backends.native.compile import CPU
 
 # Every instruction set at the default precision, and every precision on the best. Between instruction sets results are
 # the same bits at any precision: tests/backends/test_cpu_bitwise.py.
-_CPU = [("", "highest"), ("", "medium"), *((isa, "high") for isa in CPU_ISAS)]
+_CPU: list[tuple[str, str]] = [("", "highest"), ("", "medium"), *((isa, "high") for isa in CPU_ISAS)]
+
+# A run of its own: EXLLAMA_OPS_BACKEND=triton TRITON_INTERPRET=1 python -m pytest tests/conformance
+INTERPRETED = {choice.backend.name for choice in backends.report() if choice.dispatch_key == "CPU"} == {"triton"}
+# Of the parameter sets of a test, each of which takes the interpreter seconds, one in so many; by default one in three.
+_ONE_IN = {
+    "test_gemm_and_dx_are_within_the_bound": 19,
+    "test_dequantize_is_exact_up_to_one_rounding": 7,
+    "test_one_hot_x_returns_rows_of_dequantize": 21,
+    "test_one_hot_grad_returns_columns_of_dequantize": 21,
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow what the interpreter has no time for."""
+    if not INTERPRETED:
+        return
+    seen: Counter[str] = Counter()
+    for item in items:
+        name = item.originalname if isinstance(item, pytest.Function) else item.name
+        if seen[name] % _ONE_IN.get(name, 3):
+            item.add_marker(pytest.mark.slow)
+        seen[name] += 1
 
 
 @pytest.fixture(
-    params=[
+    params=[pytest.param(("ops", "cpu", None), id="triton-interpreted")]
+    if INTERPRETED
+    else [
         pytest.param(("reference", "cpu", None), id="reference"),
         *(pytest.param(("ops", "cpu", how), id=f"ops-cpu-{how[0] or 'best'}-{how[1]}") for how in _CPU),
         pytest.param(("ops", "cuda", None), id="ops-cuda", marks=pytest.mark.gpu),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -48,21 +50,25 @@ def check_both_products(backend: BackendUnderTest, weight: Weight, M: int, dtype
 
 
 @pytest.mark.parametrize("case", gemm_cases(), ids=str)
-def test_gemm_and_dx_are_within_the_bound(backend: BackendUnderTest, case: Case) -> None:
+def test_gemm_and_dx_are_within_the_bound(
+    backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest
+) -> None:
     weight = build(case)
-    for dtype in DTYPES:
-        for M in TOKENS:
-            check_both_products(backend, weight, M, dtype)
+    products = list(itertools.product(DTYPES, TOKENS))
+    for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
+        check_both_products(backend, weight, M, dtype)
 
 
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_gemm_and_dx_are_within_the_bound_for_many_tokens(backend: BackendUnderTest, bits: int) -> None:
+def test_gemm_and_dx_are_within_the_bound_for_many_tokens(
+    backend: BackendUnderTest, bits: int, request: pytest.FixtureRequest
+) -> None:
     K, N = SMALL_SHAPES[bits]
+    products = list(itertools.product(DTYPES, MANY_TOKENS))
     for order, shuffled in ORDERS:
-        weight = build(Case(bits, K, N, 16, order, shuffled))
-        for dtype in DTYPES:
-            for M in MANY_TOKENS:
-                check_both_products(backend, weight, M, dtype)
+        case = Case(bits, K, N, 16, order, shuffled)
+        for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
+            check_both_products(backend, build(case), M, dtype)
 
 
 @pytest.mark.parametrize("scales_dtype", DTYPES)

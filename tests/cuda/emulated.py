@@ -12,22 +12,33 @@ import torch
 from emulation.emulator import DEVICES, Emulator, build
 from exllama_ops.ops import _library
 
-ROOT = Path(__file__).parents[2]
+CSRC = Path(__file__).parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 
 
 @functools.cache
-def library(arch: int, sanitize: str | None = None) -> Path:
+def library(arch: int) -> Path:
     """csrc/cuda and its bindings, compiled for an architecture; cached on disk."""
-    csrc = ROOT / "csrc"
+    bindings = [CSRC / "bindings" / "cuda.cpp", CSRC / "bindings" / "checks.cpp"]
+    return _build(arch, bindings, link=("-L", str(TORCH / "lib"), "-ltorch_cpu"))
+
+
+@functools.cache
+def plain_library(arch: int, sanitize: str | None = None) -> Path:
+    """csrc/cuda and plain_calls.cpp, which need no torch."""
+    return _build(arch, [Path(__file__).parent / "plain_calls.cpp"], sanitize=sanitize)
+
+
+def _build(arch: int, bindings: list[Path], *, link: tuple[str, ...] = (), sanitize: str | None = None) -> Path:
+    # The kernels are compiled with the options of both libraries, of which they need none: nvcc then runs once.
     return build(
-        sorted((csrc / "cuda").glob("*.cu")),
+        sorted((CSRC / "cuda").glob("*.cu")),
         arch=arch,
-        bindings=[csrc / "bindings" / "cuda.cpp", csrc / "bindings" / "checks.cpp"],
-        include_dirs=[csrc],
+        bindings=bindings,
+        include_dirs=[CSRC],
         system_include_dirs=[TORCH / "include"],
         defines=["EXLLAMA_CUDA_ON_CPU", "TORCH_TARGET_VERSION=0x020a000000000000"],
-        link=["-L", str(TORCH / "lib"), "-ltorch_cpu"],
+        link=link,
         sanitize=sanitize,
     )
 

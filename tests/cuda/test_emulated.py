@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate
 ARCHS = (80, 75, 90)
 ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
 ALGORITHMS = ("scalar", "mma", "tiled", "dense")
-# Rows in a step of gemm_mma, whose groups must be whole steps.
-STEP = {2: 64, 3: 128, 4: 32, 8: 32}
+MMA_UNIT = 32  # rows of W, of which every group must have a whole number in gemm_mma
 # (K, N): beyond a stage, a run and a tile, and no multiple of them.
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
@@ -51,7 +50,7 @@ def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
     if algorithm == "mma":
         tensor_cores = dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
         one_group = case.group_size >= case.K
-        return tensor_cores and case.shuffled and (case.group_size % STEP[case.bits] == 0 or one_group)
+        return tensor_cores and case.shuffled and (case.group_size % MMA_UNIT == 0 or one_group)
     return algorithm != "dense" or dtype != torch.float32
 
 
@@ -67,20 +66,27 @@ def cases(bits: int) -> list[Case]:
 ALL_CASES = [case for bits in SHAPES for case in cases(bits)]
 
 
+# On every architecture by every algorithm.
+EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
+
+
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
         return case.group_size in (24, 128, case.K)
     return case.bits == 3 and case.group_size == 128 and case.order == "perm"
 
 
-EVERY_WEIGHT = [on(arch, case, quick=arch == 80 and is_quick(case)) for arch in ARCHS for case in ALL_CASES]
+EVERY_WEIGHT = [
+    on(arch, case, quick=case == EVERYWHERE or (arch == 80 and is_quick(case))) for arch in ARCHS for case in ALL_CASES
+]
 EVERY_WIDTH = [on(arch, bits, quick=arch == 80 and bits in (3, 4)) for arch in ARCHS for bits in SHAPES]
 EVERY_PRODUCT = [
     on(
         arch,
         algorithm,
         case,
-        quick=is_quick(case) and (arch == 80 or (arch == 75 and algorithm == "mma" and case.bits == 4)),
+        quick=case == EVERYWHERE
+        or (is_quick(case) and (arch == 80 or (arch == 75 and algorithm == "mma" and case.bits == 4))),
     )
     for arch in ARCHS
     for algorithm in ALGORITHMS
@@ -111,7 +117,8 @@ def test_gemm_is_within_the_bound(
             with pytest.raises(ValueError, match=f"EXLLAMA_OPS_CUDA_ALGORITHM={algorithm} cannot"):
                 ops.gptq_gemm(activations(1, case.K, dtype), *weight.args)
             continue
-        for M in (1, 11):
+        for M, truncates in itertools.product((1, 11), (False, True) if algorithm == "mma" else (False,)):
+            ops.device.set_mma(truncates=truncates)
             check_gemm(ops, algorithm, weight, M, dtype)
 
 
@@ -172,9 +179,50 @@ def test_scales_of_any_dtype_are_taken_exactly(
     ops: emulated.EmulatedOps, bits: int, scales_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = build(Case(bits, *SHAPES[bits], 128, scales_dtype=scales_dtype))
-    for algorithm in ("scalar", "mma", "tiled"):
+    assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(scales_dtype))
+    for algorithm in ALGORITHMS:
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         check_gemm(ops, algorithm, weight, 3, torch.float16)
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_dx_of_many_tokens_is_within_the_bound(ops: emulated.EmulatedOps, bits: int) -> None:
+    weight = build(Case(bits, *SHAPES[bits], 128, "perm"))
+    for M in (64, 130):
+        grad = activations(M, weight.case.N, torch.float16)
+        assert_within_bound(
+            ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(weight.case.N)
+        )
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_nan_and_inf_stay_in_their_row(ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = build(Case(bits, *SHAPES[bits], 128, "perm"))
+    x = activations(4, weight.case.K, torch.float16)
+    for value, algorithm in itertools.product((float("nan"), float("inf"), float("-inf")), ALGORITHMS):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        x[2, 5] = value
+        out = ops.gptq_gemm(x, *weight.args)
+        expected = (x[2].double() @ weight.dense).half()
+        assert out[[0, 1, 3]].isfinite().all()
+        assert torch.equal(out[2].isnan(), expected.isnan())
+        assert torch.equal(out[2].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_nothing_overflows_before_the_final_rounding(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of one sign, whose unscaled float16 partial sums (the original's) are inf."""
+    K, N = SHAPES[bits]
+    weight = build(Case(bits, K, N, 128), q=torch.full((K, N), 2**bits - 1))
+    weight.scales.fill_(2.0**-14)
+    x = torch.full((2, K), 4000.0 if bits == 3 else 30000.0, dtype=torch.float16)
+    for algorithm in ALGORITHMS:
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        out = ops.gptq_gemm(x, *weight.args)
+        assert out.isfinite().all()
+        assert_within_bound(out, x, weight.dense, bounds.gemm_error(algorithm, weight, torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -267,8 +315,12 @@ def test_sums_of_a_split_K(ops: emulated.EmulatedOps, algorithm: str, monkeypatc
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
-def test_every_call_can_be_captured_in_a_graph(ops: emulated.EmulatedOps) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_call_can_be_captured_in_a_graph(
+    ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Launches and copies on the current stream, and nothing else: the emulator refuses calls that sync or allocate."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
     stream = 0x5EED
     ops.device.set_stream(stream, is_capturing=True)

@@ -126,6 +126,10 @@ class Emulator:
         self._set("order", ORDERS.index(order))
         self._set("seed", seed)
 
+    def set_only_last_block(self, only: bool) -> None:
+        """Of every launch run the last block alone: the offsets of a problem that is too large to compute."""
+        self._set("only_last_block", only)
+
     def set_mma(self, *, truncates: bool = False, flushes_subnormals: bool = False) -> None:
         """How mma.sync sums, and whether subnormal fp16 operands count as zero.
 

@@ -12,6 +12,7 @@ import pytest
 
 from exllama_ops import backends
 from exllama_ops.backends import reference
+from exllama_ops.backends._types import NextBest
 
 
 class Picky:
@@ -23,7 +24,9 @@ class Picky:
     def detail(self) -> str:
         return ""
 
-    def kernel(self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
+    def kernel(
+        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
+    ) -> Callable[..., Any]:
         raise AssertionError("not to be asked")
 
 
@@ -57,4 +60,6 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
         [sys.executable, "-c", "import exllama_ops"], capture_output=True, text=True, env=environment
     )
     assert result.returncode
-    assert "EXLLAMA_OPS_BACKEND must be one of cpu, cuda, reference, or not set; got 'refrence'" in result.stderr
+    assert (
+        "EXLLAMA_OPS_BACKEND must be one of cpu, cuda, reference, triton, or not set; got 'refrence'" in result.stderr
+    )

@@ -23,6 +23,7 @@ PARTS: dict[str, set[str]] = {
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
     "compile": {"nn", "ops", "backends", "reference", "layout"},
+    "warmup": {"nn"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
@@ -85,7 +86,7 @@ def test_importing_the_package_registers_the_ops_and_touches_nothing_else() -> N
     code = """
 import sys, warnings
 warnings.simplefilter("error")
-import torch
+import torch, torch.utils.flop_counter  # which imports Triton, if there is one
 before = set(sys.modules)
 import exllama_ops
 torch.ops.exllama.gptq_gemm.default

@@ -39,7 +39,7 @@ def test_every_op_has_a_fake_a_sample_and_one_kernel_a_device(name: str) -> None
     assert f'"{name}":' in samples
     qualified = f"exllama::{name}"
     assert singleton.find(qualified).fake_impl.kernel is not None
-    for key in ("CPU", "CUDA", "Autograd"):
+    for key in ("CPU", "CUDA", "XPU", "Autograd"):
         assert _library.kernel(name, key) is not None
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert not has_kernel(qualified, "CompositeExplicitAutograd")
@@ -85,6 +85,7 @@ def test_a_second_kernel_for_an_op_and_device_is_refused() -> None:
 
 def test_report_names_the_backend_of_every_op_and_device() -> None:
     rows = {(choice.op, choice.dispatch_key): str(choice) for choice in backends.report()}
-    assert set(rows) == {(op, key) for op in PUBLIC for key in ("CPU", "CUDA")}
-    assert rows["gptq_gemm", "CUDA"].startswith(("CUDA gptq_gemm: cuda (", "CUDA gptq_gemm: reference (not cuda: "))
+    assert set(rows) == {(op, key) for op in PUBLIC for key in ("CPU", "CUDA", "XPU")}
+    cuda = ("CUDA gptq_gemm: cuda (", "CUDA gptq_gemm: triton (", "CUDA gptq_gemm: reference (not cuda: ")
+    assert rows["gptq_gemm", "CUDA"].startswith(cuda)
     assert rows["gptq_gemm", "CPU"].startswith(("CPU gptq_gemm: cpu (", "CPU gptq_gemm: reference (not cpu: "))

@@ -7,8 +7,7 @@ If it is not, an op's one kernel is a Python function. The first op to be called
 library into the cache, with a message and progress on stderr. A kernel that torch has cannot be exchanged safely:
 another thread may be inside it, or find none. So in this one process the Python functions stay and call the library's
 kernels under a second namespace (`exllama_ops.ops._library.late_kernel`), for a few microseconds a call; later
-processes find the library at import. Where it cannot be built, the functions run the reference, with one warning that
-says why.
+processes find the library at import. Where it cannot be built, the functions run the next backend of the order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from exllama_ops.backends import reference
+from exllama_ops.backends._types import NextBest
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import Recipe
 from exllama_ops.ops import _library
@@ -83,11 +82,11 @@ class NativeBackend(Generic[L]):
         return []
 
     def kernel(
-        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]]
+        self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
     ) -> _library.NativeKernel | Callable[..., Any]:
         if self.library is not None:
             return _library.NativeKernel(self.library.register)
-        return self._first_use(op, dispatch_key)
+        return self._first_use(op, dispatch_key, next_best)
 
     def find(self) -> None:
         """Load the library if it is there already; the first call decides."""
@@ -131,21 +130,21 @@ class NativeBackend(Generic[L]):
     def prepare(self, library: L) -> None:
         """Give a library the settings of the process."""
 
-    def _first_use(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+    def _first_use(self, op: str, dispatch_key: str, next_best: NextBest) -> Callable[..., Any]:
         chosen: Callable[..., Any] | None = None
 
         def build_and_compute(*args: Any, **kwargs: Any) -> Any:
             nonlocal chosen
             if chosen is None:
-                chosen = self._choose(op, dispatch_key)
+                chosen = self._choose(op, dispatch_key, next_best)
             return chosen(*args, **kwargs)
 
         return build_and_compute
 
-    def _choose(self, op: str, dispatch_key: str) -> Callable[..., Any]:
+    def _choose(self, op: str, dispatch_key: str, next_best: NextBest) -> Callable[..., Any]:
         self.build()
         if self.library is None:
-            return reference.BACKEND.kernel(op, dispatch_key, {self.name: self.failure})
+            return next_best(self.failure)
         with self._lock:
             if op not in self._late:
                 self._late[op] = _library.late_kernel(op, dispatch_key, _library.NativeKernel(self.library.register))

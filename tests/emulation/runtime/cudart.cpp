@@ -402,6 +402,7 @@ int emu_set(const char* name, long long value) {
     const std::string what = name;
     if (what == "order") settings.order = static_cast<Order>(value);
     else if (what == "seed") settings.seed = static_cast<u64>(value);
+    else if (what == "only_last_block") settings.only_last_block = value != 0;
     else if (what == "mma_truncates") settings.mma_truncates = value != 0;
     else if (what == "mma_flushes_subnormals") settings.mma_flushes_subnormals = value != 0;
     else if (what == "check_ranges") check_ranges = value != 0;

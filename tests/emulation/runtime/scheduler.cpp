@@ -539,6 +539,7 @@ void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes,
     // anew.
     const size_t capacity = (shared_bytes + 4095) / 4096 * 4096 + 4096;
     for (u32 index : in_order(blocks, blocks)) {
+        if (settings.only_last_block && index + 1 != blocks) continue;
         static unsigned char* shared = nullptr;
         static size_t shared_capacity = 0;
 #ifdef EMU_TSAN

@@ -13,6 +13,7 @@ enum class Order { ascending, descending, random };
 struct Settings {
     Order order = Order::ascending;
     u64 seed = 0;
+    bool only_last_block = false;
     bool mma_truncates = false;
     bool mma_flushes_subnormals = false;
 };

@@ -80,7 +80,13 @@ void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u3
 void async_commit(Thread& thread);
 
 [[noreturn, gnu::cold]] void out_of_fuel();
-EMU_INLINE void burn(Thread& thread) {
+// The fuel is the scheduler's, which gives the memory of a thread to one of the next block: no race of the kernel's.
+#ifdef EMU_TSAN
+[[gnu::no_sanitize("thread"), gnu::noinline]] inline
+#else
+EMU_INLINE
+#endif
+void burn(Thread& thread) {
     if (__builtin_expect(--thread.fuel < 0, 0)) out_of_fuel();
 }
 

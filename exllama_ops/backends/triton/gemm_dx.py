@@ -1,0 +1,98 @@
+"""gptq_gemm_dx: grad @ W.T, a tl.dot in float32 with scale * (q - z), since scales vary along the sum."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exllama_ops.backends.triton.launch import kernel_dtype, launch
+from exllama_ops.backends.triton.tiles import device_of, dx_tile
+from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
+from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.checks import check_gptq_gemm_dx
+from exllama_ops.layout.formats import FORMATS
+
+
+@triton.jit(do_not_specialize=["M", "G", "group_size"])
+def gemm_dx_kernel(
+    grad_ptr: tl.tensor,  # (M, N)
+    qweight_ptr: tl.tensor,
+    qzeros_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,  # (M, K)
+    M: tl.tensor,
+    K: tl.tensor,
+    N: tl.tensor,
+    G: tl.tensor,
+    group_size: tl.tensor,
+    BITS: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    GROUPS_OF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    VALUES: tl.constexpr = block_values(BITS)
+    BLOCK_K: tl.constexpr = BLOCK_B * VALUES
+    row_tiles = tl.cdiv(K, BLOCK_K)
+    first_block = tl.program_id(0) % row_tiles * BLOCK_B
+    offs_m = (tl.program_id(0) // row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = first_block * VALUES + tl.arange(0, BLOCK_K)
+    blocks = first_block + tl.arange(0, BLOCK_B)
+    mask_m, mask_k = offs_m < M, offs_k < K
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for first_n in range(0, N, BLOCK_N):
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        weights, _ = load_weights(
+            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, blocks < K // VALUES, offs_n < N, N, G,
+            group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, True,
+        )  # fmt: skip
+        grad = tl.load(grad_ptr + offs_m[:, None] * N + offs_n[None, :], mask_m[:, None] & (offs_n < N)[None, :], 0)
+        w = rows_of(weights, tl.float32, BLOCK_B, BLOCK_N)
+        total = tl.dot(grad.to(tl.float32), tl.trans(w), total, input_precision="ieee")
+    columns = offs_k
+    if HAS_ROWS and SHUFFLED:
+        columns = checked_rows(rows_ptr, offs_k, mask_k, K)
+    ptrs = out_ptr + offs_m[:, None] * K + columns[None, :]
+    tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask_m[:, None] & mask_k[None, :])
+
+
+def gptq_gemm_dx(
+    grad: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> Tensor:
+    """`torch.ops.exllama.gptq_gemm_dx` in Triton."""
+    check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    M = grad.shape[0]
+    out = grad.new_empty(M, weight.K, dtype=kernel_dtype(grad.dtype))
+    if M == 0:
+        return out.to(grad.dtype)
+    tile = dx_tile(device_of(grad.device).arch)
+    tiles = triton.cdiv(weight.K, tile.block_k) * triton.cdiv(M, tile.block_m)
+    constants = {
+        "GROUPS_OF": weight.groups_of(tile.block_k),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_B": tile.block_k // FORMATS[bit].block_values,
+        "BLOCK_N": tile.block_n,
+    }
+    launch(
+        gemm_dx_kernel,
+        (tiles,),
+        {"grad_ptr": grad, **weight.tensors, "out_ptr": out},
+        {"M": M, **weight.sizes},
+        {**weight.constants, **constants},
+        num_stages=2,
+    )
+    return out.to(grad.dtype)

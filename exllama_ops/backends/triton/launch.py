@@ -1,0 +1,77 @@
+"""The one place where kernels are launched."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Integers that Triton compiles kernels for by their divisibility, which is what wide loads need. The others are
+# named in each kernel's do_not_specialize.
+_SPECIALIZED = ("K", "N")
+
+_launched: set[Any] = set()
+
+
+def is_interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels multiply and store numbers of ``dtype`` in: itself on a device.
+
+    Triton's interpreter truncates to bfloat16 where a device rounds to nearest, and multiplies its bits as integers in
+    tl.dot; there it is float32, and torch rounds the result.
+    """
+    return torch.float32 if is_interpreting() and dtype == torch.bfloat16 else dtype
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: dict[str, Tensor],
+    sizes: dict[str, int],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+) -> None:
+    """Launch a kernel on the device of its tensors, on the current stream.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and this variant of the kernel was not launched before: it would
+            be compiled and loaded, which a capture does not survive.
+    """
+    device = next(iter(tensors.values())).device
+    variant = (
+        kernel.__name__,
+        device,
+        num_warps,
+        num_stages,
+        *((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors.values()),
+        *(sizes[name] % 16 == 0 for name in _SPECIALIZED if name in sizes),
+        *constants.values(),
+    )
+    if variant not in _launched and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"exllama_ops: the Triton kernel {kernel.__name__} for {constants} is not compiled yet, and a CUDA graph "
+            "is being captured: call exllama_ops.warmup, or the op itself, before"
+        )
+    with contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
+        kernel[grid](
+            **tensors,
+            **sizes,
+            **constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            # Sums are written as fma where they are to be fused: their bits do not depend on the compiler's choice.
+            enable_fp_fusion=False,
+            # The assertions in `checked_rows`, and no others: Triton would add its own for integer overflow.
+            debug=bool(constants.get("HAS_ROWS")),
+            sanitize_overflow=False,
+        )
+    _launched.add(variant)

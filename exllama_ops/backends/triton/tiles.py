@@ -1,0 +1,199 @@
+"""Which kernel computes a gptq_gemm, with which tiles: pure functions of the problem, and a table.
+
+What could change a result's bits is never tuned: the form, the rows of a step and the split of K are functions of the
+problem alone, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps, stages.
+It was chosen by what the kernels compile to (no spills, instructions per weight), as no GPU has run them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.formats import FORMATS
+
+# sm75: Triton multiplies on the CUDA cores. sm80: mma.sync (8.x and 12.x). sm90: wgmma. sm100: tcgen05 (10.x, 11.x).
+# cdna, rdna: AMD's matrix cores, of gfx9 and of gfx11 and later. other: devices of which nothing is known.
+# host: Triton's interpreter, which takes its time by the operation, whatever its size.
+ARCHS = ("sm75", "sm80", "sm90", "sm100", "cdna", "rdna", "other", "host")
+TENSOR_CORES = ("sm80", "sm90", "sm100", "cdna", "rdna", "host")
+
+FORMS = ("gemv", "dot", "float_dot")
+
+# Rows of x that gemv takes at once. From one more on, float_dot reads the words less often.
+GEMV_ROWS = 4
+# Blocks in a step of gemv: words for a 16-byte load or two by each of 128 threads, in as many registers as there are.
+_GEMV_BLOCKS = {2: 16, 3: 8, 4: 16, 8: 16}
+# Rows of W in a step of dot, the first that groups allow; a step of 8 bits takes as many words as one of 4.
+DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
+# Of float_dot, whose operands a thread holds whole: few.
+_FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on: a class of `ARCHS`, and how many programs run side by side."""
+
+    arch: str
+    processors: int
+
+
+# Few processors, so that small weights are split too.
+HOST = Device("host", 2)
+
+
+class Tile(NamedTuple):
+    """What may be tuned.
+
+    Args:
+        block_m: rows of x.
+        block_n: columns of W.
+        num_warps: warps of a program.
+        num_stages: steps whose loads are under way at once.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A form, its tile, and how K is divided.
+
+    Args:
+        form: one of `FORMS`.
+        tile: its tile.
+        block_b: blocks of words in a step.
+        groups_of: how far a group reaches in a step.
+        splits: parts of K, whose sums are added in a second kernel.
+        steps_per_split: steps in each.
+    """
+
+    form: str
+    tile: Tile
+    block_b: int
+    groups_of: str
+    splits: int
+    steps_per_split: int
+
+
+# (arch, bits, tokens up to this many) -> tile of dot. Below 64 rows sm90 and sm100 use mma.sync, from there on wgmma
+# and tcgen05, which need groups of four warps.
+BUCKETS = (16, 32, 64, None)
+_DOT_TILES: dict[tuple[str, int, int | None], Tile] = {}
+for _arch in TENSOR_CORES:
+    for _bits in FORMATS:
+        _DOT_TILES |= {
+            (_arch, _bits, 16): Tile(16, 64, 4, 3),
+            (_arch, _bits, 32): Tile(32, 64, 4, 3),
+            (_arch, _bits, 64): Tile(64, 64, 4, 3),
+            (_arch, _bits, None): Tile(64, 128, 8, 3),
+        }
+
+
+class DxTile(NamedTuple):
+    """The tile of gptq_gemm_dx: rows of grad, rows of W, and the columns of W in a step, few as in float_dot."""
+
+    block_m: int
+    block_k: int
+    block_n: int
+
+
+def dx_tile(arch: str) -> DxTile:
+    """The table of gptq_gemm_dx."""
+    return DxTile(64, 256, 64) if arch == "host" else DxTile(32, 64, 16)
+
+
+def bucket_of(M: int) -> int | None:
+    """The M of the table that serves M tokens."""
+    return next(bucket for bucket in BUCKETS if bucket is None or bucket >= M)
+
+
+def tile_of(form: str, arch: str, bits: int, M: int) -> Tile:
+    """The table."""
+    if form == "gemv":
+        # Fewer columns than threads: Triton then gives scales and zero points the layout of the words.
+        return Tile(1 if M == 1 else GEMV_ROWS, 64, 4, 1)
+    if arch == "host":
+        return Tile(64, 128, 4, 1)
+    if form == "float_dot":
+        return Tile(32, 64, 4, 2) if bits != 3 else Tile(32, 64, 8, 2)
+    return _DOT_TILES[arch, bits, bucket_of(M)]
+
+
+def dot_rows(weight: Weight) -> int | None:
+    """Rows in a step of dot: all in one group, and at least the 16 of a matrix instruction. None if no step does."""
+    fits = (rows for rows in DOT_ROWS[weight.bits] if weight.groups_of(rows) == "tile")
+    return next(fits, None)
+
+
+def gemv_blocks(bits: int) -> int:
+    """Blocks of words in a step of gemv."""
+    return _GEMV_BLOCKS[bits]
+
+
+def float_dot_rows(bits: int, arch: str) -> int:
+    """Rows in a step of float_dot."""
+    return _FLOAT_DOT_ROWS[bits] * (8 if arch == "host" else 1)
+
+
+def form_of(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> str:
+    """Which form computes ``M`` rows of x in ``dtype``."""
+    if dtype != torch.float32 and device.arch in TENSOR_CORES and dot_rows(weight) is not None:
+        return "dot" if M > 1 or batch_invariant else "gemv"
+    return "gemv" if M <= GEMV_ROWS or batch_invariant else "float_dot"
+
+
+def plan_gemm(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> Plan:
+    """How a gptq_gemm is computed. In batch-invariant mode a row's sum is the same whatever M is."""
+    form = form_of(M, weight, dtype, device, batch_invariant)
+    tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M)
+    values = FORMATS[weight.bits].block_values
+    if form == "gemv":
+        block_b = _GEMV_BLOCKS[weight.bits]
+    else:
+        rows = dot_rows(weight) if form == "dot" else None
+        block_b = (rows or float_dot_rows(weight.bits, device.arch)) // values
+    steps = -(-weight.K // (block_b * values))
+    programs = -(-weight.N // tile.block_n) * (1 if batch_invariant else -(-M // tile.block_m))
+    # Four programs on each processor, and two steps in each program.
+    wanted = -(-4 * device.processors // programs)
+    steps_per_split = -(-steps // max(1, min(wanted, steps // 2)))
+    splits = -(-steps // steps_per_split)
+    return Plan(form, tile, block_b, weight.groups_of(block_b * values), splits, steps_per_split)
+
+
+def device_of(device: torch.device) -> Device:
+    """What is known of the device of a tensor."""
+    return HOST if device.type == "cpu" else _device(device.type, device.index)
+
+
+@functools.cache
+def _device(kind: str, index: int) -> Device:
+    if kind != "cuda":
+        return Device("other", 64)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is None:
+        return Device(arch_of_capability(properties.major), properties.multi_processor_count)
+    return Device(arch_of_gfx(properties.gcnArchName), properties.multi_processor_count)
+
+
+def arch_of_capability(major: int) -> str:
+    """Of an NVIDIA GPU."""
+    if major < 8:
+        return "sm75"
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
+
+
+def arch_of_gfx(name: str) -> str:
+    """Of an AMD GPU."""
+    name = name.partition(":")[0]
+    if name.startswith(("gfx90a", "gfx94", "gfx95")):
+        return "cdna"
+    return "rdna" if name.startswith(("gfx11", "gfx12")) else "other"

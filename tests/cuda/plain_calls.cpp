@@ -1,0 +1,67 @@
+// The functions of cuda.h as C functions, for callers without torch. Each returns null, or what went wrong.
+#include <exception>
+#include <string>
+
+#include "cuda/cuda.h"
+
+using namespace exllama::cuda;
+
+namespace {
+
+template <typename F>
+const char* error_of(const F& f) {
+  static std::string text;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
+int64_t plain_config(const Weight* weight, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
+  const auto chosen = static_cast<Algorithm>(algorithm);
+  const Problem problem = problem_of(*weight, static_cast<DType>(dtype), M, device_properties(0), false);
+  if (!can(problem, chosen)) return -1;
+  *config = config_of(problem, chosen);
+  return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
+}
+
+const char* plain_gemm(const Weight* weight, const void* x, int32_t dtype, int64_t M, void* out, const Config* config,
+                       void* workspace) {
+  return error_of([&] { gemm(*weight, x, static_cast<DType>(dtype), M, out, *config, workspace, nullptr); });
+}
+
+const char* plain_gemm_dx(const Weight* weight, const void* grad, int32_t dtype, int64_t M, void* dx) {
+  return error_of([&] { gemm_dx(*weight, grad, static_cast<DType>(dtype), M, dx, nullptr); });
+}
+
+const char* plain_dequantize(const Weight* weight, int64_t first, int64_t columns, void* out, int32_t dtype) {
+  return error_of([&] { dequantize(*weight, first, columns, out, static_cast<DType>(dtype), nullptr); });
+}
+
+const char* plain_shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits,
+                          void* workspace) {
+  return error_of([&] { shuffle(qweight, perm, K, N, bits, workspace, nullptr); });
+}
+
+const char* plain_unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits,
+                            uint32_t* out, void* workspace) {
+  return error_of([&] { unshuffle(qweight, perm, K, N, bits, out, workspace, nullptr); });
+}
+
+int64_t plain_shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted) {
+  return static_cast<int64_t>(shuffle_workspace_bytes(K, N, bits, permuted));
+}
+
+int64_t plain_unshuffle_workspace_bytes(int64_t K, bool permuted) {
+  return static_cast<int64_t>(unshuffle_workspace_bytes(K, permuted));
+}
+
+}  // extern "C"

@@ -1,0 +1,88 @@
+"""The compiled kernels on an emulated sm_80, by the launch code that a GPU gets: what ships is what is tested."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
+
+from conformance.bounds import assert_within_bound
+from conformance.weights import Case, build
+from emulation.emulator import EmulationError, reasons_against
+from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles
+from triton_backend import bounds
+from triton_backend.emulated import EmulatedDriver, emulated_device
+
+pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
+
+SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
+    a100 = tiles.Device("sm80", 4)
+    for module in (tiles, gemm, gemm_dx):
+        monkeypatch.setattr(module, "device_of", lambda device: a100)
+    torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
+    with emulated_device() as emulated:
+        yield emulated
+    torch.use_deterministic_algorithms(False)
+
+
+def on(bits: int, size: int, order: str, M: int, dtype: torch.dtype, form: str, *, quick: bool) -> Any:
+    case = Case(bits, *SHAPES[bits], size, order, order != "raw")
+    name = f"{case}-M{M}-{str(dtype).removeprefix('torch.')}-{form}"
+    return pytest.param(case, M, dtype, form, id=name, marks=[] if quick else [pytest.mark.slow])
+
+
+GEMMS = [
+    on(bits, size, order, M, dtype, form, quick=bits == 4 and (order, M) in quick)
+    for bits in SHAPES
+    for size, order, M, dtype, form, quick in [
+        (128, "perm", 1, torch.float16, "gemv", [("perm", 1)]),
+        (128, "perm", 5, torch.float16, "dot", [("perm", 5)]),
+        (128, "sorted", 70, torch.bfloat16, "dot", []),
+        (32, "sorted", 20, torch.bfloat16, "dot", []),
+        (24, "raw", 3, torch.float16, "gemv", []),
+        (24, "raw", 6, torch.float32, "float_dot", []),
+    ]
+]
+
+
+@pytest.mark.parametrize(("case", "M", "dtype", "form"), GEMMS)
+def test_gemm_is_within_the_bound(device: EmulatedDriver, case: Case, M: int, dtype: torch.dtype, form: str) -> None:
+    weight = build(case)
+    x = torch.randn(M, case.K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for device.truncates in (False, True):
+        out = ops.gptq_gemm(x, *weight.args)
+        assert_within_bound(out, x, weight.dense, bounds.gemm_error(x, weight, truncates=True))
+    assert device.launches[0] == ("gemv_kernel" if form == "gemv" else "dot_kernel")
+
+
+@pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b == 4 else [pytest.mark.slow]) for b in SHAPES])
+def test_the_other_ops(device: EmulatedDriver, bits: int) -> None:
+    case = Case(bits, *SHAPES[bits], 128, "perm")
+    weight = build(case)
+    assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.half())
+    checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight
+    words = checkpoint.clone()
+    ops.gptq_shuffle(words, weight.rows, bits)
+    assert torch.equal(words, weight.qweight)
+    assert torch.equal(ops.gptq_unshuffle(words, weight.rows, bits), checkpoint)
+    grad = torch.randn(3, case.N).half()
+    assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
+
+
+def test_an_index_that_leads_outside_stops_the_kernel(device: EmulatedDriver) -> None:
+    weight = build(Case(4, *SHAPES[4], 128, "perm"))
+    weight.rows[7] = weight.case.K
+    x = torch.randn(1, weight.case.K).half()
+    with pytest.raises(EmulationError, match="leads outside"):
+        ops.gptq_gemm(x, *weight.args)
