@@ -53,14 +53,15 @@ class FusedProjection(nn.Module):
 
     def _columns(self, x: Tensor) -> tuple[Tensor, ...]:
         left = None if self.index == 0 else getattr(x, "_exllama_columns", None)
-        if left is None or left[0] is not self.fused:
+        if left is None or left[0] is not self.fused.qweight:
             columns: tuple[Tensor, ...] = torch.split(self.fused(x), self.sizes, -1)
         else:
             columns = left[1]
         # The first one always multiplies and the last one clears up: an x that is written to and used again meets no
         # columns of its former content.
         if self.index == 0:
-            x._exllama_columns = (self.fused, columns)  # type: ignore[attr-defined]
+            # Known by its weight: to a tracer of torch.export, a module is another object at each access.
+            x._exllama_columns = (self.fused.qweight, columns)  # type: ignore[attr-defined]
         elif self.index == len(self.sizes) - 1:
             x._exllama_columns = None  # type: ignore[attr-defined]
         return columns

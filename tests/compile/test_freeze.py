@@ -303,6 +303,17 @@ def test_compiled_one_product_stands_for_each_group(grad: bool) -> None:
     assert sum(node.target is torch.ops.exllama.gptq_gemm for node in graph.graph.nodes) == 2 * 4
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_one_product_stands_for_each_group(strict: bool) -> None:
+    model = MLP()
+    x = torch.randn(3, K)
+    freeze(model, (x,))
+    exported = torch.export.export(model, (x,), strict=strict)
+    gemm = torch.ops.exllama.gptq_gemm.default
+    assert sum(node.target is gemm for node in exported.graph.nodes) == 2
+    assert torch.equal(exported.module()(x), model(x))
+
+
 def test_one_graph_serves_all_frozen_blocks() -> None:
     torch._dynamo.reset()
     blocks = [Block() for _ in range(3)]
