@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout"},
-    "compile": {"nn", "ops", "backends", "reference", "layout"},
+    "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
     "integrations": {"nn", "checkpoint", "layout", "extras"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
