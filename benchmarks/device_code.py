@@ -53,9 +53,9 @@ def main() -> None:
     args = parser.parse_args()
     nvcc = _run("nvcc", "--version").splitlines()[-1]
     file = RESULTS.with_suffix(".json")
-    measured: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"nvcc": nvcc, "kernels": []}
-    if measured["nvcc"] != nvcc:
-        measured = {"nvcc": nvcc, "kernels": []}
+    measured: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if measured.get("nvcc") != nvcc:
+        measured = {"command": "python -m benchmarks.device_code", "nvcc": nvcc, "kernels": []}
     for arch in args.arch or ARCHS:
         others = [kernel for kernel in measured["kernels"] if kernel["arch"] != arch]
         measured["kernels"] = sorted([*others, *_kernels_of(arch)], key=lambda kernel: int(kernel["arch"]))

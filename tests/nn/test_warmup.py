@@ -42,3 +42,8 @@ def test_nothing_to_warm_up_is_an_error() -> None:
         exllama_ops.warmup(nn.ReLU())
     with pytest.raises(ValueError, match="must be the 8 arguments of gptq_gemm after x; got 2"):
         exllama_ops.warmup([layer(2).op_arguments[:2]])  # type: ignore[list-item]
+
+
+def test_only_the_tiles_of_triton_are_tuned() -> None:
+    with pytest.raises(ValueError, match="on cpu Triton does not compute gptq_gemm"):
+        exllama_ops.warmup([layer(4).op_arguments], tokens=(1,), autotune=True)

@@ -15,15 +15,16 @@ PACKAGE = Path(__file__).parents[2] / "exllama_ops"
 PARTS: dict[str, set[str]] = {
     "layout": set(),
     "extras": set(),
+    "cache": set(),
     "reference": {"layout"},
     "ops": {"layout"},
-    "backends": {"ops", "reference", "layout"},
+    "backends": {"ops", "reference", "layout", "cache"},
     "prepare": {"layout"},
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
-    "nn": {"prepare", "layout"},
+    "nn": {"prepare", "layout", "backends"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
-    "integrations": {"nn", "checkpoint", "layout", "extras"},
+    "integrations": {"nn", "checkpoint", "layout", "extras", "cache"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
 }
 # optional dependency -> the parts that may import it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +26,15 @@ pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
 
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: Triton keeps a compiled kernel in the process, and the emulator asks for its file later."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
+def device(monkeypatch: pytest.MonkeyPatch, triton_cache: Path) -> Iterator[EmulatedDriver]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton_cache))
     a100 = tiles.Device("sm80", 4)
     for module in (tiles, gemm, gemm_dx):
         monkeypatch.setattr(module, "device_of", lambda device: a100)

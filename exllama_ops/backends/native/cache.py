@@ -8,7 +8,6 @@ when its process dies.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CompileError, Compiler, Recipe
+from exllama_ops.cache import cache_folder
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -54,8 +54,8 @@ def csrc() -> Path | None:
 
 
 def root() -> Path:
-    """The folder of the cache: the variable EXLLAMA_OPS_CACHE, by default ~/.cache/exllama_ops; there "native"."""
-    return Path(os.environ.get("EXLLAMA_OPS_CACHE") or Path.home() / ".cache" / "exllama_ops") / "native"
+    """Where libraries are built and found."""
+    return cache_folder() / "native"
 
 
 def find(recipe: Recipe) -> Path | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exllama_ops.backends._types import VARIABLE, NextBest
 
@@ -70,6 +71,10 @@ class TritonBackend:
             return chosen(*args, **kwargs)
 
         return load_and_compute
+
+    def tune_gemm(self, x: Tensor, *weight: Any) -> None:
+        """Choose the tile of a gptq_gemm that was called before, by timing; `tune` says when it cannot be."""
+        importlib.import_module("exllama_ops.backends.triton.tune").tune_gemm(x, *weight)
 
     def load(self, dispatch_key: str) -> None:
         """Have the kernels, or a `failure`, whichever thread comes first."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from exllama_ops.backends.batch_invariant import is_batch_invariant
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import Plan, device_of, plan_gemm
+from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
@@ -227,7 +228,8 @@ def gptq_gemm(
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
-    return compute(plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant()), x, weight)
+    plan = plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant())
+    return compute(tuned(plan, weight, x.device), x, weight)
 
 
 def gptq_gemm_multi(

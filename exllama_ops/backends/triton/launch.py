@@ -30,6 +30,11 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_interpreting() and dtype == torch.bfloat16 else dtype
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured from the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -56,7 +61,7 @@ def launch(
         *(sizes[name] % 16 == 0 for name in _SPECIALIZED if name in sizes),
         *constants.values(),
     )
-    if variant not in _launched and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if variant not in _launched and is_capturing(device):
         raise RuntimeError(
             f"exllama_ops: the Triton kernel {kernel.__name__} for {constants} is not compiled yet, and a CUDA graph "
             "is being captured: call exllama_ops.warmup, or the op itself, before"

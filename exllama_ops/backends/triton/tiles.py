@@ -120,7 +120,10 @@ def tile_of(form: str, arch: str, bits: int, M: int) -> Tile:
     """The table."""
     if form == "gemv":
         # Fewer columns than threads: Triton then gives scales and zero points the layout of the words.
-        return Tile(1 if M == 1 else GEMV_ROWS, 64, 4, 1)
+        if M == 1:
+            return Tile(1, 64, 4, 1)
+        # The 32 weights of a block of 3 bits spill in four warps.
+        return Tile(GEMV_ROWS, 64, 8 if bits == 3 else 4, 1)
     if arch == "host":
         return Tile(64, 128, 4, 1)
     if form == "float_dot":

@@ -1,0 +1,63 @@
+"""The choice of a tile by timing. `exllama_ops.warmup` alone asks for it: no call of an op times anything."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from exllama_ops.backends.batch_invariant import is_batch_invariant
+from exllama_ops.backends.triton.gemm import compute
+from exllama_ops.backends.triton.launch import is_capturing
+from exllama_ops.backends.triton.tiles import Tile, device_of, plan_gemm
+from exllama_ops.backends.triton.tuned_tiles import Problem, candidates, choices_of, keep
+from exllama_ops.backends.triton.weight import Weight
+
+
+def time_ms(run: Callable[[], object]) -> float:
+    """The median time on the device, by events, with the weight out of the L2 cache before each run."""
+    return float(do_bench(run, return_mode="median"))
+
+
+def tune_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    use_exllama: bool,
+    bit: int,
+    use_v2_format: bool = False,
+    group_size: int = 0,
+) -> None:
+    """Have the fastest tile serve this gptq_gemm and those that share its plan, unless one was chosen before.
+
+    The arguments are checked ones, M > 0: those of a call that was made before.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed.
+    """
+    if is_capturing(x.device):
+        raise RuntimeError("exllama_ops: kernels cannot be tuned while a CUDA graph is being captured")
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None:
+        raise RuntimeError("exllama_ops: kernels cannot be tuned in a traced call")
+    weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    device = device_of(x.device)
+    plan = plan_gemm(x.shape[0], weight, x.dtype, device, is_batch_invariant())
+    problem = Problem.of(plan, weight)
+    if problem in choices_of(x.device):
+        return
+    times: dict[Tile, float] = {}
+    for tile in candidates(plan.form, device.arch, plan.tile):
+        try:
+            times[tile] = time_ms(functools.partial(compute, replace(plan, tile=tile), x, weight))
+        except OutOfResources:  # more shared memory or registers than the device has
+            continue
+    keep(x.device, problem, min(times, key=times.__getitem__))

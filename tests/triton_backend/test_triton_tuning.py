@@ -1,0 +1,168 @@
+"""The choice of tiles by timing, by a timer that is told the times. In Triton's interpreter, in processes apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from exllama_ops.backends.triton import tiles, tuned_tiles
+from exllama_ops.backends.triton.tiles import Tile
+
+SETUP = """
+from dataclasses import replace
+import torch, exllama_ops
+from conformance.weights import Case, build
+from exllama_ops.backends.triton import gemm, tiles, tune, tuned_tiles
+from exllama_ops.backends.triton.weight import Weight
+from triton.runtime.errors import OutOfResources
+
+weight = build(Case(4, 488, 96, 32))
+x = torch.randn(9, 488, dtype=torch.float16)
+launched, timed, partials = [], [], []
+launch = gemm.launch
+
+def record(kernel, grid, tensors, sizes, constants, **options):
+    if kernel is gemm.dot_kernel:
+        launched.append((constants["BLOCK_M"], constants["BLOCK_N"], *options.values()))
+    launch(kernel, grid, tensors, sizes, constants, **options)
+    if kernel is not gemm.add_splits_kernel:
+        partials.append(tensors["out_ptr"])
+
+def time_ms(run):
+    run()
+    timed.append(launched[-1])
+    if len(timed) == 4:
+        raise OutOfResources(2, 1, "shared memory")
+    return abs(len(timed) - 3)  # the third is the fastest
+
+def product():
+    result = torch.ops.exllama.gptq_gemm(x, *weight.args)
+    print(*launched[-1])
+    return result
+
+def warmup():
+    exllama_ops.warmup([weight.args], tokens=(9,), autotune=True)
+    print(len(timed), "timed")
+
+gemm.launch, tune.time_ms = record, time_ms
+"""
+
+TUNES = """
+before = product()
+warmup()
+assert torch.equal(product(), before)
+warmup()
+"""
+
+BITS = """
+host = tiles.HOST
+for case, M in ((Case(4, 488, 40, 32), 9), (Case(4, 488, 40, 24, "perm"), 2), (Case(8, 488, 40, 24), 5)):
+    weight = build(case)
+    packed, x = Weight.of(*weight.args), torch.randn(M, case.K, dtype=torch.float16)
+    plan = tiles.plan_gemm(M, packed, x.dtype, host, False)
+    choices = tuned_tiles.candidates(plan.form, host.arch, plan.tile)
+    partials.clear()
+    results = [gemm.compute(replace(plan, tile=tile), x, packed) for tile in choices]
+    assert len(results) > 3 and plan.splits > 1
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(sums, partials[0]) for sums in partials)  # in float32: rounding hides nothing
+    print(plan.form)
+"""
+
+REFUSALS = """
+from unittest import mock
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+def refusal(run):
+    try:
+        run()
+    except RuntimeError as error:
+        print(error)
+
+with mock.patch.object(tune, "is_capturing", lambda device: True):
+    refusal(warmup)
+with FakeTensorMode() as mode:
+    fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in weight.args]
+    refusal(lambda: exllama_ops.warmup([fake], tokens=(9,), autotune=True))
+refusal(lambda: make_fx(lambda x: (warmup(), x)[1])(x))
+with mock.patch("torch.compiler.is_compiling", lambda: True):
+    refusal(warmup)
+assert not timed
+"""
+
+UNUSABLE = """
+for text in texts:
+    open(file, "w").write(text)
+    tuned_tiles.choices_of.cache_clear()
+    product()
+    product()
+"""
+
+TABLE, FASTEST = "64 128 4 1", "128 128 4 1"
+
+
+def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
+    """The lines that it prints, and its warnings."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXLLAMA_OPS_BACKEND": "triton"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "EXLLAMA_OPS_CACHE": str(cache)}
+    command = [sys.executable, "-W", "always::UserWarning", "-c", SETUP + code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines(), [line for line in result.stderr.splitlines() if "tuned tiles" in line]
+
+
+def test_the_fastest_tile_serves_from_then_on_and_in_a_new_process(tmp_path: Path) -> None:
+    count = len(tuned_tiles.candidates("dot", "host", tiles.tile_of("dot", "host", 4, 9)))
+    lines, warned = run(TUNES, tmp_path)
+    assert lines == [TABLE, f"{count} timed", FASTEST, f"{count} timed"]
+    assert not warned
+    (file,) = (tmp_path / "triton").iterdir()
+    assert run("product(); warmup()", tmp_path) == ([FASTEST, "0 timed"], [])
+
+    record = json.loads(file.read_text())
+    foreign = {**record, "for": {**record["for"], "device": "another"}}
+    wrong = {**record, "choices": [[*record["choices"][0][:-1], [16, 256, 1, 1]]]}
+    texts = ['{"for', "[1]", json.dumps(foreign), json.dumps(wrong)]
+    lines, warned = run(f"file, texts = {str(file)!r}, {texts!r}\n{UNUSABLE}", tmp_path)
+    assert lines == [TABLE, TABLE] * len(texts)
+    assert len(warned) == len(texts)
+    assert all(str(file) in line for line in warned)
+    assert run("warmup(); product()", tmp_path)[0] == [f"{count} timed", FASTEST]
+    assert run("product()", tmp_path) == ([FASTEST], [])
+
+
+def test_no_candidate_changes_a_bit(tmp_path: Path) -> None:
+    assert run(BITS, tmp_path)[0] == ["dot", "gemv", "float_dot"]
+
+
+def test_nothing_is_timed_in_a_capture_or_a_traced_call(tmp_path: Path) -> None:
+    traced = "exllama_ops: kernels cannot be tuned in a traced call"
+    captured = "exllama_ops: kernels cannot be tuned while a CUDA graph is being captured"
+    assert run(REFUSALS, tmp_path)[0] == [captured, traced, traced, traced]
+
+
+def test_choices_that_cannot_be_kept_serve_their_process(tmp_path: Path) -> None:
+    (tmp_path / "triton").write_text("a file where the folder should be")
+    lines, warned = run("warmup(); product()", tmp_path)
+    assert lines[-1] == FASTEST
+    assert any("serve this process alone" in line for line in warned)
+
+
+def test_candidates_have_the_matrix_instruction_of_the_table() -> None:
+    def tiles_of(form: str, arch: str, tile: Tile) -> set[tuple[int, int]]:
+        return {(other.block_m, other.block_n) for other in tuned_tiles.candidates(form, arch, tile)}
+
+    assert tiles_of("dot", "sm80", Tile(32, 64, 4, 3)) == {(32, 64), (16, 64), (64, 64), (32, 32), (32, 128)}
+    assert (32, 128) in tiles_of("dot", "sm80", Tile(64, 128, 8, 3))
+    assert tiles_of("dot", "sm90", Tile(64, 128, 8, 3)) == {(64, 128), (128, 128), (64, 64), (64, 256)}
+    assert (64, 64) not in tiles_of("dot", "sm100", Tile(32, 64, 4, 3))
+    assert (32, 64) not in tiles_of("dot", "cdna", Tile(16, 64, 4, 3))
+    assert tuned_tiles.candidates("float_dot", "other", Tile(32, 64, 4, 2)) == [Tile(32, 64, 4, 2)]
