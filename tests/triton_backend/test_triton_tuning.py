@@ -119,6 +119,7 @@ def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
     return result.stdout.splitlines(), [line for line in result.stderr.splitlines() if "tuned tiles" in line]
 
 
+@pytest.mark.slow
 def test_the_fastest_tile_serves_from_then_on_and_in_a_new_process(tmp_path: Path) -> None:
     count = len(tuned_tiles.candidates("dot", "host", tiles.tile_of("dot", "host", 4, 9)))
     lines, warned = run(TUNES, tmp_path)
