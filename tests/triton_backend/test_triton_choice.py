@@ -42,7 +42,7 @@ def report(argument: str = "", **environment: str) -> list[str]:
 
 def test_without_triton_the_package_imports_and_says_how_to_install_it() -> None:
     lines = report("hide")
-    assert len(lines) == 18
+    assert len(lines) == len(backends.report())
     for line in lines:
         if not line.startswith("CPU"):
             assert 'not triton: Triton is not installed: pip install "exllama-ops[triton]"' in line
