@@ -1,7 +1,8 @@
 """Decode speed of the demo model, on our kernels and dense: ``python -m benchmarks.demo``; README.md has the commands.
 
 All are the model of `exllama-ops run` with the same weights: on our kernels compiled by the backend "exllama" and by
-plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns.
+plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns. With ``--act-order`` the
+weights have an activation order, and the model that `freeze` rewrote decodes too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from benchmarks.run import RESULTS
 TURN_TOKENS = 8
 PROMPT_TOKENS = 16
 DTYPES = ("float16", "bfloat16", "float32")
-OURS, INDUCTOR, DENSE = "exllama_ops", "exllama_ops under Inductor", "dense"
+FROZEN, OURS, INDUCTOR, DENSE = "exllama_ops frozen", "exllama_ops", "exllama_ops under Inductor", "dense"
+# Projections of one input, which share an activation order in what GPTQ writes.
+SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = description(args.threads, library.isa_in_use() or "", args.isa, ["exllama-ops", "torch", "transformers"])
     given = sys.argv[1:] if arguments is None else arguments
     result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.demo", *given]), "machine": machine}
-    result["models"] = [_measure(dtype, args.seconds) for dtype in args.dtype or ["checkpoint"]]
+    result["models"] = [_measure(dtype, args.seconds, args.act_order) for dtype in args.dtype or ["checkpoint"]]
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"demo-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    order = "-act-order" if args.act_order else ""
+    stem = args.out / f"demo{order}-{args.threads}thread{'' if args.threads == 1 else 's'}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(_table(result))
     return 0
@@ -60,35 +64,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
-        description="Decode with the demo model on our kernels, by two backends, and dense, all compiled, in turns.",
+        description="Decode with the demo model on our kernels, in several ways, and dense, all compiled, in turns.",
     )
     add = parser.add_argument
     add("--threads", type=int, default=1, help="threads, and cores of the process (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, help="of the activations (default: that of the checkpoint)")
     add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold all to it (default: %(default)s)")
     add("--seconds", type=float, default=30, help="of decoding for each dtype (default: %(default)s)")
+    add("--act-order", action="store_true", help="weights with an activation order; the frozen model too")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
     return parser
 
 
-def _measure(dtype: str, seconds: float) -> dict[str, Any]:
+def _measure(dtype: str, seconds: float, act_order: bool) -> dict[str, Any]:
     """Decode for some seconds in one dtype; "checkpoint" for that of the checkpoint."""
     import torch
 
-    from exllama_ops import load_model
+    from exllama_ops import freeze, load_model
     from exllama_ops.cli.output import say
     from exllama_ops.integrations.demo import demo_checkpoint
     from exllama_ops.integrations.generation import CompiledGenerator
 
     path = demo_checkpoint(say)
     chosen = None if dtype == "checkpoint" else getattr(torch, dtype)
-    quantized, dense_model = load_model(path, chosen), dense(load_model(path, chosen))
-    name = str(dense_model.dtype).removeprefix("torch.")
-    generators = {
-        OURS: CompiledGenerator(quantized, backend="exllama"),
-        INDUCTOR: CompiledGenerator(quantized),
-        DENSE: CompiledGenerator(dense_model),
-    }
+
+    def model() -> Any:
+        return with_act_order(load_model(path, chosen)) if act_order else load_model(path, chosen)
+
+    generators = {}
+    if act_order:
+        frozen = model()
+        report = freeze(frozen, {"input_ids": torch.ones(1, 8, dtype=torch.int64), "use_cache": False})
+        say(f"freeze: {len(report.fused)} products of several layers, {len(report.folded)} activation orders folded")
+        generators[FROZEN] = CompiledGenerator(frozen, backend="exllama")
+    quantized = model()
+    generators[OURS] = CompiledGenerator(quantized, backend="exllama")
+    generators[INDUCTOR] = CompiledGenerator(quantized)
+    generators[DENSE] = CompiledGenerator(dense(model()))
+    name = str(quantized.dtype).removeprefix("torch.")
     for kind, generator in generators.items():
         say(f"{name}, {kind}: compiling (minutes, the first time)")
         generator.warm_up()
@@ -97,11 +110,12 @@ def _measure(dtype: str, seconds: float) -> dict[str, Any]:
     while not turns[DENSE] or time.perf_counter() - start < seconds:
         for kind, generator in generators.items():
             turns[kind].append(decode_ms(generator))
+    first, *others = turns
     return {
         "dtype": name,
         "turns": len(turns[DENSE]),
         "ms_per_token": {kind: _spread(times) for kind, times in turns.items()},
-        "times_faster_than": {kind: _spread(_ratios(turns[OURS], turns[kind])) for kind in (INDUCTOR, DENSE)},
+        "times_faster_than": {kind: _spread(_ratios(turns[first], turns[kind])) for kind in others},
     }
 
 
@@ -132,6 +146,29 @@ def dense(model: Any) -> Any:
     return model
 
 
+def with_act_order(model: Any) -> Any:
+    """The model with its weights quantized again, in place, in activation orders that layers of one input share."""
+    import torch
+
+    from exllama_ops import ExllamaLinear, convert, quantize
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, ExllamaLinear)]
+    dense(model)
+    orders: dict[str, Any] = {}
+    weights = {}
+    for name, layer in layers:
+        block, _, projection = name.rpartition(".")
+        g_idx = torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
+        order = orders.setdefault(
+            f"{block}.{SHARED_INPUT.get(projection, projection)}",
+            torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(len(orders))),
+        )
+        linear = model.get_submodule(name)
+        weights[name] = quantize(linear.weight, layer.bits, layer.group_size, g_idx=g_idx[order], bias=linear.bias)
+    convert(model, weights)
+    return model
+
+
 def decode_ms(generator: Any) -> float:
     """Milliseconds of a token in a turn; the prompt and the first token are not timed."""
     generator.prefill(list(range(1, PROMPT_TOKENS + 1)), TURN_TOKENS + 2)
@@ -153,9 +190,10 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"```\n{result['command']}\n```",
         "",
-        f"| dtype | {OURS} | {INDUCTOR} | {DENSE} | times faster than under Inductor | than dense |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
+    first, *others = result["models"][0]["ms_per_token"]
+    heads = ["dtype", first, *others, *(f"{first}: times faster than {other}" for other in others)]
+    lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for row in result["models"]:
         values = [*row["ms_per_token"].values(), *row["times_faster_than"].values()]
         cells = (f"{value['median']:.3g} ±{value['iqr']:.1g}" for value in values)

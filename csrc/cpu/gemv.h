@@ -16,8 +16,8 @@ constexpr int kAheadColumns = 256;
 // Strips that share a broadcast of x.
 constexpr int nr = 2;
 // Rows of W in a batch: half a block, eight rows of 4-bit words, so that sums go to memory once for them; more streams
-// at a time than eight or so would read slower. Groups of 32 take the smaller batch.
-constexpr int kBatchRows = 64, kSmallBatchRows = 32;
+// at a time than eight or so would read slower. The last batch of a block may have fewer.
+constexpr int kBatchRows = 64;
 
 // What a lane of 32 bits multiplies at once: two int16 or four int8.
 enum class Dot { kInt16, kInt16Vnni, kInt8 };
@@ -31,6 +31,14 @@ struct Vector {
   float* acc;
 };
 
+// Rows of words that are read together, and where the next ones begin.
+struct Batch {
+  const uint32_t* words;
+  const uint32_t* next;
+  int blocks;
+  bool last;  // of its block of rows
+};
+
 // What the last batch of a block needs to turn integers into sums.
 struct Target {
   const Weight& weight;
@@ -38,34 +46,37 @@ struct Target {
   int64_t column;
 };
 
-// Adds `kBlocks` blocks of values, a batch, to the integer sums dots[vector][column]; the last batch of a block goes on
-// to acc = fma(float(dot - zero * sum of x) * x_scale, scale, acc), and leaves zeros for the next block. `next` is where
-// the next batch begins, `x` has the vectors' terms, 32 bits each, as [term][vector].
-template <int kBits, Dot kDot, int mr, int kBlocks, bool kLast>
-EXLLAMA_VECTOR void add_batch(const uint32_t* words, int64_t N, int columns, const uint32_t* next, const int32_t* x,
-                              int32_t* dots, const Vector* vectors, const Target& target) {
+// Adds a batch of `blocks` blocks of values to the integer sums dots[vector][column]; the last batch of a block of rows
+// goes on to acc = fma(float(dot - zero * sum of x) * x_scale, scale, acc), and leaves zeros for the next block. `next` is
+// where the next batch begins, `x` has the vectors' terms, 32 bits each, as [term][vector].
+template <int kBits, Dot kDot, int mr>
+EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const int32_t* x, int32_t* dots,
+                              const Vector* vectors, const Target& target) {
   constexpr int kWords = layout::block_words(kBits), kTerms = layout::block_values(kBits) / depth_of(kDot);
   const int64_t stride = round_up(columns, kStrip * nr);
   for (int n = 0; n < columns; n += kStrip * nr) {
     const uint32_t* ahead =
-        n + kAheadColumns < columns ? words + n + kAheadColumns : next + (n + kAheadColumns - columns);
+        n + kAheadColumns < columns ? batch.words + n + kAheadColumns : batch.next + (n + kAheadColumns - columns);
+    const uint32_t* words = batch.words + n;
+    const int32_t* terms = x;
     Mask mask[nr];
     Int dot[mr][nr];
 #pragma GCC unroll 2
     for (int v = 0; v < nr; ++v) {
-#pragma GCC unroll 16
-      for (int w = 0; w < kBlocks * kWords && kStrip * v % 16 == 0; ++w) {  // once a line
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + w * N + kStrip * v), _MM_HINT_T0);
-      }
       mask[v] = mask_of(columns - n - kStrip * v);
 #pragma GCC unroll 8
       for (int m = 0; m < mr; ++m) dot[m][v] = load_int(dots + m * stride + n + kStrip * v);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlocks; ++i) {
+    for (int i = 0; i < batch.blocks; ++i, words += kWords * N, ahead += kWords * N, terms += kTerms * mr) {
       Int loaded[nr][kWords];
 #pragma GCC unroll 2
-      for (int v = 0; v < nr; ++v) load_block<kBits>(words + i * kWords * N + n + kStrip * v, N, mask[v], loaded[v]);
+      for (int v = 0; v < nr; ++v) {
+#pragma GCC unroll 3
+        for (int w = 0; w < kWords && kStrip * v % 16 == 0; ++w) {  // once a line
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + w * N + kStrip * v), _MM_HINT_T0);
+        }
+        load_block<kBits>(words + kStrip * v, N, mask[v], loaded[v]);
+      }
 #pragma GCC unroll 16
       for (int t = 0; t < kTerms; ++t) {
         Int term[nr];
@@ -75,7 +86,7 @@ EXLLAMA_VECTOR void add_batch(const uint32_t* words, int64_t N, int columns, con
         }
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) {
-          const Int spread = broadcast(x + (i * kTerms + t) * mr + m);
+          const Int spread = broadcast(terms + t * mr + m);
 #pragma GCC unroll 2
           for (int v = 0; v < nr; ++v) {
             if constexpr (kDot == Dot::kInt8) {
@@ -89,7 +100,7 @@ EXLLAMA_VECTOR void add_batch(const uint32_t* words, int64_t N, int columns, con
     }
 #pragma GCC unroll 2
     for (int v = 0; v < nr; ++v) {
-      if (!kLast) {
+      if (!batch.last) {
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) store_int(dots + m * stride + n + kStrip * v, dot[m][v]);
         continue;
@@ -112,57 +123,47 @@ EXLLAMA_VECTOR void add_batch(const uint32_t* words, int64_t N, int columns, con
 }
 
 // `count` vectors, at most mr.
-template <int kBits, Dot kDot, int mr, int kBlocks, bool kLast>
-void add_batch_of(int count, const uint32_t* words, int64_t N, int columns, const uint32_t* next, const int32_t* x,
-                  int32_t* dots, const Vector* vectors, const Target& target) {
-  if (count == mr) return add_batch<kBits, kDot, mr, kBlocks, kLast>(words, N, columns, next, x, dots, vectors, target);
-  if constexpr (mr > 1) {
-    add_batch_of<kBits, kDot, mr - 1, kBlocks, kLast>(count, words, N, columns, next, x, dots, vectors, target);
-  }
+template <int kBits, Dot kDot, int mr>
+void add_batch_of(int count, const Batch& batch, int64_t N, int columns, const int32_t* x, int32_t* dots,
+                  const Vector* vectors, const Target& target) {
+  if (count == mr) return add_batch<kBits, kDot, mr>(batch, N, columns, x, dots, vectors, target);
+  if constexpr (mr > 1) add_batch_of<kBits, kDot, mr - 1>(count, batch, N, columns, x, dots, vectors, target);
 }
 
-template <int kBits, Dot kDot, int kBlocks, bool kLast>
-void add_vectors(const uint32_t* words, int64_t N, int columns, const uint32_t* next, int row, const Vector* vectors,
-                 int count, int32_t* dots, const Target& target) {
-  constexpr int kTerms = kBlocks * layout::block_values(kBits) / depth_of(kDot);
+template <int kBits, Dot kDot>
+void add_vectors(const Batch& batch, int64_t N, int columns, int row, const Vector* vectors, int count, int32_t* dots,
+                 const Target& target) {
+  constexpr int kMostTerms = kBatchRows / depth_of(kDot);
+  const int terms = batch.blocks * layout::block_values(kBits) / depth_of(kDot);
   // Even passes: the words of all but the first come from L1.
   const int passes = (count + kGemvVectors - 1) / kGemvVectors;
   for (int pass = 0; pass < passes; ++pass) {
     const int begin = count * pass / passes, mr = count * (pass + 1) / passes - begin;
-    int32_t x[kTerms * kGemvVectors];
+    int32_t x[kMostTerms * kGemvVectors];
     for (int m = 0; m < mr; ++m) {
       const char* from = vectors[begin + m].x + row / depth_of(kDot) * 4;
-      for (int t = 0; t < kTerms; ++t) std::memcpy(&x[t * mr + m], from + 4 * t, sizeof(int32_t));
+      for (int t = 0; t < terms; ++t) std::memcpy(&x[t * mr + m], from + 4 * t, sizeof(int32_t));
     }
-    add_batch_of<kBits, kDot, kGemvVectors, kBlocks, kLast>(mr, words, N, columns, next, x,
-                                                            dots + begin * round_up(columns, kStrip * nr),
-                                                            vectors + begin, target);
+    add_batch_of<kBits, kDot, kGemvVectors>(mr, batch, N, columns, x, dots + begin * round_up(columns, kStrip * nr),
+                                            vectors + begin, target);
   }
 }
 
-// The rows of a block from `row` on, in batches of kBlocks blocks of values while they last, then in smaller ones.
-template <int kBits, Dot kDot, int kBlocks>
-void add_batches(const Gemv& gemv, const Block& block, int row, bool last, const Vector* vectors, int count,
-                 int32_t* dots) {
+// The rows of a block, in batches.
+template <int kBits, Dot kDot>
+void add_batches(const Gemv& gemv, const Block& block, bool last, const Vector* vectors, int count, int32_t* dots) {
   constexpr int kValues = layout::block_values(kBits), kWords = layout::block_words(kBits);
-  constexpr int kRows = kBlocks * kValues;
   const Target target{*gemv.weight, block.group, gemv.column};
   const int64_t N = gemv.weight->N;
-  const uint32_t* words = words_of(*gemv.weight, block.row + row, gemv.column);
-  for (; row + kRows <= block.rows; row += kRows, words += kBlocks * kWords * N) {
-    const uint32_t* next = words + kBlocks * kWords * N;
-    if (row + kRows < block.rows) {
-      add_vectors<kBits, kDot, kBlocks, false>(words, N, gemv.columns, next, row, vectors, count, dots, target);
-    } else {
-      add_vectors<kBits, kDot, kBlocks, true>(words, N, gemv.columns, last ? words : next, row, vectors, count, dots,
-                                              target);
-    }
-  }
-  if (row == block.rows) return;
-  if constexpr (kRows > kSmallBatchRows) {
-    add_batches<kBits, kDot, kSmallBatchRows / kValues>(gemv, block, row, last, vectors, count, dots);
-  } else if constexpr (kBlocks > 1) {
-    add_batches<kBits, kDot, 1>(gemv, block, row, last, vectors, count, dots);
+  const uint32_t* words = words_of(*gemv.weight, block.row, gemv.column);
+  for (int row = 0, rows; row < block.rows; row += rows) {
+    rows = std::min<int>(kBatchRows, block.rows - row);
+    const int blocks = rows / kValues;
+    const uint32_t* end = words + blocks * kWords * N;
+    const bool last_batch = row + rows == block.rows;
+    const Batch batch{words, last && last_batch ? words : end, blocks, last_batch};
+    add_vectors<kBits, kDot>(batch, N, gemv.columns, row, vectors, count, dots, target);
+    words = end;
   }
 }
 
@@ -186,8 +187,7 @@ void run(const Gemv& gemv) {
         vectors[count++] = {reinterpret_cast<const char*>(second), scale.sum[1], scale.scale[1], acc};
       }
     }
-    add_batches<kBits, kDot, kBatchRows / layout::block_values(kBits)>(gemv, blocks[b], 0, b + 1 == blocks.count(),
-                                                                       vectors, count, dots);
+    add_batches<kBits, kDot>(gemv, blocks[b], b + 1 == blocks.count(), vectors, count, dots);
   }
 }
 

@@ -23,10 +23,14 @@ struct Isa {
 bool always() { return true; }
 
 #if EXLLAMA_X86
-// __builtin_cpu_supports also asks whether the operating system saves the registers.
+// __builtin_cpu_supports also asks whether the operating system saves the registers. What some compiler has no name for
+// is asked of the CPU.
 bool has_avx2() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kF16c = 1u << 29;  // leaf 1, ecx; clang 14 has no name for it
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx & kF16c);
 }
 bool has_avx2_vnni() {
   unsigned eax, ebx, ecx, edx;

@@ -26,21 +26,43 @@ def test_the_dense_model_has_the_same_weights_and_none_of_our_layers() -> None:
     assert float((expected - found).norm() / expected.norm()) < 1e-3
 
 
+def test_weights_with_an_activation_order_are_shared_orders_of_nearly_the_same_weights() -> None:
+    before, after = load_model(CHECKPOINT, torch.float32), demo.with_act_order(load_model(CHECKPOINT, torch.float32))
+    for name, layer in before.named_modules():
+        if isinstance(layer, ExllamaLinear):
+            ordered = after.get_submodule(name)
+            assert isinstance(ordered, ExllamaLinear)
+            assert ordered.act_order
+            W, W_again = layer.dequantize(), ordered.dequantize()
+            assert float((W_again - W).norm() / W.norm()) < 0.25  # 3 bits, rounded to nearest again
+    attention = after.model.layers[0].self_attn
+    assert attention.q_proj.perm is attention.k_proj.perm is attention.v_proj.perm
+    assert attention.q_proj.perm is not attention.o_proj.perm
+
+
+@pytest.mark.parametrize("act_order", [False, True])
 def test_all_models_decode_in_turns_and_the_ratios_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    act_order: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
     monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
     monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
     threads = torch.get_num_threads()
     try:
-        assert demo.main(["--seconds", "0", "--dtype", "float32", "bfloat16", "--out", str(tmp_path)]) == 0
+        flags = ["--act-order"] if act_order else []
+        assert demo.main(["--seconds", "0", "--dtype", "float32", "bfloat16", "--out", str(tmp_path), *flags]) == 0
     finally:
         torch.set_num_threads(threads)
-    models = json.loads((tmp_path / "demo-1thread.json").read_text())["models"]
+    stem, first, others = "demo-1thread", demo.OURS, [demo.INDUCTOR, demo.DENSE]
+    if act_order:
+        stem, first, others = "demo-act-order-1thread", demo.FROZEN, [demo.OURS, *others]
+    models = json.loads((tmp_path / f"{stem}.json").read_text())["models"]
     assert [(model["dtype"], model["turns"]) for model in models] == [("float32", 1), ("bfloat16", 1)]
     for model in models:
         ms = {kind: spread["median"] for kind, spread in model["ms_per_token"].items()}
-        for other in (demo.INDUCTOR, demo.DENSE):
-            assert model["times_faster_than"][other]["median"] == pytest.approx(ms[other] / ms[demo.OURS])
-    assert (tmp_path / "demo-1thread.md").read_text() == capsys.readouterr().out
+        assert list(model["times_faster_than"]) == others
+        for other in others:
+            assert model["times_faster_than"][other]["median"] == pytest.approx(ms[other] / ms[first])
+    captured = capsys.readouterr()
+    assert (tmp_path / f"{stem}.md").read_text() == captured.out
+    assert ("activation orders folded" in captured.err) is act_order

@@ -1,33 +1,51 @@
-"""The torch-free C++ tests of csrc/cpu, compiled plainly and under sanitizers, and run."""
+"""The torch-free C++ tests of csrc/cpu, compiled plainly, under sanitizers and by other compilers, and run.
+
+For aarch64 they are compiled by a cross compiler and run in qemu's user mode, where both are installed (Debian:
+g++-aarch64-linux-gnu, qemu-user).
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("g++")
+
+
+class Build(NamedTuple):
+    compiler: str
+    flags: list[str]
+    runner: list[str]
+
 
 BUILDS = {
-    "plain": ["-O2"],
-    "address-undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "plain": Build("g++", ["-O2"], []),
+    "address-undefined": Build("g++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []),
+    "thread": Build("g++", ["-O1", "-g", "-fsanitize=thread"], []),
+    "clang": Build("clang++", ["-O2"], []),
+    "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
 }
 
 
-@pytest.mark.skipif(COMPILER is None, reason="needs g++")
-@pytest.mark.parametrize("build", BUILDS)
-def test_kernels_agree_with_double_sums_and_with_themselves(build: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BUILDS)
+def test_kernels_agree_with_double_sums_and_with_themselves(name: str, tmp_path: Path) -> None:
+    build = BUILDS[name]
+    missing = [program for program in (build.compiler, *build.runner) if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
     sources = [ROOT / "tests" / "native" / "test_cpu.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    flags = ["-std=c++17", "-pthread", "-ffp-contract=off", *BUILDS[build]]
+    flags = ["-std=c++17", "-pthread", "-ffp-contract=off", *build.flags]
     objects = []
     for source in sources:
         objects.append(tmp_path / f"{source.stem}.o")
-        subprocess.run([str(COMPILER), *flags, "-c", source, "-o", objects[-1]], check=True)
-    subprocess.run([str(COMPILER), *flags, *objects, "-o", tmp_path / "test_cpu"], check=True)
-    result = subprocess.run([tmp_path / "test_cpu", "quick"], capture_output=True, text=True, check=False)
+        subprocess.run([build.compiler, *flags, "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run([build.compiler, *flags, *objects, "-o", tmp_path / "test_cpu"], check=True)
+    result = subprocess.run(
+        [*build.runner, tmp_path / "test_cpu", "quick"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failures" in result.stdout
