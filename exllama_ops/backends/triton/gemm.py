@@ -229,7 +229,7 @@ def gptq_gemm(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
     plan = plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant())
-    return compute(tuned(plan, weight, x.device), x, weight)
+    return compute(tuned(plan, x.shape[0], weight, x.device), x, weight)
 
 
 def gptq_gemm_multi(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -33,6 +33,8 @@ _GEMV_BLOCKS = {2: 16, 3: 8, 4: 16, 8: 16}
 DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
 # Of float_dot, whose operands a thread holds whole: few.
 _FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
+# Columns of W in a step of gptq_gemm_dx: as few.
+_DX_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Tile(NamedTuple):
     """What may be tuned.
 
     Args:
-        block_m: rows of x.
-        block_n: columns of W.
+        block_m: rows of the result.
+        block_n: columns of the result: of W, or rows of W in gptq_gemm_dx.
         num_warps: warps of a program.
         num_stages: steps whose loads are under way at once.
     """
@@ -98,17 +100,20 @@ for _arch in TENSOR_CORES:
         }
 
 
-class DxTile(NamedTuple):
-    """The tile of gptq_gemm_dx: rows of grad, rows of W, and the columns of W in a step, few as in float_dot."""
+@dataclass(frozen=True)
+class DxPlan:
+    """How a gptq_gemm_dx is computed: ``step`` columns of W at a time, from the first to the last."""
 
-    block_m: int
-    block_k: int
-    block_n: int
+    tile: Tile
+    step: int
+    form: ClassVar[str] = "dx"
 
 
-def dx_tile(arch: str) -> DxTile:
+def plan_dx(device: Device) -> DxPlan:
     """The table of gptq_gemm_dx."""
-    return DxTile(64, 256, 64) if arch == "host" else DxTile(32, 64, 16)
+    if device.arch == "host":
+        return DxPlan(Tile(64, 256, 4, 1), 64)
+    return DxPlan(Tile(32, 64, 4, 2), _DX_COLUMNS)
 
 
 def bucket_of(M: int) -> int | None:
