@@ -44,11 +44,11 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     values = FORMATS[bits].block_values
     weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0}
 
-    def variant(name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: Any, **constants: Any) -> Variant:
+    def variant(name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: tiles.Tile, **constants: Any) -> Variant:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
-        warps, stages = getattr(tile, "num_warps", 4), getattr(tile, "num_stages", 2)
-        weights = rows * tile.block_n / (32 * warps)
-        return Variant(name, kernel, dtype, {**weight, **constants, **sizes}, warps, stages, weights)
+        weights = rows * tile.block_n / (32 * tile.num_warps)
+        constants = {**weight, **constants, **sizes}
+        return Variant(name, kernel, dtype, constants, tile.num_warps, tile.num_stages, weights)
 
     gemv_rows = tiles.gemv_blocks(bits) * values
     for M in (1, tiles.GEMV_ROWS):
@@ -71,8 +71,9 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100), tiles.float_dot_rows(bits, arch)
         floats = {**constants, "SCALED": True, "OPERAND": tl.float32}
         yield variant(f"float_dot-{groups}", gemm.dot_kernel, torch.float32, rows_of_step, tile, **floats)
-        dx = tiles.dx_tile(arch)
-        yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.block_k, dx, **constants)
+        dx = tiles.plan_dx(tiles.Device(arch, 1))
+        sizes = dx.tile._replace(block_n=dx.step)
+        yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.tile.block_n, sizes, **constants)
     constants = {**weight, "HAS_ROWS": True, "GROUPS_OF": "block", "BLOCK_B": 8, "BLOCK_N": 64}
     yield Variant("dequantize", dequantize.dequantize_kernel, torch.float16, constants, 4, 1, 0)
     constants = {
