@@ -52,8 +52,8 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
 
     gemv_rows = tiles.gemv_blocks(bits) * values
     for M in (1, tiles.GEMV_ROWS):
-        tile = tiles.tile_of("gemv", arch, bits, M)
         for groups, has_rows in (("tile", False), ("block", True), ("row", False)):
+            tile = tiles.tile_of("gemv", arch, bits, M, groups)
             name = f"gemv-{M}-{groups}{'-perm' if has_rows else ''}"
             constants = {"GROUPS_OF": groups, "HAS_ROWS": has_rows}
             yield variant(name, gemm.gemv_kernel, torch.float16, gemv_rows, tile, **constants)
@@ -64,14 +64,14 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
             for dtype in (torch.float16, torch.bfloat16):
                 constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False}
                 constants["OPERAND"] = tl.float16 if dtype == torch.float16 else tl.bfloat16
-                tile = tiles.tile_of("dot", arch, bits, M)
+                tile = tiles.tile_of("dot", arch, bits, M, "tile")
                 yield variant(f"dot-{M}-{TYPES[dtype]}-{step}", gemm.dot_kernel, dtype, step, tile, **constants)
     for groups in ("tile", "row"):
         constants = {"GROUPS_OF": groups, "HAS_ROWS": False}
-        tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100), tiles.float_dot_rows(bits, arch)
+        tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
         floats = {**constants, "SCALED": True, "OPERAND": tl.float32}
         yield variant(f"float_dot-{groups}", gemm.dot_kernel, torch.float32, rows_of_step, tile, **floats)
-        dx = tiles.plan_dx(tiles.Device(arch, 1))
+        dx = tiles.plan_dx(bits, tiles.Device(arch, 1))
         sizes = dx.tile._replace(block_n=dx.step)
         yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.tile.block_n, sizes, **constants)
     constants = {**weight, "HAS_ROWS": True, "GROUPS_OF": "block", "BLOCK_B": 8, "BLOCK_N": 64}

@@ -81,7 +81,7 @@ for case, M in ((Case(4, 488, 40, 32), 9), (Case(4, 488, 40, 24, "perm"), 2), (C
 grad = torch.randn(40, 40)
 for case in (Case(4, 488, 40, 32, "perm"), Case(3, 480, 32, 24, "raw", False)):
     packed = Weight.of(*build(case).args)
-    plan = tiles.plan_dx(host)
+    plan = tiles.plan_dx(case.bits, host)
     choices = tuned_tiles.candidates("dx", host.arch, plan.tile)
     results = [gemm_dx.compute_dx(replace(plan, tile=tile), grad[:, : case.N].contiguous(), packed) for tile in choices]
     assert len(results) > 3
@@ -137,7 +137,7 @@ def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 def test_the_fastest_tile_serves_from_then_on_and_in_a_new_process(tmp_path: Path) -> None:
-    table = {"dot": tiles.tile_of("dot", "host", 4, 9), "dx": tiles.plan_dx(tiles.HOST).tile}
+    table = {"dot": tiles.tile_of("dot", "host", 4, 9, "tile"), "dx": tiles.plan_dx(4, tiles.HOST).tile}
     counts = " ".join(str(len(tuned_tiles.candidates(form, "host", tile))) for form, tile in table.items())
     lines, warned = run(TUNES, tmp_path)
     assert lines == [*TABLE, f"{counts} timed", *FASTEST, f"{counts} timed"]

@@ -100,5 +100,5 @@ def gptq_gemm_dx(
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     if grad.shape[0] == 0:
         return grad.new_empty(0, weight.K)
-    plan = plan_dx(device_of(grad.device))
+    plan = plan_dx(bit, device_of(grad.device))
     return compute_dx(tuned(plan, grad.shape[0], weight, grad.device), grad, weight)

@@ -46,7 +46,7 @@ def tune_gemm_dx(grad: Tensor, *weight: Any) -> None:
     """As `tune_gemm`, of a gptq_gemm_dx."""
     _refuse_unless_timeable(grad)
     packed = Weight.of(*weight)
-    plan = plan_dx(device_of(grad.device))
+    plan = plan_dx(packed.bits, device_of(grad.device))
     _tune(plan, grad, packed, lambda tile: compute_dx(replace(plan, tile=tile), grad, packed))
 
 
