@@ -28,7 +28,8 @@ def warmup(
 ) -> None:
     """Call gptq_gemm once for every weight, dtype and number of tokens that decides which kernel runs.
 
-    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there.
+    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there. A
+    compiled model's `gptq_gemm_multi` has kernels of its own: run that model once before its capture.
     Results are thrown away; the device is not waited for.
 
     Args:

@@ -24,7 +24,10 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with what is compiled into it, and the weights that a thread takes in a round of its loop."""
+    """A kernel with what is compiled into it, and the weights that a thread takes in a round of its loop.
+
+    ``parts`` is how many weights share a launch of gptq_gemm_multi.
+    """
 
     name: str
     kernel: Any
@@ -33,6 +36,7 @@ class Variant:
     num_warps: int
     num_stages: int
     weights: float
+    parts: int = 1
 
     @property
     def uses_matrix_units(self) -> bool:
@@ -44,11 +48,13 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     values = FORMATS[bits].block_values
     weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0}
 
-    def variant(name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: tiles.Tile, **constants: Any) -> Variant:
+    def variant(
+        name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: tiles.Tile, parts: int = 1, **constants: Any
+    ) -> Variant:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
         weights = rows * tile.block_n / (32 * tile.num_warps)
         constants = {**weight, **constants, **sizes}
-        return Variant(name, kernel, dtype, constants, tile.num_warps, tile.num_stages, weights)
+        return Variant(name, kernel, dtype, constants, tile.num_warps, tile.num_stages, weights, parts)
 
     gemv_rows = tiles.gemv_blocks(bits) * values
     for M in (1, tiles.GEMV_ROWS):
@@ -57,6 +63,9 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
             name = f"gemv-{M}-{groups}{'-perm' if has_rows else ''}"
             constants = {"GROUPS_OF": groups, "HAS_ROWS": has_rows}
             yield variant(name, gemm.gemv_kernel, torch.float16, gemv_rows, tile, **constants)
+    tile = tiles.tile_of("gemv", arch, bits, 1, "tile")
+    constants = {"GROUPS_OF": "tile", "HAS_ROWS": False}
+    yield variant("gemv-1-tile-3parts", gemm.gemv_kernel, torch.float16, gemv_rows, tile, 3, **constants)
     if arch in tiles.TENSOR_CORES:
         rows = tiles.DOT_ROWS[bits]
         steps = [(rows[0], bucket or 65) for bucket in tiles.BUCKETS] + [(few, 16) for few in rows[1:]]
@@ -66,6 +75,9 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
                 constants["OPERAND"] = tl.float16 if dtype == torch.float16 else tl.bfloat16
                 tile = tiles.tile_of("dot", arch, bits, M, "tile")
                 yield variant(f"dot-{M}-{TYPES[dtype]}-{step}", gemm.dot_kernel, dtype, step, tile, **constants)
+        constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False, "OPERAND": tl.float16}
+        tile = tiles.tile_of("dot", arch, bits, 16, "tile")
+        yield variant(f"dot-16-fp16-{rows[0]}-3parts", gemm.dot_kernel, torch.float16, rows[0], tile, 3, **constants)
     for groups in ("tile", "row"):
         constants = {"GROUPS_OF": groups, "HAS_ROWS": False}
         tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
@@ -85,20 +97,27 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
 def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:
     """Triton's compiled kernel for a target, K and N being multiples of 16."""
     names = variant.kernel.arg_names
-    types = {
-        "x_ptr": f"*{TYPES[variant.dtype]}", "grad_ptr": f"*{TYPES[variant.dtype]}", "scales_ptr": "*fp16",
-        "out_ptr": "*i32" if variant.name == "shuffle" else "*fp32",
-    }  # fmt: skip
-    signature = {
-        name: "constexpr" if name in variant.constants else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    divisible = [["tt.divisibility", 16]]
+    floats = {"x_ptr": variant.dtype, "grad_ptr": variant.dtype, "scales_ptr": torch.float16, "out_ptr": torch.float32}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.removesuffix("s") if name.endswith("_ptrs") else name
+        kind = "i32"
+        if pointer.endswith("_ptr"):
+            kind = f"*{TYPES[floats[pointer]]}" if pointer in floats and variant.name != "shuffle" else "*i32"
+        of_parts = "qweight_ptrs" in names and (name.endswith("_ptrs") or name == "N")
+        signature[name] = (kind,) * variant.parts if of_parts else kind
+        if pointer.endswith("_ptr") or name in ("K", "N"):
+            places = [(i, part) for part in range(variant.parts)] if of_parts else [(i,)]
+            attrs |= {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(
         variant.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): divisible for i, name in enumerate(names) if name.endswith("_ptr") or name in ("K", "N")},
+        attrs=attrs,
     )
     options = {
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False,

@@ -70,9 +70,10 @@ host = tiles.HOST
 for case, M in ((Case(4, 488, 40, 32), 9), (Case(4, 488, 40, 24, "perm"), 2), (Case(8, 488, 40, 24), 5)):
     packed, x = Weight.of(*build(case).args), torch.randn(M, case.K, dtype=torch.float16)
     plan = tiles.plan_gemm(M, packed, x.dtype, host, False)
+    x = gemm.in_order_of_rows(x, plan, packed)
     choices = tuned_tiles.candidates(plan.form, host.arch, plan.tile)
     partials.clear()
-    results = [gemm.compute(replace(plan, tile=tile), x, packed) for tile in choices]
+    results = [gemm.compute(tile, [plan], x, [packed]) for tile in choices]
     assert len(results) > 3 and plan.splits > 1
     assert all(torch.equal(result, results[0]) for result in results)
     assert all(torch.equal(sums, partials[0]) for sums in partials)  # in float32: rounding hides nothing

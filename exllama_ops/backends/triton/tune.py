@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.gemm import compute
+from exllama_ops.backends.triton.gemm import compute, in_order_of_rows
 from exllama_ops.backends.triton.gemm_dx import compute_dx
 from exllama_ops.backends.triton.launch import is_capturing
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, device_of, plan_dx, plan_gemm
@@ -39,7 +39,8 @@ def tune_gemm(x: Tensor, *weight: Any) -> None:
     _refuse_unless_timeable(x)
     packed = Weight.of(*weight)
     plan = plan_gemm(x.shape[0], packed, x.dtype, device_of(x.device), is_batch_invariant())
-    _tune(plan, x, packed, lambda tile: compute(replace(plan, tile=tile), x, packed))
+    prepared = in_order_of_rows(x, plan, packed)
+    _tune(plan, x, packed, lambda tile: compute(tile, [plan], prepared, [packed]))
 
 
 def tune_gemm_dx(grad: Tensor, *weight: Any) -> None:
