@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,27 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         "BITS": bits, "FROM_SHUFFLED": False, "TO_SHUFFLED": True, "HAS_ROWS": True, "BLOCK_B": 2, "BLOCK_N": 64
     }  # fmt: skip
     yield Variant("shuffle", shuffle.reorder_kernel, torch.float16, constants, 4, 1, 0)
+
+
+def in_tile(variant: Variant, tile: tiles.Tile) -> Variant:
+    """The variant with another tile of its result."""
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if variant.name.startswith("dx-"):  # its BLOCK_N is a step of the sum
+        values = FORMATS[variant.constants["BITS"]].block_values
+        sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": tile.block_n // values}
+    constants = {**variant.constants, **sizes}
+    return replace(variant, constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def order_of_sums(compiled: Any) -> set[str]:
+    """What a compiled product says of the order of its sums: its matrix instructions, and who holds which rows of W.
+
+    Instructions of Hopper's tensor cores may differ in their columns, which do not concern a sum.
+    """
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    instructions = re.findall(r"\b((?:mma|wgmma|tcgen05\.mma)[.\w:]*|v_mfma_\w+|v_wmma_\w+)", text)
+    widths = re.findall(r"kWidth = \d+", compiled.asm["ttgir"])
+    return {re.sub(r"n\d+k", "k", instruction) for instruction in instructions} | set(widths)
 
 
 def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:

@@ -99,8 +99,7 @@ for _arch in TENSOR_CORES:
             (_arch, _bits, None): Tile(64, 128, 8, 3),
         }
         if _arch == "rdna":  # which holds a matrix instruction's operands twice, and spills in the tiles above
-            _DOT_TILES |= {(_arch, _bits, 32): Tile(32, 64, 8, 3)}
-            _DOT_TILES |= {(_arch, _bits, bucket): Tile(64, 64, 8, 3) for bucket in (64, None)}
+            _DOT_TILES |= {(_arch, _bits, bucket): Tile(32, 64, 8, 3) for bucket in BUCKETS[1:]}
 
 
 @dataclass(frozen=True)
