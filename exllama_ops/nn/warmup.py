@@ -28,7 +28,8 @@ def warmup(
 ) -> None:
     """Call gptq_gemm once for every weight, dtype and number of tokens that decides which kernel runs.
 
-    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there.
+    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there. A
+    compiled model's `gptq_gemm_multi` has kernels of its own: run that model once before its capture.
     Results are thrown away; the device is not waited for.
 
     Args:
@@ -37,13 +38,13 @@ def warmup(
         tokens: the numbers of tokens M. Name those that are captured: where sums are split, the kernels are others, and
             that depends on M and on the device.
         gradient: whether gptq_gemm_dx is called too.
-        autotune: whether Triton's tiles for gptq_gemm are timed, of which the fastest serves from then on, in later
-            processes too: it is kept in the folder that EXLLAMA_OPS_CACHE names, by default ~/.cache/exllama_ops. What
-            was kept is not timed again. Results have the same bits with every tile.
+        autotune: whether Triton's tiles for what is called are timed, of which the fastest serves from then on, in
+            later processes too: it is kept in the folder that EXLLAMA_OPS_CACHE names, by default ~/.cache/exllama_ops.
+            What was kept is not timed again. Results have the same bits with every tile.
 
     Raises:
         ValueError: there is no weight, an argument breaks a rule of gptq_gemm, or autotune is asked for where Triton
-            does not compute gptq_gemm.
+            does not compute the op.
         RuntimeError: autotune is asked for in a traced call, or while a CUDA graph is being captured.
     """
     if isinstance(model_or_weights, nn.Module):
@@ -61,19 +62,20 @@ def warmup(
         K, N = qweight.shape[0] * 32 // bit, qweight.shape[1]
         with torch.no_grad():
             for M in tokens:
-                x = qweight.new_zeros((M, K), dtype=dtype)
-                torch.ops.exllama.gptq_gemm(x, *weight)
-                if autotune and M > 0:
-                    _tune(x, *weight)
+                calls = [("gptq_gemm", qweight.new_zeros((M, K), dtype=dtype))]
                 if gradient:
-                    torch.ops.exllama.gptq_gemm_dx(qweight.new_zeros((M, N), dtype=dtype), *weight)
+                    calls.append(("gptq_gemm_dx", qweight.new_zeros((M, N), dtype=dtype)))
+                for op, x in calls:
+                    getattr(torch.ops.exllama, op)(x, *weight)
+                    if autotune and M > 0:
+                        _tune(op, x, *weight)
 
 
-def _tune(x: Tensor, *weight: Any) -> None:
+def _tune(op: str, x: Tensor, *weight: Any) -> None:
     key = x.device.type.upper()
-    if key not in backends.PRIORITY or backends.serving("gptq_gemm", key) is not triton.BACKEND:
+    if key not in backends.PRIORITY or backends.serving(op, key) is not triton.BACKEND:
         raise ValueError(
-            f"warmup: autotune chooses tiles of Triton's kernels, and on {x.device} Triton does not compute gptq_gemm: "
+            f"warmup: autotune chooses tiles of Triton's kernels, and on {x.device} Triton does not compute {op}: "
             "exllama_ops.backends.report() says why"
         )
-    triton.BACKEND.tune_gemm(x, *weight)
+    triton.BACKEND.tune(op, x, *weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with what is compiled into it, and the weights that a thread takes in a round of its loop."""
+    """A kernel with what is compiled into it, and the weights that a thread takes in a round of its loop.
+
+    ``parts`` is how many weights share a launch of gptq_gemm_multi.
+    """
 
     name: str
     kernel: Any
@@ -33,6 +36,7 @@ class Variant:
     num_warps: int
     num_stages: int
     weights: float
+    parts: int = 1
 
     @property
     def uses_matrix_units(self) -> bool:
@@ -44,19 +48,24 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     values = FORMATS[bits].block_values
     weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0}
 
-    def variant(name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: Any, **constants: Any) -> Variant:
+    def variant(
+        name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: tiles.Tile, parts: int = 1, **constants: Any
+    ) -> Variant:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
-        warps, stages = getattr(tile, "num_warps", 4), getattr(tile, "num_stages", 2)
-        weights = rows * tile.block_n / (32 * warps)
-        return Variant(name, kernel, dtype, {**weight, **constants, **sizes}, warps, stages, weights)
+        weights = rows * tile.block_n / (32 * tile.num_warps)
+        constants = {**weight, **constants, **sizes}
+        return Variant(name, kernel, dtype, constants, tile.num_warps, tile.num_stages, weights, parts)
 
     gemv_rows = tiles.gemv_blocks(bits) * values
     for M in (1, tiles.GEMV_ROWS):
-        tile = tiles.tile_of("gemv", arch, bits, M)
         for groups, has_rows in (("tile", False), ("block", True), ("row", False)):
+            tile = tiles.tile_of("gemv", arch, bits, M, groups)
             name = f"gemv-{M}-{groups}{'-perm' if has_rows else ''}"
             constants = {"GROUPS_OF": groups, "HAS_ROWS": has_rows}
             yield variant(name, gemm.gemv_kernel, torch.float16, gemv_rows, tile, **constants)
+    tile = tiles.tile_of("gemv", arch, bits, 1, "tile")
+    constants = {"GROUPS_OF": "tile", "HAS_ROWS": False}
+    yield variant("gemv-1-tile-3parts", gemm.gemv_kernel, torch.float16, gemv_rows, tile, 3, **constants)
     if arch in tiles.TENSOR_CORES:
         rows = tiles.DOT_ROWS[bits]
         steps = [(rows[0], bucket or 65) for bucket in tiles.BUCKETS] + [(few, 16) for few in rows[1:]]
@@ -64,15 +73,19 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
             for dtype in (torch.float16, torch.bfloat16):
                 constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False}
                 constants["OPERAND"] = tl.float16 if dtype == torch.float16 else tl.bfloat16
-                tile = tiles.tile_of("dot", arch, bits, M)
+                tile = tiles.tile_of("dot", arch, bits, M, "tile")
                 yield variant(f"dot-{M}-{TYPES[dtype]}-{step}", gemm.dot_kernel, dtype, step, tile, **constants)
+        constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False, "OPERAND": tl.float16}
+        tile = tiles.tile_of("dot", arch, bits, 16, "tile")
+        yield variant(f"dot-16-fp16-{rows[0]}-3parts", gemm.dot_kernel, torch.float16, rows[0], tile, 3, **constants)
     for groups in ("tile", "row"):
         constants = {"GROUPS_OF": groups, "HAS_ROWS": False}
-        tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100), tiles.float_dot_rows(bits, arch)
+        tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
         floats = {**constants, "SCALED": True, "OPERAND": tl.float32}
         yield variant(f"float_dot-{groups}", gemm.dot_kernel, torch.float32, rows_of_step, tile, **floats)
-        dx = tiles.dx_tile(arch)
-        yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.block_k, dx, **constants)
+        dx = tiles.plan_dx(bits, tiles.Device(arch, 1))
+        sizes = dx.tile._replace(block_n=dx.step)
+        yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.tile.block_n, sizes, **constants)
     constants = {**weight, "HAS_ROWS": True, "GROUPS_OF": "block", "BLOCK_B": 8, "BLOCK_N": 64}
     yield Variant("dequantize", dequantize.dequantize_kernel, torch.float16, constants, 4, 1, 0)
     constants = {
@@ -81,23 +94,51 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     yield Variant("shuffle", shuffle.reorder_kernel, torch.float16, constants, 4, 1, 0)
 
 
+def in_tile(variant: Variant, tile: tiles.Tile) -> Variant:
+    """The variant with another tile of its result."""
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if variant.name.startswith("dx-"):  # its BLOCK_N is a step of the sum
+        values = FORMATS[variant.constants["BITS"]].block_values
+        sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": tile.block_n // values}
+    constants = {**variant.constants, **sizes}
+    return replace(variant, constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def order_of_sums(compiled: Any) -> set[str]:
+    """What a compiled product says of the order of its sums: its matrix instructions, and who holds which rows of W.
+
+    Instructions of Hopper's tensor cores may differ in their columns, which do not concern a sum.
+    """
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    instructions = re.findall(r"\b((?:mma|wgmma|tcgen05\.mma)[.\w:]*|v_mfma_\w+|v_wmma_\w+)", text)
+    widths = re.findall(r"kWidth = \d+", compiled.asm["ttgir"])
+    return {re.sub(r"n\d+k", "k", instruction) for instruction in instructions} | set(widths)
+
+
 def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:
     """Triton's compiled kernel for a target, K and N being multiples of 16."""
     names = variant.kernel.arg_names
-    types = {
-        "x_ptr": f"*{TYPES[variant.dtype]}", "grad_ptr": f"*{TYPES[variant.dtype]}", "scales_ptr": "*fp16",
-        "out_ptr": "*i32" if variant.name == "shuffle" else "*fp32",
-    }  # fmt: skip
-    signature = {
-        name: "constexpr" if name in variant.constants else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-        for name in names
-    }
-    divisible = [["tt.divisibility", 16]]
+    floats = {"x_ptr": variant.dtype, "grad_ptr": variant.dtype, "scales_ptr": torch.float16, "out_ptr": torch.float32}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.removesuffix("s") if name.endswith("_ptrs") else name
+        kind = "i32"
+        if pointer.endswith("_ptr"):
+            kind = f"*{TYPES[floats[pointer]]}" if pointer in floats and variant.name != "shuffle" else "*i32"
+        of_parts = "qweight_ptrs" in names and (name.endswith("_ptrs") or name == "N")
+        signature[name] = (kind,) * variant.parts if of_parts else kind
+        if pointer.endswith("_ptr") or name in ("K", "N"):
+            places = [(i, part) for part in range(variant.parts)] if of_parts else [(i,)]
+            attrs |= {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(
         variant.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): divisible for i, name in enumerate(names) if name.endswith("_ptr") or name in ("K", "N")},
+        attrs=attrs,
     )
     options = {
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False,

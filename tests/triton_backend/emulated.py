@@ -80,13 +80,19 @@ class EmulatedDriver:
             emulator.set_mma(truncates=self.truncates)
             values: list[Any] = []
             ranges = []
-            for name, argument in zip(names, args, strict=True):
-                kind = source.signature[name]
-                if isinstance(argument, Tensor):
+
+            def add(argument: Any, kind: Any, place: tuple[int, ...]) -> None:
+                if isinstance(argument, tuple):
+                    for i, one in enumerate(argument):
+                        add(one, kind[i], (*place, i))
+                elif isinstance(argument, Tensor):
                     values.append(argument.data_ptr())
                     ranges.append((argument.data_ptr(), argument.numel() * argument.element_size()))
-                elif kind in types and (names.index(name),) not in source.constants:
+                elif kind in types and place not in source.constants:
                     values.append(types[kind](argument))
+
+            for i, (name, argument) in enumerate(zip(names, args, strict=True)):
+                add(argument, source.signature[name], (i,))
             self.launches.append(metadata.name)
             with emulator.only([r for r in ranges if r[1]]):
                 emulator.launch(metadata.name, [x, y, z], [32 * metadata.num_warps], [*values, 0, 0], metadata.shared)

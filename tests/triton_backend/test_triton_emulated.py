@@ -15,14 +15,16 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
 
 from conformance.bounds import assert_within_bound
-from conformance.weights import Case, build
+from conformance.weights import Case, build, build_parts, multi_args
 from emulation.emulator import EmulationError, reasons_against
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles
+from exllama_ops.backends.triton.weight import Weight as Packed
 from triton_backend import bounds
 from triton_backend.emulated import EmulatedDriver, emulated_device
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
+A100 = tiles.Device("sm80", 4)
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
 
@@ -35,9 +37,8 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, triton_cache: Path) -> Iterator[EmulatedDriver]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(triton_cache))
-    a100 = tiles.Device("sm80", 4)
     for module in (tiles, gemm, gemm_dx):
-        monkeypatch.setattr(module, "device_of", lambda device: a100)
+        monkeypatch.setattr(module, "device_of", lambda device: A100)
     torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
     with emulated_device() as emulated:
         yield emulated
@@ -72,6 +73,18 @@ def test_gemm_is_within_the_bound(device: EmulatedDriver, case: Case, M: int, dt
         out = ops.gptq_gemm(x, *weight.args)
         assert_within_bound(out, x, weight.dense, bounds.gemm_error(x, weight, truncates=True))
     assert device.launches[0] == ("gemv_kernel" if form == "gemv" else "dot_kernel")
+
+
+@pytest.mark.parametrize(("M", "order"), [(1, "sorted"), pytest.param(5, "perm", marks=pytest.mark.slow)])
+def test_parts_share_a_launch_and_have_the_bits_of_gemm(device: EmulatedDriver, M: int, order: str) -> None:
+    K, columns = 2048, [96, 32, 160]
+    parts = build_parts(Case(4, K, columns[0], 128, order), columns)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).half()
+    out = ops.gptq_gemm_multi(x, *multi_args(parts))
+    assert len(device.launches) == 2  # one for the products, and one for their splits
+    assert len({tiles.plan_gemm(M, Packed.of(*part.args), x.dtype, A100, False).splits for part in parts}) > 1
+    for part, result in zip(parts, out.split(columns, 1), strict=True):
+        assert torch.equal(result, ops.gptq_gemm(x, *part.args))
 
 
 @pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b == 4 else [pytest.mark.slow]) for b in SHAPES])

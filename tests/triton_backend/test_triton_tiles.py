@@ -86,7 +86,6 @@ def test_classes_of_devices() -> None:
 
 BITS = """
 import itertools, torch
-from dataclasses import replace
 import exllama_ops
 from conformance.weights import Case, build
 from exllama_ops.backends.triton import gemm, tiles
@@ -108,7 +107,7 @@ for case, form in ((Case(4, 488, 24, 32), "dot"), (Case(4, 488, 24, 24), "gemv")
     assert plan.form == form
     sizes = itertools.product((16, 64) if form == "dot" else (1, 4), (16, 128))
     results = [
-        gemm.compute(replace(plan, tile=tiles.Tile(m, n, 4, 1)), x, packed) for m, n in sizes
+        gemm.compute(tiles.Tile(m, n, 4, 1), [plan], x, [packed]) for m, n in sizes
     ]
     assert all(torch.equal(result, results[0]) for result in results)
 print("the same bits")

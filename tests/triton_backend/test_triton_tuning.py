@@ -19,61 +19,75 @@ SETUP = """
 from dataclasses import replace
 import torch, exllama_ops
 from conformance.weights import Case, build
-from exllama_ops.backends.triton import gemm, tiles, tune, tuned_tiles
+from exllama_ops.backends.triton import gemm, gemm_dx, tiles, tune, tuned_tiles
 from exllama_ops.backends.triton.weight import Weight
 from triton.runtime.errors import OutOfResources
 
 weight = build(Case(4, 488, 96, 32))
-x = torch.randn(9, 488, dtype=torch.float16)
+inputs = {"gptq_gemm": torch.randn(9, 488).half(), "gptq_gemm_dx": torch.randn(9, 96).half()}
 launched, timed, partials = [], [], []
 launch = gemm.launch
 
 def record(kernel, grid, tensors, sizes, constants, **options):
     if kernel is gemm.dot_kernel:
-        launched.append((constants["BLOCK_M"], constants["BLOCK_N"], *options.values()))
+        launched.append(("gptq_gemm", constants["BLOCK_M"], constants["BLOCK_N"], *options.values()))
+    elif kernel is gemm_dx.gemm_dx_kernel:
+        launched.append(("gptq_gemm_dx", constants["BLOCK_M"], 8 * constants["BLOCK_B"], *options.values()))
     launch(kernel, grid, tensors, sizes, constants, **options)
     if kernel is not gemm.add_splits_kernel:
         partials.append(tensors["out_ptr"])
 
 def time_ms(run):
     run()
-    timed.append(launched[-1])
-    if len(timed) == 4:
+    op = launched[-1][0]
+    timed.append(op)
+    if timed.count(op) == 4:
         raise OutOfResources(2, 1, "shared memory")
-    return abs(len(timed) - 3)  # the third is the fastest
+    return abs(timed.count(op) - 3)  # the third is the fastest
 
-def product():
-    result = torch.ops.exllama.gptq_gemm(x, *weight.args)
+def product(op):
+    result = getattr(torch.ops.exllama, op)(inputs[op], *weight.args)
     print(*launched[-1])
     return result
 
 def warmup():
-    exllama_ops.warmup([weight.args], tokens=(9,), autotune=True)
-    print(len(timed), "timed")
+    exllama_ops.warmup([weight.args], tokens=(9,), gradient=True, autotune=True)
+    print(*(timed.count(op) for op in inputs), "timed")
 
-gemm.launch, tune.time_ms = record, time_ms
+gemm.launch = gemm_dx.launch = record
+tune.time_ms = time_ms
 """
 
 TUNES = """
-before = product()
+before = [product(op) for op in inputs]
 warmup()
-assert torch.equal(product(), before)
+assert all(torch.equal(product(op), result) for op, result in zip(inputs, before))
 warmup()
 """
 
 BITS = """
 host = tiles.HOST
 for case, M in ((Case(4, 488, 40, 32), 9), (Case(4, 488, 40, 24, "perm"), 2), (Case(8, 488, 40, 24), 5)):
-    weight = build(case)
-    packed, x = Weight.of(*weight.args), torch.randn(M, case.K, dtype=torch.float16)
+    packed, x = Weight.of(*build(case).args), torch.randn(M, case.K, dtype=torch.float16)
     plan = tiles.plan_gemm(M, packed, x.dtype, host, False)
+    x = gemm.in_order_of_rows(x, plan, packed)
     choices = tuned_tiles.candidates(plan.form, host.arch, plan.tile)
     partials.clear()
-    results = [gemm.compute(replace(plan, tile=tile), x, packed) for tile in choices]
+    results = [gemm.compute(tile, [plan], x, [packed]) for tile in choices]
     assert len(results) > 3 and plan.splits > 1
     assert all(torch.equal(result, results[0]) for result in results)
     assert all(torch.equal(sums, partials[0]) for sums in partials)  # in float32: rounding hides nothing
     print(plan.form)
+
+grad = torch.randn(40, 40)
+for case in (Case(4, 488, 40, 32, "perm"), Case(3, 480, 32, 24, "raw", False)):
+    packed = Weight.of(*build(case).args)
+    plan = tiles.plan_dx(case.bits, host)
+    choices = tuned_tiles.candidates("dx", host.arch, plan.tile)
+    results = [gemm_dx.compute_dx(replace(plan, tile=tile), grad[:, : case.N].contiguous(), packed) for tile in choices]
+    assert len(results) > 3
+    assert all(torch.equal(result, results[0]) for result in results)
+    print("dx")
 """
 
 REFUSALS = """
@@ -92,7 +106,7 @@ with mock.patch.object(tune, "is_capturing", lambda device: True):
 with FakeTensorMode() as mode:
     fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in weight.args]
     refusal(lambda: exllama_ops.warmup([fake], tokens=(9,), autotune=True))
-refusal(lambda: make_fx(lambda x: (warmup(), x)[1])(x))
+refusal(lambda: make_fx(lambda x: (warmup(), x)[1])(inputs["gptq_gemm"]))
 with mock.patch("torch.compiler.is_compiling", lambda: True):
     refusal(warmup)
 assert not timed
@@ -102,11 +116,14 @@ UNUSABLE = """
 for text in texts:
     open(file, "w").write(text)
     tuned_tiles.choices_of.cache_clear()
-    product()
-    product()
+    product("gptq_gemm")
+    product("gptq_gemm_dx")
 """
 
-TABLE, FASTEST = "64 128 4 1", "128 128 4 1"
+# Before the timing, and after it
+TABLE = ["gptq_gemm 64 128 4 1", "gptq_gemm_dx 64 256 4 1"]
+FASTEST = ["gptq_gemm 128 128 4 1", "gptq_gemm_dx 128 256 4 1"]
+PRODUCTS = "for op in inputs: product(op)\n"
 
 
 def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
@@ -121,27 +138,28 @@ def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 def test_the_fastest_tile_serves_from_then_on_and_in_a_new_process(tmp_path: Path) -> None:
-    count = len(tuned_tiles.candidates("dot", "host", tiles.tile_of("dot", "host", 4, 9)))
+    table = {"dot": tiles.tile_of("dot", "host", 4, 9, "tile"), "dx": tiles.plan_dx(4, tiles.HOST).tile}
+    counts = " ".join(str(len(tuned_tiles.candidates(form, "host", tile))) for form, tile in table.items())
     lines, warned = run(TUNES, tmp_path)
-    assert lines == [TABLE, f"{count} timed", FASTEST, f"{count} timed"]
+    assert lines == [*TABLE, f"{counts} timed", *FASTEST, f"{counts} timed"]
     assert not warned
     (file,) = (tmp_path / "triton").iterdir()
-    assert run("product(); warmup()", tmp_path) == ([FASTEST, "0 timed"], [])
+    assert run(f"{PRODUCTS}warmup()", tmp_path) == ([*FASTEST, "0 0 timed"], [])
 
     record = json.loads(file.read_text())
     foreign = {**record, "for": {**record["for"], "device": "another"}}
     wrong = {**record, "choices": [[*record["choices"][0][:-1], [16, 256, 1, 1]]]}
     texts = ['{"for', "[1]", json.dumps(foreign), json.dumps(wrong)]
     lines, warned = run(f"file, texts = {str(file)!r}, {texts!r}\n{UNUSABLE}", tmp_path)
-    assert lines == [TABLE, TABLE] * len(texts)
+    assert lines == TABLE * len(texts)
     assert len(warned) == len(texts)
     assert all(str(file) in line for line in warned)
-    assert run("warmup(); product()", tmp_path)[0] == [f"{count} timed", FASTEST]
-    assert run("product()", tmp_path) == ([FASTEST], [])
+    assert run(f"warmup()\n{PRODUCTS}", tmp_path)[0] == [f"{counts} timed", *FASTEST]
+    assert run(PRODUCTS, tmp_path) == (FASTEST, [])
 
 
 def test_no_candidate_changes_a_bit(tmp_path: Path) -> None:
-    assert run(BITS, tmp_path)[0] == ["dot", "gemv", "float_dot"]
+    assert run(BITS, tmp_path)[0] == ["dot", "gemv", "float_dot", "dx", "dx"]
 
 
 def test_nothing_is_timed_in_a_capture_or_a_traced_call(tmp_path: Path) -> None:
@@ -152,8 +170,8 @@ def test_nothing_is_timed_in_a_capture_or_a_traced_call(tmp_path: Path) -> None:
 
 def test_choices_that_cannot_be_kept_serve_their_process(tmp_path: Path) -> None:
     (tmp_path / "triton").write_text("a file where the folder should be")
-    lines, warned = run("warmup(); product()", tmp_path)
-    assert lines[-1] == FASTEST
+    lines, warned = run(f"warmup()\n{PRODUCTS}", tmp_path)
+    assert lines[1:] == FASTEST
     assert any("serve this process alone" in line for line in warned)
 
 

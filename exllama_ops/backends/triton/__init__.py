@@ -72,9 +72,13 @@ class TritonBackend:
 
         return load_and_compute
 
-    def tune_gemm(self, x: Tensor, *weight: Any) -> None:
-        """Choose the tile of a gptq_gemm that was called before, by timing; `tune` says when it cannot be."""
-        importlib.import_module("exllama_ops.backends.triton.tune").tune_gemm(x, *weight)
+    def tune(self, op: str, x: Tensor, *weight: Any) -> None:
+        """Choose the tile of a gptq_gemm or gptq_gemm_dx that was called before, by timing.
+
+        `backends/triton/tune.py` says when it cannot be.
+        """
+        tune = importlib.import_module("exllama_ops.backends.triton.tune")
+        {"gptq_gemm": tune.tune_gemm, "gptq_gemm_dx": tune.tune_gemm_dx}[op](x, *weight)
 
     def load(self, dispatch_key: str) -> None:
         """Have the kernels, or a `failure`, whichever thread comes first."""

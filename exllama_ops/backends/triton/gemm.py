@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
-from exllama_ops.backends.triton.tiles import Plan, device_of, plan_gemm
+from exllama_ops.backends.triton.tiles import Plan, Tile, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
 
+# Parts of a gptq_gemm_multi in one launch: q, k and v, or gate and up. The kernels' arguments are counted by it.
+PARTS = 4
 _ADD_BLOCK = 256
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -48,20 +51,62 @@ def sum_blocks(sums: tl.tensor) -> tl.tensor:
         return sum_blocks(low + high)
 
 
-@triton.jit(do_not_specialize=["M", "G", "group_size", "steps_per_split"])
+@triton.jit
+def part_of(
+    qweight_ptrs: tl.tuple,
+    qzeros_ptrs: tl.tuple,
+    scales_ptrs: tl.tuple,
+    N: tl.tuple,
+    steps_per_split: tl.tuple,
+    steps: tl.tensor,
+    row_tiles: tl.tensor,
+    BLOCK_N: tl.constexpr,
+) -> tl.tuple:
+    """The part whose sums this program takes: its pointers, N and steps, the program's place, the columns before it.
+
+    A part has a program for each tile of columns, of rows and each split, in this order.
+    """
+    qweight_ptr, qzeros_ptr, scales_ptr = qweight_ptrs[0], qzeros_ptrs[0], scales_ptrs[0]
+    n, per_split = N[0], steps_per_split[0]
+    program, first_column = tl.program_id(0), 0
+    for i in tl.static_range(1, len(N)):
+        programs = tl.cdiv(n, BLOCK_N) * row_tiles * tl.cdiv(steps, per_split)
+        is_later = program >= programs
+        program = tl.where(is_later, program - programs, program)
+        first_column = tl.where(is_later, first_column + n, first_column)
+        qweight_ptr = tl.where(is_later, qweight_ptrs[i], qweight_ptr)
+        qzeros_ptr = tl.where(is_later, qzeros_ptrs[i], qzeros_ptr)
+        scales_ptr = tl.where(is_later, scales_ptrs[i], scales_ptr)
+        n = tl.where(is_later, N[i], n)
+        per_split = tl.where(is_later, steps_per_split[i], per_split)
+    return qweight_ptr, qzeros_ptr, scales_ptr, n, per_split, program, first_column
+
+
+@triton.jit
+def sum_of(values: tl.tuple) -> tl.tensor:
+    total = values[0]
+    for i in tl.static_range(1, len(values)):
+        total += values[i]
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "G", "group_size", "steps_0", "steps_1", "steps_2", "steps_3"])
 def gemv_kernel(
     x_ptr: tl.tensor,  # (M, K)
-    qweight_ptr: tl.tensor,
-    qzeros_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
+    qweight_ptrs: tl.tuple,  # of each part, as its N
+    qzeros_ptrs: tl.tuple,
+    scales_ptrs: tl.tuple,
     rows_ptr: tl.tensor,
-    out_ptr: tl.tensor,  # (splits, M, N)
+    out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
-    N: tl.tensor,
+    N: tl.tuple,
     G: tl.tensor,
     group_size: tl.tensor,
-    steps_per_split: tl.tensor,
+    steps_0: tl.tensor,
+    steps_1: tl.tensor,
+    steps_2: tl.tensor,
+    steps_3: tl.tensor,
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
@@ -72,18 +117,22 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     VALUES: tl.constexpr = block_values(BITS)
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    split = tl.program_id(1)
-    offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_m = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M
-    mask_n = offs_n < N
+    steps, row_tiles = tl.cdiv(K, BLOCK_B * VALUES), tl.cdiv(M, BLOCK_M)
+    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column = part_of(
+        qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
+    )
+    column_tiles = tl.cdiv(n, BLOCK_N)
+    split = program // column_tiles // row_tiles
+    offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = (program // column_tiles % row_tiles).to(tl.int64) * BLOCK_M
+    mask_n = offs_n < n
     totals = zero_sums(BLOCK_M, BLOCK_B, BLOCK_N)
     first = split * steps_per_split
-    for step in range(first, tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_B * VALUES))):
+    for step in range(first, tl.minimum(first + steps_per_split, steps)):
         blocks = step * BLOCK_B + tl.arange(0, BLOCK_B)
         mask_b = blocks < K // VALUES
         weights, scales = load_weights(
-            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, mask_b, mask_n, N, G, group_size,
+            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, mask_b, mask_n, n, G, group_size,
             BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, GROUPS_OF == "row",
         )  # fmt: skip
         sums = totals if GROUPS_OF == "row" else zero_sums(BLOCK_M, BLOCK_B, BLOCK_N)
@@ -105,25 +154,28 @@ def gemv_kernel(
                 scaled = scaled + (tl.fma(sums[m], scales, totals[m]),)
             totals = scaled
     for m in tl.static_range(BLOCK_M):
-        ptrs = out_ptr + (split.to(tl.int64) * M + first_m + m) * N + offs_n[None, :]
-        mask = offs_n < tl.where(first_m + m < M, N, 0)
+        ptrs = out_ptr + (split.to(tl.int64) * M + first_m + m) * sum_of(N) + first_column + offs_n[None, :]
+        mask = offs_n < tl.where(first_m + m < M, n, 0)
         tl.store(ptrs, sum_blocks(totals[m]).to(out_ptr.dtype.element_ty), mask[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "G", "group_size", "steps_per_split"])
+@triton.jit(do_not_specialize=["M", "G", "group_size", "steps_0", "steps_1", "steps_2", "steps_3"])
 def dot_kernel(
     x_ptr: tl.tensor,  # (M, K), its columns in the order of the words' rows
-    qweight_ptr: tl.tensor,
-    qzeros_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
+    qweight_ptrs: tl.tuple,  # of each part, as its N
+    qzeros_ptrs: tl.tuple,
+    scales_ptrs: tl.tuple,
     rows_ptr: tl.tensor,
-    out_ptr: tl.tensor,  # (splits, M, N)
+    out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
-    N: tl.tensor,
+    N: tl.tuple,
     G: tl.tensor,
     group_size: tl.tensor,
-    steps_per_split: tl.tensor,
+    steps_0: tl.tensor,
+    steps_1: tl.tensor,
+    steps_2: tl.tensor,
+    steps_3: tl.tensor,
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
@@ -137,17 +189,21 @@ def dot_kernel(
 ) -> None:
     VALUES: tl.constexpr = block_values(BITS)
     BLOCK_K: tl.constexpr = BLOCK_B * VALUES
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    split = tl.program_id(1)
-    offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m, mask_n = offs_m < M, offs_n < N
+    steps, row_tiles = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
+    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column = part_of(
+        qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
+    )
+    column_tiles = tl.cdiv(n, BLOCK_N)
+    split = program // column_tiles // row_tiles
+    offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (program // column_tiles % row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, mask_n = offs_m < M, offs_n < n
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * steps_per_split
-    for step in range(first, tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_K))):
+    for step in range(first, tl.minimum(first + steps_per_split, steps)):
         blocks = step * BLOCK_B + tl.arange(0, BLOCK_B)
         weights, scales = load_weights(
-            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, blocks < K // VALUES, mask_n, N, G,
+            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, blocks < K // VALUES, mask_n, n, G,
             group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, SCALED,
         )  # fmt: skip
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -157,32 +213,51 @@ def dot_kernel(
             total = tl.dot(x.to(OPERAND), w, total, input_precision="ieee")
         else:
             total = tl.fma(tl.dot(x.to(OPERAND), w, input_precision="ieee"), scales, total)
-    ptrs = out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+    ptrs = out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * sum_of(N) + first_column + offs_n[None, :]
     tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["elements", "splits"])
+@triton.jit(do_not_specialize=["elements", "splits_0", "splits_1", "splits_2", "splits_3"])
 def add_splits_kernel(
-    partials_ptr: tl.tensor, out_ptr: tl.tensor, elements: tl.tensor, splits: tl.tensor, BLOCK: tl.constexpr
+    partials_ptr: tl.tensor,  # (splits, M, all N), of which a part has only its own splits
+    out_ptr: tl.tensor,  # (M, all N)
+    elements: tl.tensor,
+    N: tl.tuple,
+    splits_0: tl.tensor,
+    splits_1: tl.tensor,
+    splits_2: tl.tensor,
+    splits_3: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """out = the sum of the splits of partials (splits, elements), always from the first to the last."""
+    """out = the sum of each part's splits, always from the first to the last."""
+    splits_of_part = (splits_0, splits_1, splits_2, splits_3)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
+    splits, most, end = tl.where(mask, splits_0, 0), splits_0, N[0]
+    for i in tl.static_range(1, len(N)):
+        is_later = mask & (offs % sum_of(N) >= end)
+        splits = tl.where(is_later, splits_of_part[i], splits)
+        most, end = tl.maximum(most, splits_of_part[i]), end + N[i]
     total = tl.load(partials_ptr + offs, mask, 0)
     ptrs = partials_ptr + offs
-    for _ in range(1, splits):
+    for split in range(1, most):
         ptrs += elements
-        total += tl.load(ptrs, mask, 0)
+        total = tl.where(split < splits, total + tl.load(ptrs, split < splits, 0), total)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask)
 
 
-def compute(plan: Plan, x: Tensor, weight: Weight) -> Tensor:
-    """``x @ W`` by a plan; M > 0."""
-    M, N = x.shape[0], weight.N
+def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weight]) -> Tensor:
+    """``[x @ W[0], x @ W[1], ...]`` in one launch, each part by its plan, in one tile; M > 0.
+
+    The parts share K, the groups, the options and the dtype of their scales; so their plans differ in the splits alone.
+    With a permutation, x has the columns of `in_order_of_rows`.
+    """
+    M, N = x.shape[0], tuple(weight.N for weight in weights)
+    plan, weight = plans[0], weights[0]
     dtype = kernel_dtype(x.dtype)
-    out = x.new_empty(M, N, dtype=dtype)
-    target = out if plan.splits == 1 else x.new_empty(plan.splits, M, N, dtype=torch.float32)
-    tile = plan.tile
+    out = x.new_empty(M, sum(N), dtype=dtype)
+    most = max(plan.splits for plan in plans)
+    target = out if most == 1 else x.new_empty(most, *out.shape, dtype=torch.float32)
     constants = {"GROUPS_OF": plan.groups_of, "BLOCK_M": tile.block_m, "BLOCK_B": plan.block_b, "BLOCK_N": tile.block_n}
     if plan.form == "gemv":
         kernel = gemv_kernel
@@ -190,26 +265,42 @@ def compute(plan: Plan, x: Tensor, weight: Weight) -> Tensor:
         kernel = dot_kernel
         constants["SCALED"] = plan.form == "float_dot"
         constants["OPERAND"] = _OPERANDS[dtype if plan.form == "dot" else torch.float32]
-        if weight.perm is not None:
-            x = x.index_select(1, weight.perm)
+    tiles_and_splits = sum(triton.cdiv(N[i], tile.block_n) * plans[i].splits for i in range(len(N)))
     launch(
         kernel,
-        (triton.cdiv(N, tile.block_n) * triton.cdiv(M, tile.block_m), plan.splits),
-        {"x_ptr": x, **weight.tensors, "out_ptr": target},
-        {"M": M, **weight.sizes, "steps_per_split": plan.steps_per_split},
+        (tiles_and_splits * triton.cdiv(M, tile.block_m),),
+        {
+            "x_ptr": x,
+            "qweight_ptrs": tuple(weight.qweight for weight in weights),
+            "qzeros_ptrs": tuple(weight.qzeros for weight in weights),
+            "scales_ptrs": tuple(weight.scales for weight in weights),
+            "rows_ptr": weight.rows,
+            "out_ptr": target,
+        },
+        {"M": M, **weight.sizes, "N": N, **_numbered("steps", [plan.steps_per_split for plan in plans])},
         {**weight.constants, **constants},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if plan.splits > 1:
+    if most > 1:
         launch(
             add_splits_kernel,
-            (triton.cdiv(M * N, _ADD_BLOCK),),
+            (triton.cdiv(out.numel(), _ADD_BLOCK),),
             {"partials_ptr": target, "out_ptr": out},
-            {"elements": M * N, "splits": plan.splits},
+            {"elements": out.numel(), "N": N, **_numbered("splits", [plan.splits for plan in plans])},
             {"BLOCK": _ADD_BLOCK},
         )
     return out.to(x.dtype)
+
+
+def _numbered(name: str, of_parts: Sequence[int]) -> dict[str, int]:
+    """Arguments of their own: Triton would compile for what it sees in a tuple of integers."""
+    return {f"{name}_{i}": of_parts[i] if i < len(of_parts) else 1 for i in range(PARTS)}
+
+
+def in_order_of_rows(x: Tensor, plan: Plan, weight: Weight) -> Tensor:
+    """x as `compute` takes it: the columns of a dot with a permutation are gathered before."""
+    return x if plan.form == "gemv" or weight.perm is None else x.index_select(1, weight.perm)
 
 
 def gptq_gemm(
@@ -228,8 +319,7 @@ def gptq_gemm(
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
-    plan = plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant())
-    return compute(tuned(plan, weight, x.device), x, weight)
+    return _products(x, [weight])
 
 
 def gptq_gemm_multi(
@@ -243,10 +333,29 @@ def gptq_gemm_multi(
     use_v2_format: bool = False,
     group_size: int = 0,
 ) -> Tensor:
-    """`torch.ops.exllama.gptq_gemm_multi` in Triton: each part as `gptq_gemm` has it, and their columns put together.
-
-    A part's plan depends on its own N, and its bits on its plan.
-    """
+    """`torch.ops.exllama.gptq_gemm_multi` in Triton."""
     check_gptq_gemm_multi(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     parts = zip(qweight, qzeros, scales, strict=True)
-    return torch.cat([gptq_gemm(x, *part, g_idx, use_exllama, bit, use_v2_format, group_size) for part in parts], 1)
+    weights = [Weight.of(*part, g_idx, use_exllama, bit, use_v2_format, group_size) for part in parts]
+    if x.shape[0] == 0:
+        return x.new_empty(0, sum(weight.N for weight in weights))
+    return _products(x, weights)
+
+
+def _products(x: Tensor, weights: Sequence[Weight]) -> Tensor:
+    """``x @ W`` of every part, in one launch for up to `PARTS` neighbours whose scales have one dtype.
+
+    A part's plan, and so its bits, are those that it has alone. The tile changes no bit; it is the widest part's.
+    """
+    M, device = x.shape[0], device_of(x.device)
+    plans = [plan_gemm(M, weight, x.dtype, device, is_batch_invariant()) for weight in weights]
+    x = in_order_of_rows(x, plans[0], weights[0])
+    widest = max(range(len(weights)), key=lambda part: weights[part].N)
+    tile = tuned(plans[widest], M, weights[widest], x.device).tile
+    results = []
+    for _, neighbours in itertools.groupby(range(len(weights)), lambda part: weights[part].scales.dtype):
+        parts = list(neighbours)
+        for first in range(0, len(parts), PARTS):
+            chosen = parts[first : first + PARTS]
+            results.append(compute(tile, [plans[i] for i in chosen], x, [weights[i] for i in chosen]))
+    return results[0] if len(results) == 1 else torch.cat(results, 1)

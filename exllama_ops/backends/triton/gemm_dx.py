@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
-from exllama_ops.backends.triton.tiles import device_of, dx_tile
+from exllama_ops.backends.triton.tiles import DxPlan, device_of, plan_dx
+from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_gemm_dx
@@ -61,6 +62,28 @@ def gemm_dx_kernel(
     tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask_m[:, None] & mask_k[None, :])
 
 
+def compute_dx(plan: DxPlan, grad: Tensor, weight: Weight) -> Tensor:
+    """``grad @ W.T`` by a plan; M > 0."""
+    M, tile = grad.shape[0], plan.tile
+    out = grad.new_empty(M, weight.K, dtype=kernel_dtype(grad.dtype))
+    constants = {
+        "GROUPS_OF": weight.groups_of(tile.block_n),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_B": tile.block_n // FORMATS[weight.bits].block_values,
+        "BLOCK_N": plan.step,
+    }
+    launch(
+        gemm_dx_kernel,
+        (triton.cdiv(weight.K, tile.block_n) * triton.cdiv(M, tile.block_m),),
+        {"grad_ptr": grad, **weight.tensors, "out_ptr": out},
+        {"M": M, **weight.sizes},
+        {**weight.constants, **constants},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out.to(grad.dtype)
+
+
 def gptq_gemm_dx(
     grad: Tensor,
     qweight: Tensor,
@@ -75,24 +98,7 @@ def gptq_gemm_dx(
     """`torch.ops.exllama.gptq_gemm_dx` in Triton."""
     check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    M = grad.shape[0]
-    out = grad.new_empty(M, weight.K, dtype=kernel_dtype(grad.dtype))
-    if M == 0:
-        return out.to(grad.dtype)
-    tile = dx_tile(device_of(grad.device).arch)
-    tiles = triton.cdiv(weight.K, tile.block_k) * triton.cdiv(M, tile.block_m)
-    constants = {
-        "GROUPS_OF": weight.groups_of(tile.block_k),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_B": tile.block_k // FORMATS[bit].block_values,
-        "BLOCK_N": tile.block_n,
-    }
-    launch(
-        gemm_dx_kernel,
-        (tiles,),
-        {"grad_ptr": grad, **weight.tensors, "out_ptr": out},
-        {"M": M, **weight.sizes},
-        {**weight.constants, **constants},
-        num_stages=2,
-    )
-    return out.to(grad.dtype)
+    if grad.shape[0] == 0:
+        return grad.new_empty(0, weight.K)
+    plan = plan_dx(bit, device_of(grad.device))
+    return compute_dx(tuned(plan, grad.shape[0], weight, grad.device), grad, weight)

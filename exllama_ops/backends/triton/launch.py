@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -14,6 +15,8 @@ from torch import Tensor
 _SPECIALIZED = ("K", "N")
 
 _launched: set[Any] = set()
+
+T = TypeVar("T")
 
 
 def is_interpreting() -> bool:
@@ -35,11 +38,15 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _each(argument: T | tuple[T, ...]) -> tuple[T, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: dict[str, Tensor],
-    sizes: dict[str, int],
+    tensors: Mapping[str, Tensor | tuple[Tensor, ...]],
+    sizes: Mapping[str, int | tuple[int, ...]],
     constants: dict[str, Any],
     *,
     num_warps: int = 4,
@@ -51,14 +58,15 @@ def launch(
         RuntimeError: a CUDA graph is being captured, and this variant of the kernel was not launched before: it would
             be compiled and loaded, which a capture does not survive.
     """
-    device = next(iter(tensors.values())).device
+    pointers = [tensor for of_name in tensors.values() for tensor in _each(of_name)]
+    device = pointers[0].device
     variant = (
         kernel.__name__,
         device,
         num_warps,
         num_stages,
-        *((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors.values()),
-        *(sizes[name] % 16 == 0 for name in _SPECIALIZED if name in sizes),
+        *((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in pointers),
+        *(size % 16 == 0 for name in _SPECIALIZED if name in sizes for size in _each(sizes[name])),
         *constants.values(),
     )
     if variant not in _launched and is_capturing(device):

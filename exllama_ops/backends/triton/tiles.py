@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -33,6 +33,8 @@ _GEMV_BLOCKS = {2: 16, 3: 8, 4: 16, 8: 16}
 DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
 # Of float_dot, whose operands a thread holds whole: few.
 _FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
+# Columns of W in a step of gptq_gemm_dx: as few.
+_DX_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Tile(NamedTuple):
     """What may be tuned.
 
     Args:
-        block_m: rows of x.
-        block_n: columns of W.
+        block_m: rows of the result.
+        block_n: columns of the result: of W, or rows of W in gptq_gemm_dx.
         num_warps: warps of a program.
         num_stages: steps whose loads are under way at once.
     """
@@ -96,19 +98,26 @@ for _arch in TENSOR_CORES:
             (_arch, _bits, 64): Tile(64, 64, 4, 3),
             (_arch, _bits, None): Tile(64, 128, 8, 3),
         }
+        if _arch == "rdna":  # which holds a matrix instruction's operands twice, and spills in the tiles above
+            _DOT_TILES |= {(_arch, _bits, bucket): Tile(32, 64, 8, 3) for bucket in BUCKETS[1:]}
 
 
-class DxTile(NamedTuple):
-    """The tile of gptq_gemm_dx: rows of grad, rows of W, and the columns of W in a step, few as in float_dot."""
+@dataclass(frozen=True)
+class DxPlan:
+    """How a gptq_gemm_dx is computed: ``step`` columns of W at a time, from the first to the last."""
 
-    block_m: int
-    block_k: int
-    block_n: int
+    tile: Tile
+    step: int
+    form: ClassVar[str] = "dx"
 
 
-def dx_tile(arch: str) -> DxTile:
+def plan_dx(bits: int, device: Device) -> DxPlan:
     """The table of gptq_gemm_dx."""
-    return DxTile(64, 256, 64) if arch == "host" else DxTile(32, 64, 16)
+    if device.arch == "host":
+        return DxPlan(Tile(64, 256, 4, 1), 64)
+    if device.arch == "rdna":
+        return DxPlan(Tile(32, 32 if bits == 3 else 64, 4, 1), _DX_COLUMNS)
+    return DxPlan(Tile(32, 64, 4, 2), _DX_COLUMNS)
 
 
 def bucket_of(M: int) -> int | None:
@@ -116,18 +125,19 @@ def bucket_of(M: int) -> int | None:
     return next(bucket for bucket in BUCKETS if bucket is None or bucket >= M)
 
 
-def tile_of(form: str, arch: str, bits: int, M: int) -> Tile:
-    """The table."""
+def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
+    """The table. Its columns do not depend on M in gemv, which may have to be batch-invariant."""
     if form == "gemv":
-        # Fewer columns than threads: Triton then gives scales and zero points the layout of the words.
-        if M == 1:
-            return Tile(1, 64, 4, 1)
-        # The 32 weights of a block of 3 bits spill in four warps.
-        return Tile(GEMV_ROWS, 64, 8 if bits == 3 else 4, 1)
+        # Fewer columns than threads: Triton then gives scales and zero points the layout of the words. Rows of many
+        # groups, the 32 weights of a block of 3 bits and what rdna holds of a block spill in four warps.
+        is_row = groups_of == "row"
+        num_warps = 8 if arch == "rdna" or is_row or (bits == 3 and M > 1) else 4
+        block_n = 32 if arch == "rdna" and bits == 3 and is_row else 64
+        return Tile(1 if M == 1 else GEMV_ROWS, block_n, num_warps, 1)
     if arch == "host":
         return Tile(64, 128, 4, 1)
     if form == "float_dot":
-        return Tile(32, 64, 4, 2) if bits != 3 else Tile(32, 64, 8, 2)
+        return Tile(32, 64, 8 if bits == 3 else 4, 1 if arch == "rdna" else 2)
     return _DOT_TILES[arch, bits, bucket_of(M)]
 
 
@@ -157,20 +167,21 @@ def form_of(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_in
 def plan_gemm(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> Plan:
     """How a gptq_gemm is computed. In batch-invariant mode a row's sum is the same whatever M is."""
     form = form_of(M, weight, dtype, device, batch_invariant)
-    tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M)
     values = FORMATS[weight.bits].block_values
     if form == "gemv":
         block_b = _GEMV_BLOCKS[weight.bits]
     else:
         rows = dot_rows(weight) if form == "dot" else None
         block_b = (rows or float_dot_rows(weight.bits, device.arch)) // values
+    groups_of = weight.groups_of(block_b * values)
+    tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M, groups_of)
     steps = -(-weight.K // (block_b * values))
     programs = -(-weight.N // tile.block_n) * (1 if batch_invariant else -(-M // tile.block_m))
     # Four programs on each processor, and two steps in each program.
     wanted = -(-4 * device.processors // programs)
     steps_per_split = -(-steps // max(1, min(wanted, steps // 2)))
     splits = -(-steps // steps_per_split)
-    return Plan(form, tile, block_b, weight.groups_of(block_b * values), splits, steps_per_split)
+    return Plan(form, tile, block_b, groups_of, splits, steps_per_split)
 
 
 def device_of(device: torch.device) -> Device:

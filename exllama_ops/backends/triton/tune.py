@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.gemm import compute
+from exllama_ops.backends.triton.gemm import compute, in_order_of_rows
+from exllama_ops.backends.triton.gemm_dx import compute_dx
 from exllama_ops.backends.triton.launch import is_capturing
-from exllama_ops.backends.triton.tiles import Tile, device_of, plan_gemm
+from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, device_of, plan_dx, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import Problem, candidates, choices_of, keep
 from exllama_ops.backends.triton.weight import Weight
 
@@ -26,38 +28,44 @@ def time_ms(run: Callable[[], object]) -> float:
     return float(do_bench(run, return_mode="median"))
 
 
-def tune_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> None:
+def tune_gemm(x: Tensor, *weight: Any) -> None:
     """Have the fastest tile serve this gptq_gemm and those that share its plan, unless one was chosen before.
 
-    The arguments are checked ones, M > 0: those of a call that was made before.
+    The arguments are those of a call that was made before, M > 0.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed.
     """
+    _refuse_unless_timeable(x)
+    packed = Weight.of(*weight)
+    plan = plan_gemm(x.shape[0], packed, x.dtype, device_of(x.device), is_batch_invariant())
+    prepared = in_order_of_rows(x, plan, packed)
+    _tune(plan, x, packed, lambda tile: compute(tile, [plan], prepared, [packed]))
+
+
+def tune_gemm_dx(grad: Tensor, *weight: Any) -> None:
+    """As `tune_gemm`, of a gptq_gemm_dx."""
+    _refuse_unless_timeable(grad)
+    packed = Weight.of(*weight)
+    plan = plan_dx(packed.bits, device_of(grad.device))
+    _tune(plan, grad, packed, lambda tile: compute_dx(replace(plan, tile=tile), grad, packed))
+
+
+def _refuse_unless_timeable(x: Tensor) -> None:
     if is_capturing(x.device):
         raise RuntimeError("exllama_ops: kernels cannot be tuned while a CUDA graph is being captured")
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None:
         raise RuntimeError("exllama_ops: kernels cannot be tuned in a traced call")
-    weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    device = device_of(x.device)
-    plan = plan_gemm(x.shape[0], weight, x.dtype, device, is_batch_invariant())
-    problem = Problem.of(plan, weight)
+
+
+def _tune(plan: Plan | DxPlan, x: Tensor, weight: Weight, run: Callable[[Tile], object]) -> None:
+    problem = Problem.of(plan, x.shape[0], weight)
     if problem in choices_of(x.device):
         return
     times: dict[Tile, float] = {}
-    for tile in candidates(plan.form, device.arch, plan.tile):
+    for tile in candidates(plan.form, device_of(x.device).arch, plan.tile):
         try:
-            times[tile] = time_ms(functools.partial(compute, replace(plan, tile=tile), x, weight))
+            times[tile] = time_ms(functools.partial(run, tile))
         except OutOfResources:  # more shared memory or registers than the device has
             continue
     keep(x.device, problem, min(times, key=times.__getitem__))

@@ -17,12 +17,12 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 
-from exllama_ops.backends.triton.tiles import Plan, Tile, device_of
+from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, bucket_of, device_of
 from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.cache import cache_folder
 from exllama_ops.layout import formats
@@ -31,21 +31,30 @@ from exllama_ops.layout import formats
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 
+# A plan keeps its type when its tile is replaced.
+AnyPlan = TypeVar("AnyPlan", Plan, DxPlan)
+
+
 class Problem(NamedTuple):
-    """What a choice is for: a plan without the number of its splits, which many M share, and a weight's sizes."""
+    """What a choice is for: a plan without the number of its splits, for the M of a bucket, and a weight's sizes."""
 
     form: str
     bits: int
     K: int
     N: int
-    block_b: int
+    bucket: int | None
+    step: int
     groups_of: str
     is_split: bool
     tile: Tile
 
     @classmethod
-    def of(cls, plan: Plan, weight: Weight) -> Problem:
-        return cls(plan.form, weight.bits, weight.K, weight.N, plan.block_b, plan.groups_of, plan.splits > 1, plan.tile)
+    def of(cls, plan: Plan | DxPlan, M: int, weight: Weight) -> Problem:
+        if isinstance(plan, DxPlan):
+            how = (plan.step, weight.groups_of(plan.tile.block_n), False)
+        else:
+            how = (plan.block_b, plan.groups_of, plan.splits > 1)
+        return cls(plan.form, weight.bits, weight.K, weight.N, bucket_of(M), *how, plan.tile)
 
 
 def candidates(form: str, arch: str, tile: Tile) -> list[Tile]:
@@ -63,19 +72,19 @@ def candidates(form: str, arch: str, tile: Tile) -> list[Tile]:
 
 def _order_of_K(form: str, arch: str, tile: Tile) -> Any:
     """Equal for tiles in which a sum takes its products in the same order: by the same kind of matrix instruction."""
-    if form == "gemv":
-        return "pairwise"
-    if arch in ("sm90", "sm100"):
-        return tile.block_m >= 64  # wgmma or tcgen05, else mma.sync
-    if arch == "cdna":
+    if arch == "other":
+        return tile
+    if arch == "cdna" and form != "gemv":
         return min(tile.block_m, tile.block_n) >= 32  # MFMA of 32 x 32, else of 16 x 16 with a longer K
-    return tile if arch == "other" else "one"
+    if arch in ("sm90", "sm100") and form == "dot":
+        return tile.block_m >= 64  # wgmma or tcgen05, else mma.sync
+    return "one"
 
 
-def tuned(plan: Plan, weight: Weight, device: torch.device) -> Plan:
+def tuned(plan: AnyPlan, M: int, weight: Weight, device: torch.device) -> AnyPlan:
     """The plan with the tile that was chosen for it on this device, if one was."""
     choices = choices_of(device)
-    tile = choices.get(Problem.of(plan, weight)) if choices else None
+    tile = choices.get(Problem.of(plan, M, weight)) if choices else None
     return plan if tile is None else replace(plan, tile=tile)
 
 

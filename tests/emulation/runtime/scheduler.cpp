@@ -532,8 +532,25 @@ void async_retire(Thread& thread, u32 groups_left, void (*copy)(unsigned char*, 
 }
 
 // --- the grid
+// The parameters where 32 bits address them: a kernel may take the address of one into a register of 32 bits.
+const unsigned char* in_low_memory(const Kernel& kernel, const unsigned char* parameters) {
+    constexpr size_t kParameterBytes = 32768;
+    static void* const low =
+        mmap(nullptr, kParameterBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+    if (low == MAP_FAILED) {
+        perror("emulator: no memory below 4 GiB for a kernel's parameters");
+        abort();
+    }
+    if (kernel.parameter_count > 0) {
+        const Parameter& last = kernel.parameters[kernel.parameter_count - 1];
+        memcpy(low, parameters, last.offset + last.bytes);
+    }
+    return static_cast<const unsigned char*>(low);
+}
+
 void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters) {
     running_kernel = &kernel;
+    parameters = in_low_memory(kernel, parameters);
     const u32 blocks = grid.x * grid.y * grid.z;
     // Fresh pages for each launch under a detector of races: it forgets what it knows of an address that is mapped
     // anew.
