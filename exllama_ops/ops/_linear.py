@@ -45,7 +45,7 @@ def define_linear_op(
         register_flop_formula(_packet(twin))(_flops)
     _library.no_gradient(f"_{name}")
     _library.register_kernel(name, "Autograd", _autograd_kernel(f"_{name}", adjoint))
-    op, without_autograd = _packet(name).default, _packet(f"_{name}").default
+    op, without_autograd = _packet(name), _packet(f"_{name}").default
 
     def call(first: Tensor, *weight: Any) -> Tensor:
         seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_derivative(first)

@@ -14,6 +14,7 @@ import torch
 
 from compile.blocks import Block, K
 from exllama_ops.compile import FuseSharedInput, exllama
+from exllama_ops.ops import _library
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,13 @@ def test_the_pass_serves_inductor_on_its_own(caplog: pytest.LogCaptureFixture) -
         out = torch.compile(block, fullgraph=True)(x)
     torch.testing.assert_close(out, block(x), rtol=1e-5, atol=1e-5)
     assert sum("gptq_gemm_multi" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("name", sorted(_library.schemas()))
+def test_no_op_keeps_a_graph_from_being_captured(name: str) -> None:
+    """As far as that shows without a GPU: Inductor would split a CUDA graph at an op with one of these tags."""
+    unsafe = {torch.Tag.cudagraph_unsafe, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    assert not unsafe & set(getattr(torch.ops.exllama, name).default.tags)
 
 
 @pytest.mark.gpu
