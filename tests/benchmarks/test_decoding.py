@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import demo, isa
-from exllama_ops import ExllamaLinear, load_model
+from exllama_ops import ExllamaLinear, freeze, load_model
 from exllama_ops.integrations import generation
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-w3g32-asym-act-v2"
@@ -44,3 +44,30 @@ def test_all_models_decode_in_turns_and_the_ratios_are_written(
         for other in (demo.INDUCTOR, demo.DENSE):
             assert model["times_faster_than"][other]["median"] == pytest.approx(ms[other] / ms[demo.OURS])
     assert (tmp_path / "demo-1thread.md").read_text() == capsys.readouterr().out
+
+
+def test_a_model_with_an_order_decodes_frozen_and_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
+    monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
+    monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
+    threads = torch.get_num_threads()
+    try:
+        assert demo.main(["--freeze", "--seconds", "0", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (model,) = json.loads((tmp_path / "demo-freeze-1thread.json").read_text())["models"]
+    ms = {kind: spread["median"] for kind, spread in model["ms_per_token"].items()}
+    assert model["times_faster_than"] == {
+        demo.UNFROZEN: {"median": pytest.approx(ms["unfrozen"] / ms["frozen"]), "iqr": 0}
+    }
+
+
+def test_a_model_gets_an_order_that_freeze_folds_and_fuses() -> None:
+    model = demo.with_order(load_model(CHECKPOINT, torch.float32))
+    layers = [module for module in model.modules() if isinstance(module, ExllamaLinear)]
+    assert all(layer.act_order for layer in layers)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    report = freeze(model, {"input_ids": ids, "use_cache": False})
+    blocks = len(model.model.layers)
+    assert [len(group) for group in report.fused] == [3, 2] * blocks
+    assert len(report.folded) == blocks
