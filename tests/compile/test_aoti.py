@@ -114,8 +114,9 @@ class Logits(nn.Module):
 @pytest.mark.slow
 @pytest.mark.demo
 def test_the_packaged_demo_model_gives_the_logits_of_the_compiled_model(tmp_path: Path) -> None:
-    """Bit by bit: Inductor makes the same kernels of it, and ours have no other way to compute. How far these logits are
-    from the exact ones is tests/integrations/test_demo.py's."""
+    """Bit by bit: it has Inductor's kernels of the same graph, and ours. How far the logits of compiled models are from
+    exact ones is in tests/integrations/test_demo.py.
+    """
     from exllama_ops import load_model
     from exllama_ops.integrations.demo import demo_checkpoint
 

@@ -103,6 +103,8 @@ def test_forward_mode_maps_a_tangent_of_x_by_the_same_product(gemm: Callable[...
         lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
         lambda f, x: torch.func.jacrev(f)(x),
         lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        # Inside of vmap, x does not say that it requires a gradient.
+        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(lambda row: f(row[None]))(x).sum())(x),
     ],
 )
 def test_gradient_transforms_are_refused_rather_than_wrong(
