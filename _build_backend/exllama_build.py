@@ -4,7 +4,8 @@ pip builds in an isolated environment, and a build that asks for torch there get
 user's. All that a library needs of torch are headers and a file to link with, which lie in the environment that pip
 installs into: visible on disk from the isolated build, though not importable. So the build requires setuptools only.
 
-The CPU's library needs a C++ compiler; CUDA's needs nvcc, and a torch with CUDA: beside another one nobody calls it.
+The CPU's library and that of the schemas, for programs without Python, need a C++ compiler; CUDA's needs nvcc, and a
+torch with CUDA: beside another one nobody calls it.
 A wheel always carries the sources (``exllama_ops/_csrc``), from which the package compiles a library on first use if
 the wheel has it not: without compilers or torch, or where compiling fails, the wheel is pure Python.
 An editable install has no library of its own either: the cache's, keyed by the sources, follows every edit.
@@ -73,7 +74,7 @@ def _compile(scratch: Path) -> dict[str, Path]:
     compiling = _package_module("exllama_ops/backends/native/compile.py")
     torch_directory = next((path for path in _torch_directories() if compiling.has_stable_headers(path)), None)
     made = {}
-    for recipe in (compiling.CPU, compiling.CUDA):
+    for recipe in (compiling.CPU, compiling.SCHEMA, compiling.CUDA):
         compiler = compiling.find_compiler(recipe)
         if sys.platform != "linux":
             reason = f"there is none for {sys.platform}"

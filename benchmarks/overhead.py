@@ -114,8 +114,10 @@ def _calls() -> dict[str, dict[str, float]]:
             more = _microseconds(many) - _microseconds(one)
             times.setdefault("one more op in compiled code", []).append(more / (CHAIN - 1))
     with torch.no_grad():
-        name = "eager op, no_grad"
-        times[name] = [_microseconds(lambda: gemm(*args)) for _ in range(ROUNDS)]
+        without_grad = {"eager op, no_grad": lambda: gemm(*args), "eager ExllamaLinear, no_grad": lambda: layer(x)}
+        for _ in range(ROUNDS):
+            for name, call in without_grad.items():
+                times.setdefault(name, []).append(_microseconds(call))
     return {name: _spread(values) for name, values in times.items()}
 
 

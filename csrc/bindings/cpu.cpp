@@ -65,6 +65,21 @@ class TorchThreads {
   uint32_t threads_ = 1;
 };
 
+// Scratch memory of a product: on the stack if it is little, since an allocation is a tenth of the shortest call.
+class ProductWorkspace {
+ public:
+  ProductWorkspace(size_t bytes, const Tensor& like)
+      : large_(bytes > sizeof small_ ? bytes : 0, like), pointer_(bytes > sizeof small_ ? large_.get() : small_) {}
+  ProductWorkspace(const ProductWorkspace&) = delete;
+  ProductWorkspace& operator=(const ProductWorkspace&) = delete;
+  void* get() const { return pointer_; }
+
+ private:
+  alignas(64) char small_[16 << 10];
+  Workspace large_;
+  void* pointer_;
+};
+
 // The variable is the user's, and may have changed since the last call; an ISA that is not there must not pass for one.
 void check_isa(const char* op) {
   if (cpu::isa_in_use() != nullptr) return;
@@ -99,7 +114,8 @@ Tensor product(const cpu::Weight* parts, int64_t count, int64_t columns, const T
   if (M > 0) {
     TorchThreads pool;
     const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
-    const Workspace workspace(cpu::gemm_workspace_bytes(parts, count, M, dtype_of(x), precision, pool.threads()), x);
+    const size_t bytes = cpu::gemm_workspace_bytes(parts, count, M, dtype_of(x), precision, pool.threads());
+    const ProductWorkspace workspace(bytes, x);
     cpu::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
               pool.parallel());
   }
@@ -133,7 +149,7 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
   Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
   if (M > 0) {
     TorchThreads pool;
-    const Workspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, dtype_of(grad), pool.threads()), grad);
+    const ProductWorkspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, dtype_of(grad), pool.threads()), grad);
     cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(),
                  pool.parallel());
   }

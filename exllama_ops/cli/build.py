@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         help="build the native CPU or CUDA kernels into the cache",
         description="Build the native CPU kernels (with --cuda: the CUDA kernels, for which nvcc is needed and no GPU) "
         "into the cache, unless they are built or were installed with the package. Without this command they are built "
-        "when they are first called. The schemas of the ops, which a program without Python loads, are built too.",
+        "when they are first called. The schemas of the ops, which a program without Python loads, come with them.",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, not those of the CPU")
     parser.add_argument("--force", action="store_true", help="build into the cache even if there is a library")
@@ -63,7 +63,7 @@ def build(args: argparse.Namespace) -> None:
 def _schema_library(*, force: bool) -> tuple[str | None, str]:
     """Its file, or None and why there is none: a packaged library is good without it."""
     try:
-        return str(cache.find_or_build(SCHEMA, say, force=force).path), ""
+        return _find_or_build(SCHEMA, force=force)["library"], ""
     except cache.BuildError as error:
         return None, str(error)
 

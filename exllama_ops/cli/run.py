@@ -18,6 +18,7 @@ from exllama_ops.cli.output import CliError, emit, say
 
 DEFAULT_PROMPT = "Why is the sky blue? Answer in two sentences."
 
+_BACKENDS = ("inductor", "exllama")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -33,6 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of the activations; default: that of the checkpoint")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--backend", choices=_BACKENDS, default=_BACKENDS[0], help="of torch.compile; default: %(default)s"
+    )
     parser.add_argument("--no-compile", action="store_true", help="run eagerly")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
     parser.set_defaults(command=run)
@@ -151,7 +155,7 @@ def _generate(model: Any, tokenizer: Any, prompt: list[int], args: argparse.Name
     from exllama_ops.integrations.generation import CompiledGenerator
 
     compile_seconds = 0.0
-    generator = CompiledGenerator(model, compile=not args.no_compile)
+    generator = CompiledGenerator(model, compile=not args.no_compile, backend=args.backend)
     if not args.no_compile:
         say("compiling the forward: prefill and decode (the first time takes minutes, later ones use Inductor's cache)")
         start = time.perf_counter()

@@ -14,6 +14,7 @@ from exllama_ops.layout.groups import num_groups, row_groups
 from exllama_ops.layout.interning import intern, intern_copy
 from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
+from exllama_ops.ops import gptq_gemm
 from exllama_ops.prepare import prepare
 
 
@@ -152,16 +153,20 @@ class ExllamaLinear(nn.Module):
     def op_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
         use_v2_format = True
-        tensors = (self.qweight, self.qzeros, self.scales, self._row_order)
+        # Found by their names as attributes, four buffers of an nn.Module take about as long as the op's call.
+        buffers: dict[str, Any] = self._buffers
+        tensors = (buffers["qweight"], buffers["qzeros"], buffers["scales"], buffers[self._order_name])
         return (*tensors, self.shuffled, self.bits, use_v2_format, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
         x = _autocast(x)
-        out: Tensor = torch.ops.exllama.gptq_gemm(x.reshape(-1, self.in_features).contiguous(), *self.op_arguments)
-        out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        out = gptq_gemm(rows.contiguous(), *self.op_arguments)
+        out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        bias = self._buffers["bias"]
+        return out if bias is None else out + bias.to(out.dtype)
 
     def dequantize(self) -> Tensor:
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""

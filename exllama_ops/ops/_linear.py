@@ -1,8 +1,9 @@
 """Autograd of the ops that are linear in their first argument, by their adjoints.
 
-A Python autograd kernel costs about 10 us a call, in compiled code too if the compiled graph contains the op that
+A Python autograd kernel costs as much as the call, in compiled code too if the compiled graph contains the op that
 owns it. So each public op has a private twin with the same schema and kernels but without autograd. The public op's
-autograd kernel calls the twin, and the twin is what AOTAutograd compiles.
+autograd kernel calls the twin, the twin is what AOTAutograd compiles, and the function of the op's name calls it where
+the autograd kernel would do no more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ WEIGHTS_ARGUMENTS = f"Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, {_OPTI
 _NUM_WEIGHT_TENSORS = 4
 
 
-def define_linear_op(name: str, arguments: str, *, adjoint: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def define_linear_op(
+    name: str, arguments: str, *, adjoint: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     """Define ``exllama::name``, its twin ``exllama::_name``, its gradient and its FLOP formula.
 
     Args:
@@ -33,12 +36,28 @@ def define_linear_op(name: str, arguments: str, *, adjoint: Callable[..., Tensor
         arguments: of its schema; the first, and those of a weight or of several.
         adjoint: maps a gradient of the result, of any strides, and the weight to one of the first argument.
         fake: the fake of both twins.
+
+    Returns:
+        The op as a function: what tracers see is ``exllama::name``.
     """
     for twin in (name, f"_{name}"):
         _library.define_op(twin, arguments, "Tensor", fake=fake)
         register_flop_formula(_packet(twin))(_flops)
     _library.no_gradient(f"_{name}")
     _library.register_kernel(name, "Autograd", _autograd_kernel(f"_{name}", adjoint))
+    op, without_autograd = _packet(name), _packet(f"_{name}").default
+
+    def call(first: Tensor, *weight: Any) -> Tensor:
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_derivative(first)
+        result: Tensor = op(first, *weight) if seen else without_autograd(first, *weight)
+        return result
+
+    return call
+
+
+def _has_derivative(first: Tensor) -> bool:
+    """Whether autograd is to know what becomes of a first argument."""
+    return (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _packet(name: str) -> Any:
@@ -86,7 +105,7 @@ def _autograd_kernel(twin: str, adjoint: Callable[..., Tensor]) -> Callable[...,
             return adjoint(grad, *_saved_weight(ctx)), *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
-        if (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        if _has_derivative(first):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(
                     f"{twin[1:]}: the gradient transforms of torch.func are not supported; torch.autograd is"

@@ -50,10 +50,7 @@ def gptq_gemm(
 
     Source: `exllama_ops.reference.gptq_gemm`.
     """
-    result: Tensor = torch.ops.exllama.gptq_gemm(
-        x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size
-    )
-    return result
+    return _call(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
 def fake_gptq_gemm(
@@ -77,4 +74,4 @@ def _dx(grad: Tensor, *weight: Any) -> Tensor:
     return result
 
 
-define_linear_op("gptq_gemm", f"Tensor x, {WEIGHT_ARGUMENTS}", adjoint=_dx, fake=fake_gptq_gemm)
+_call = define_linear_op("gptq_gemm", f"Tensor x, {WEIGHT_ARGUMENTS}", adjoint=_dx, fake=fake_gptq_gemm)

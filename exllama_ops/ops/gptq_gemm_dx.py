@@ -45,10 +45,7 @@ def gptq_gemm_dx(
 
     Source: `exllama_ops.reference.gptq_gemm_dx`.
     """
-    result: Tensor = torch.ops.exllama.gptq_gemm_dx(
-        grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size
-    )
-    return result
+    return _call(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
 def fake_gptq_gemm_dx(
@@ -72,4 +69,4 @@ def _product(grad: Tensor, *weight: Any) -> Tensor:
     return result
 
 
-define_linear_op("gptq_gemm_dx", f"Tensor grad, {WEIGHT_ARGUMENTS}", adjoint=_product, fake=fake_gptq_gemm_dx)
+_call = define_linear_op("gptq_gemm_dx", f"Tensor grad, {WEIGHT_ARGUMENTS}", adjoint=_product, fake=fake_gptq_gemm_dx)

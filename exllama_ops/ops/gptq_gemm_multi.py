@@ -47,10 +47,7 @@ def gptq_gemm_multi(
 
     Source: `exllama_ops.reference.gptq_gemm_multi`.
     """
-    result: Tensor = torch.ops.exllama.gptq_gemm_multi(
-        x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size
-    )
-    return result
+    return _call(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
 def fake_gptq_gemm_multi(
@@ -84,4 +81,6 @@ def _sum_of_dx(
     return dx
 
 
-define_linear_op("gptq_gemm_multi", f"Tensor x, {WEIGHTS_ARGUMENTS}", adjoint=_sum_of_dx, fake=fake_gptq_gemm_multi)
+_call = define_linear_op(
+    "gptq_gemm_multi", f"Tensor x, {WEIGHTS_ARGUMENTS}", adjoint=_sum_of_dx, fake=fake_gptq_gemm_multi
+)

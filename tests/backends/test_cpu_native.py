@@ -25,7 +25,7 @@ from exllama_ops.backends import cpu
 from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.native import LoadError, cache
 from exllama_ops.backends.native import compile as compiling
-from exllama_ops.backends.native.compile import CPU
+from exllama_ops.backends.native.compile import CPU, SCHEMA
 from exllama_ops.ops import _library
 
 ROOT = Path(__file__).parents[2]
@@ -379,6 +379,29 @@ def test_the_command_builds_once_and_says_what_it_built(sandbox: Sandbox) -> Non
     assert "scalar (in use)" in out
     status, out, err = sandbox.run("-m", "exllama_ops", "build", "--force", "--json")
     assert json.loads(out)["origin"] == "built"
+
+
+@needs_compiler
+def test_the_command_names_the_libraries_that_a_wheel_brought(
+    built: tuple[Sandbox, str, str], sandbox: Sandbox
+) -> None:
+    native = sandbox.root / "exllama_ops" / "_native"
+    shutil.copytree(built[0].libraries()[0].parent, native / "cpu")
+    schema = native / "schema" / SCHEMA.library
+    schema.parent.mkdir()
+    schema.write_bytes(b"schemas")
+    record = {"sha256": compiling.digest(schema), "compiler": "g++", "flags": [], "seconds": 1}
+    (schema.parent / compiling.RECORD).write_text(json.dumps(record))
+    status, out, err = sandbox.run("-m", "exllama_ops", "build", "--json", PATH="", CXX="")
+    assert (status, err) == (0, "")
+    named = json.loads(out)
+    assert (named["origin"], named["library"]) == ("packaged", str(native / "cpu" / CPU.library))
+    assert named["schema_library"] == str(schema)
+    assert not sandbox.cache.exists()
+    schema.write_bytes(b"sch")
+    status, out, err = sandbox.run("-m", "exllama_ops", "build", PATH="", CXX="")
+    assert (status, out) == (2, "")
+    assert f"{schema} is damaged; install the package anew" in err
 
 
 def test_the_command_without_a_compiler_fails_with_the_reason(sandbox: Sandbox) -> None:

@@ -108,7 +108,7 @@ def build_backend() -> ModuleType:
 
 
 @pytest.mark.parametrize("torch_has_cuda", [False, True])
-def test_a_wheel_carries_the_cuda_library_if_nvcc_and_a_torch_with_cuda_are_there(
+def test_a_wheel_carries_the_cuda_library_beside_the_others_if_nvcc_and_a_torch_with_cuda_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_has_cuda: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch_directory, scratch = tmp_path / "torch", tmp_path / "scratch"
@@ -125,7 +125,7 @@ def test_a_wheel_carries_the_cuda_library_if_nvcc_and_a_torch_with_cuda_are_ther
     backend = build_backend()
     monkeypatch.setattr(backend, "_torch_directories", lambda: iter([torch_directory]))
     made = backend._compile(scratch)
-    expected = {"cpu/libexllama_cpu.so", "cpu/build.json"}
+    expected = {"cpu/libexllama_cpu.so", "cpu/build.json", "schema/libexllama_schema.so", "schema/build.json"}
     assert set(made) == expected | ({"cuda/libexllama_cuda.so", "cuda/build.json"} if torch_has_cuda else set())
     assert all(path.is_file() for path in made.values())
     said = capsys.readouterr().err

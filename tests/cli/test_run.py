@@ -87,6 +87,21 @@ def test_compiled_run_streams_the_text_and_reports_on_stderr(
         assert name in captured.err
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], "inductor"), (["--backend", "exllama"], "exllama")])
+def test_the_backend_compiles_the_forward(
+    options: list[str], expected: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def lookup_backend(name: str) -> Any:
+        asked.append(name)
+        return lambda graph, inputs: graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lookup_backend)
+    assert run(checkpoint, "--max-new-tokens", "2", *options) == 0
+    assert set(asked) == {expected}
+
+
 def test_python_m_runs_the_same_command(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "exllama_ops", "run", str(checkpoint)]
     options = ["--prompt", PROMPT, "--max-new-tokens", "3", "--dtype", "bfloat16", "--no-compile", "--json"]
@@ -150,7 +165,10 @@ def test_unexpected_errors_keep_their_traceback(checkpoint: Path, monkeypatch: p
         run(checkpoint)
 
 
-@pytest.mark.parametrize("arguments", [[], ["run", "--max-new-tokens", "0"], ["run", "--dtype", "int8"], ["nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["run", "--max-new-tokens", "0"], ["run", "--dtype", "int8"], ["run", "--backend", "aot"], ["nothing"]],
+)
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)

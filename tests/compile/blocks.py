@@ -15,6 +15,7 @@ from exllama_ops import ExllamaLinear, quantize
 from exllama_ops.compile import FuseSharedInput
 
 K, HEADS = 96, 3
+_G_IDX = 4  # its place among the arguments of an op
 
 
 def order_of(seed: int) -> torch.Tensor:
@@ -52,12 +53,14 @@ class Recorder:
         before: the graphs of Dynamo.
         after: the same after the pass.
         aot: the graphs of AOTAutograd, forward ones and backward ones.
+        orders: of each of those, the length of the order of rows of each product: 0 for none.
     """
 
     def __init__(self) -> None:
         self.before: list[Counter[str]] = []
         self.after: list[Counter[str]] = []
         self.aot: list[Counter[str]] = []
+        self.orders: list[list[int]] = []
 
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.before.append(ops(graph))
@@ -67,6 +70,8 @@ class Recorder:
 
     def _record(self, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.aot.append(ops(graph))
+        products = (node for node in graph.graph.nodes if "exllama._gptq_gemm" in str(node.target))
+        self.orders.append([node.args[_G_IDX].meta["val"].shape[0] for node in products])
         return make_boxed_func(eager(graph, inputs))
 
 

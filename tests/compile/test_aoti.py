@@ -113,16 +113,17 @@ class Logits(nn.Module):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.demo
-def test_the_packaged_demo_model_gives_the_logits_of_the_model(tmp_path: Path) -> None:
+def test_the_packaged_demo_model_gives_the_logits_of_the_compiled_model(tmp_path: Path) -> None:
+    """Bit by bit: it has Inductor's kernels of the same graph, and ours. How far the logits of compiled models are from
+    exact ones is in tests/integrations/test_demo.py.
+    """
     from exllama_ops import load_model
     from exllama_ops.integrations.demo import demo_checkpoint
 
     model = Logits(load_model(demo_checkpoint(), torch.float32)).eval()
     ids = torch.arange(1, 9).unsqueeze(0)
     with torch.no_grad():
-        expected = model(ids)
         program = torch.export.export(model, (ids,), strict=False)
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "demo.pt2"))
         result = torch._inductor.aoti_load_package(path)(ids)
-    assert torch.equal(result.argmax(-1), expected.argmax(-1))
-    assert float((result - expected).norm() / expected.norm()) < 1e-4
+        assert torch.equal(result, torch.compile(model, fullgraph=True)(ids))

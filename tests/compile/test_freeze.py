@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.nn.functional import silu
 
+from compile.blocks import Recorder
 from exllama_ops import ExllamaLinear, freeze, quantize
 
 K, N, GROUP = 96, 160, 32
@@ -301,6 +303,24 @@ def test_compiled_one_product_stands_for_each_group(grad: bool) -> None:
     assert torch.equal(compiled(x), model(x))
     (graph,) = backend.graphs
     assert sum(node.target is torch.ops.exllama.gptq_gemm for node in graph.graph.nodes) == 2 * 4
+
+
+def test_the_backend_keeps_what_freeze_concatenated_and_folded() -> None:
+    """What the pass finds are four products a block, and AOTAutograd's have the orders of rows that were left."""
+    torch._dynamo.reset()
+    model, recorder = nn.Sequential(Block(), Block()), Recorder()
+    unfrozen = copy.deepcopy(model)
+    report = freeze(model, (torch.randn(2, K),))
+    assert set(report.folded) == {"0.mlp.down_proj", "1.mlp.down_proj"}
+    compiled = torch.compile(model, backend=recorder, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (3, 1):
+            x = torch.randn(tokens, K)
+            assert torch.equal(compiled(x), unfrozen(x))
+    assert recorder.before == recorder.after == 2 * [Counter({"gptq_gemm": 2 * 4})]
+    assert recorder.aot == 2 * [Counter({"_gptq_gemm": 2 * 4})]
+    # Of q/k/v, o, gate/up and down of each block; none of down's.
+    assert recorder.orders == 2 * [2 * [K, 64, K, 0]]
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +134,16 @@ def test_the_current_stream_is_used() -> None:
         out = torch.ops.exllama.gptq_gemm(x, *weight.args)
     side.synchronize()
     assert torch.equal(out, expected)
+
+
+def test_the_example_of_the_readme_captures_a_graph() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(model\(static_x\).*?CUDAGraph.*?)```", readme, re.DOTALL)
+    model = ExllamaLinear.from_weight(quantize(torch.randn(128, 256), 4, 64)).cuda()
+    names: dict[str, Any] = {"torch": torch, "model": model, "static_x": torch.randn(1, 256).half().cuda()}
+    with torch.inference_mode():
+        exec(example, names)
+        assert torch.equal(names["out"], model(names["static_x"]))
 
 
 def test_reduce_overhead_replays_cuda_graphs() -> None:

@@ -64,6 +64,7 @@ def tokens(checkpoint: Path) -> list[int]:
     return tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
 
 
+@pytest.mark.demo
 def test_each_layer_has_one_op_for_qkv_and_one_for_gate_and_up(quantized: Any, tokens: list[int]) -> None:
     """In the two graphs that the backend "exllama" makes of the demo model."""
     recorder = Recorder()

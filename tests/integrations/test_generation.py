@@ -205,8 +205,11 @@ def test_without_a_compiler_the_error_says_what_to_do(model: Any) -> None:
         generator.prefill([1, 2, 3])
 
 
-def test_inductor(model: Any) -> None:
-    generator = CompiledGenerator(model)
-    for length, new in ((7, 3), (2, 3), (33, 3), (1, 3), (60, 8)):
-        assert list(generator.generate(prompt(length), new, stop=())) == greedy(model, prompt(length), new)
+def test_the_backend_exllama_compiles_two_graphs_and_no_third(model: Any) -> None:
+    """With Inductor behind it, which the tests above do without."""
+    generator = CompiledGenerator(model, backend="exllama")
+    generator.warm_up()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length, new in ((7, 3), (2, 3), (33, 3), (1, 3), (60, 8)):
+            assert list(generator.generate(prompt(length), new, stop=())) == greedy(model, prompt(length), new)
     assert (generator.graphs, generator.recompiles) == (2, 0)

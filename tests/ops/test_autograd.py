@@ -10,6 +10,7 @@ import torch
 
 from conformance.bounds import assert_within_bound, gamma
 from conformance.weights import DTYPES, Case, build, build_parts, multi_args
+from exllama_ops import gptq_gemm
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled)
@@ -79,36 +80,64 @@ def test_second_derivatives_exist() -> None:
     assert_within_bound(d_grad, direction, weight.dense, gamma(direction.shape[1] + 3))
 
 
-def test_forward_mode_maps_a_tangent_of_x_by_the_same_product() -> None:
+FORMS = pytest.mark.parametrize("gemm", [torch.ops.exllama.gptq_gemm, gptq_gemm], ids=["op", "function"])
+
+
+@FORMS
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_maps_a_tangent_of_x_by_the_same_product(gemm: Callable[..., torch.Tensor], grad: bool) -> None:
     weight = build(CASES[1])
     x, tangent = torch.randn(3, 96), torch.randn(96, 3).t()
-    with torch.autograd.forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        out = torch.ops.exllama.gptq_gemm(dual, *weight.args)
+        out = gemm(dual, *weight.args)
         result = torch.autograd.forward_ad.unpack_dual(out).tangent
     assert result is not None
     assert_within_bound(result, tangent.contiguous(), weight.dense, gamma(tangent.shape[1] + 3))
 
 
+@FORMS
 @pytest.mark.parametrize(
     "transform",
     [
         lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
         lambda f, x: torch.func.jacrev(f)(x),
         lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        # Inside of vmap, x does not say that it requires a gradient.
+        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(lambda row: f(row[None]))(x).sum())(x),
     ],
 )
-def test_gradient_transforms_are_refused_rather_than_wrong(transform: Callable[..., Any]) -> None:
+def test_gradient_transforms_are_refused_rather_than_wrong(
+    transform: Callable[..., Any], gemm: Callable[..., torch.Tensor]
+) -> None:
     weight = build(CASES[0])
     with pytest.raises(NotImplementedError, match=r"^gptq_gemm: the gradient transforms of torch.func"):
-        transform(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args), torch.randn(3, 96))
+        transform(lambda x: gemm(x, *weight.args), torch.randn(3, 96))
 
 
-def test_vmap_without_gradients_loops_over_the_op() -> None:
+@FORMS
+def test_vmap_without_gradients_loops_over_the_op(gemm: Callable[..., torch.Tensor]) -> None:
     weight = build(CASES[0])
     x = torch.randn(2, 3, 96)
-    out = torch.func.vmap(lambda x: torch.ops.exllama.gptq_gemm(x, *weight.args))(x)
-    assert torch.equal(out[1], torch.ops.exllama.gptq_gemm(x[1], *weight.args))
+    out = torch.func.vmap(lambda x: gemm(x, *weight.args))(x)
+    assert torch.equal(out[1], gemm(x[1], *weight.args))
+
+
+def test_the_function_spares_itself_an_autograd_kernel_that_would_only_pass_the_call_on() -> None:
+    args = build(CASES[0]).args
+    x = torch.randn(3, 96, requires_grad=True)
+
+    def called(x: torch.Tensor) -> set[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out = gptq_gemm(x, *args)
+        assert torch.equal(out, torch.ops.exllama.gptq_gemm(x, *args))
+        assert out.requires_grad == (x.requires_grad and torch.is_grad_enabled())
+        return {event.key for event in profile.key_averages() if event.key.startswith("exllama::")}
+
+    assert called(x) == {"exllama::gptq_gemm", "exllama::_gptq_gemm"}
+    assert called(x.detach()) == {"exllama::_gptq_gemm"}
+    with torch.no_grad():
+        assert called(x) == {"exllama::_gptq_gemm"}
 
 
 def test_no_graph_is_built_where_none_is_asked_for() -> None:

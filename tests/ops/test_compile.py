@@ -121,6 +121,7 @@ def test_graph_text_of_a_quantized_mlp() -> None:
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "f32[2, 3, 96]", arg1_1: "i32[12, 64]", arg2_1: "i32[3, 8]", arg3_1: "f16[3, 64]", arg4_1: "i32[0]", arg5_1: "i32[6, 96]", arg6_1: "i32[2, 9]", arg7_1: "f16[2, 96]", arg8_1: "i32[0]", arg9_1: "f32[96]"):
         view: "f32[6, 96]" = torch.ops.aten.view.default(arg0_1, [-1, 96]);  arg0_1 = None
+
         _gptq_gemm: "f32[6, 64]" = torch.ops.exllama._gptq_gemm.default(view, arg1_1, arg2_1, arg3_1, arg4_1, True, 4, True, 32);  view = arg1_1 = arg2_1 = arg3_1 = arg4_1 = None
 
         view_1: "f32[2, 3, 64]" = torch.ops.aten.view.default(_gptq_gemm, [2, 3, 64]);  _gptq_gemm = None
@@ -128,6 +129,7 @@ class <lambda>(torch.nn.Module):
         silu: "f32[2, 3, 64]" = torch.ops.aten.silu.default(view_1);  view_1 = None
 
         view_2: "f32[6, 64]" = torch.ops.aten.view.default(silu, [-1, 64]);  silu = None
+
         _gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama._gptq_gemm.default(view_2, arg5_1, arg6_1, arg7_1, arg8_1, True, 3, True, 32);  view_2 = arg5_1 = arg6_1 = arg7_1 = arg8_1 = None
 
         view_3: "f32[2, 3, 96]" = torch.ops.aten.view.default(_gptq_gemm_1, [2, 3, 96]);  _gptq_gemm_1 = None

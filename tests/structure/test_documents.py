@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,43 @@ def test_commands_that_may_install_torch_name_its_version() -> None:
         for block in shell_blocks(document):
             for line in block.splitlines():
                 assert "pip install" not in line or "torch==2.13.0" in line, f"{document}: {line}"
+
+
+def test_examples_that_are_no_doctests_are_python() -> None:
+    """Those that need a GPU or a model; tests/gpu runs the former."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    examples = [block for block in blocks if not block.startswith(">>>")]
+    assert len(examples) == 2
+    for example in examples:
+        compile(example, "README.md", "exec")
+
+
+DOCTEST = """
+>>> import torch
+>>> class Model(torch.nn.Module):
+...     def forward(self, x):
+...         return len(x.shape) + x
+>>> torch.compile(Model(), backend="eager")(torch.ones(1))
+tensor([2.])
+"""
+
+# pytest's own hook formats what was raised, for which it parses Python: inside another parser that is an error.
+RUN_DOCTEST = """
+import gc, sys, pytest, torch
+assert pytest.main(["-q", "-p", "no:unraisableexception", "--doctest-glob=*.md", "example.md"]) == 0
+sys.unraisablehook = lambda raised: print("raised", repr(raised.exc_value))
+torch._dynamo.reset()
+gc.collect()
+"""
+
+
+def test_a_doctest_that_compiles_raises_nothing_when_it_is_collected(tmp_path: Path) -> None:
+    (tmp_path / "example.md").write_text(DOCTEST)
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    command = [sys.executable, "-c", RUN_DOCTEST]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "raised" not in result.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

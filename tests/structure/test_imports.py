@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "prepare": {"layout"},
     "checkpoint": {"layout", "extras"},
     "kernel": {"prepare", "layout"},
-    "nn": {"prepare", "layout", "backends"},
+    "nn": {"prepare", "layout", "ops", "backends"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
     "integrations": {"nn", "checkpoint", "layout", "extras", "cache"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
