@@ -6,6 +6,7 @@
 #pragma once
 
 #include "mma_operands.cuh"
+#include "parts.h"
 #include "tiles.h"
 #include "words.cuh"
 
@@ -107,10 +108,11 @@ struct MmaStage {
   }
 };
 
-// partials (split_k, M, N) if there are several splits, else out (M, N). tiles: of eight tokens, in a thread block.
+// partials (split_k, M, columns) if there are several splits, else out (M, columns). tiles: of eight tokens, in a thread
+// block.
 template <int bits, typename T, int tiles, int unit_k>
 __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
-    gemm_mma(Weight weight, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
+    gemm_mma(Parts parts, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
   using Stage = MmaStage<bits, T, tiles, unit_k>;
   using Lane = typename Stage::Lane;
   constexpr int step_k = mma_step_k(bits, unit_k);
@@ -129,11 +131,12 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
   const int warp_n = warp % kMmaWarpsN, warp_k = warp / kMmaWarpsN;
+  const Tile of_block(parts, blockIdx.x % parts.column_tiles, kMmaColumns);
+  const Weight& weight = of_block.weight;
   const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
-  const int32_t column_tiles = (N + kMmaColumns - 1) / kMmaColumns;
-  const int32_t first_column = blockIdx.x % column_tiles * kMmaColumns;
+  const auto first_column = static_cast<int32_t>(of_block.first_column);
   const int32_t column = first_column + warp_n * 32 + 4 * g;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x / column_tiles) * Stage::kTokens;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * Stage::kTokens;
   const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
 
   const auto first_run = static_cast<int32_t>(blockIdx.y * shape.runs_per_split);
@@ -258,12 +261,12 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     for (int other = 1; other < kMmaWarpsK; ++other) sum += shared.sums[other - 1][warp_n][i][lane];
     // Accumulator i of a tile: column 2 (i / 4) + i % 4 / 2 of the lane's, token 2 t + i % 2 of the tile.
     const int64_t token = first_token + i / 8 * 8 + 2 * t + i % 2;
-    const int64_t n = column + i / 4 % 2 * 2 + i % 4 / 2;
+    const int64_t n = of_block.columns_before + column + i / 4 % 2 * 2 + i % 4 / 2;
     if (token >= M) continue;
     if (partials) {
-      partials[(blockIdx.y * M + token) * N + n] = sum;
+      partials[(blockIdx.y * M + token) * parts.columns + n] = sum;
     } else {
-      out[token * N + n] = rounded<T>(sum);
+      out[token * parts.columns + n] = rounded<T>(sum);
     }
   }
 }
