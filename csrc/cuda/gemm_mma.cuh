@@ -40,6 +40,7 @@ struct __align__(16) MmaBlock {
   uint32_t negative_zero;  // of what is stored as 0, as Pairs has it
   int32_t tokens;
   int32_t in_order_k;  // rows of W whose chunks of x can be read at once: all or none
+  int32_t row_bytes;   // between two rows of words
 };
 
 template <int bits, typename T>
@@ -57,6 +58,7 @@ __device__ MmaBlock mma_block(const Weight& weight, const T* x, int tokens, int3
   block.tokens = tokens;
   const bool in_order = !weight.rows && weight.K % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   block.in_order_k = in_order ? static_cast<int32_t>(weight.K) : 0;
+  block.row_bytes = 4 * static_cast<int32_t>(weight.N);
   return block;
 }
 
@@ -183,15 +185,14 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   // Rows of words and bytes between them are multiplied to 64 bits in one instruction. N is a multiple of 4: what lies
   // beyond is read from the last columns and not written. Beyond K words stay as they are, for x is 0 there.
   const Lane mine(t);
-  const int32_t row_bytes = 4 * N;
   const auto row_of_step = [&](int i) { return (i / kRunSteps * kMmaWarpsK * kRunSteps + i % kRunSteps) * kStepWords; };
   const int32_t first_row = (first_run + warp_k) * kRunSteps * kStepWords + mine.first_word;
   int32_t rows_left = end_row - first_row;
   const char* next_words = reinterpret_cast<const char*>(weight.qweight + min(column, N - 4)) +
-                           static_cast<int64_t>(first_row) * row_bytes;
+                           static_cast<int64_t>(first_row) * (4 * N);
   uint32_t words[kAhead][4][Lane::kWords] = {};
   // Of step i from the present turn on.
-  const auto load_words = [&](int i) {
+  const auto load_words = [&](int i, int32_t row_bytes) {
 #pragma unroll
     for (int w = 0; w < Lane::kWords; ++w) {
       const int row = row_of_step(i) + w;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   };
 
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load_words(i);
+  for (int i = 0; i < kAhead; ++i) load_words(i, 4 * N);
   constexpr int kStageRuns = Stage::kK / kMmaRunK, kRunUnits = kMmaRunK / unit_k;
   for (int32_t stage_run = first_run; stage_run < end_run; stage_run += kStageRuns) {
     const int32_t end = min(stage_run + kStageRuns, end_run);
@@ -238,6 +239,8 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     __syncthreads();
     const T* s_x = &shared.stage.x[g][warp_k * kMmaRunK + 8 * t];
     const MmaGroups* groups = &shared.stage.groups[warp_k * kRunUnits][warp_n * 8 + g];
+    // From memory, or it would be a uniform register, which has to be copied for every load.
+    const int32_t row_bytes = block.row_bytes;
     int32_t k_left = min(end * kMmaRunK, K) - (stage_run + warp_k) * kMmaRunK;
     for (; k_left > 0; k_left -= kTurnK) {
 #pragma unroll
@@ -272,7 +275,7 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
               }
             }
           }
-          load_words(i + kAhead);
+          load_words(i + kAhead, row_bytes);
           if (unit_k < kMmaRunK) end_unit(groups[k / unit_k * kMmaColumns / 4]);
         }
         if (unit_k == kMmaRunK) end_unit(groups[r * kWarpsRunK / unit_k * kMmaColumns / 4]);
