@@ -72,7 +72,7 @@ EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
 
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
-        return case.group_size in (24, 128, case.K)
+        return case.group_size in (24, 128, case.K) or (case.group_size == 32 and case.order == "perm")
     return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
 
 
@@ -330,6 +330,21 @@ def test_parts_are_one_launch(ops: emulated.EmulatedOps, algorithm: str, monkeyp
         kernels = check_parts(ops, algorithm, build_parts(Case(4, 3144, 40, 128, "perm"), columns), 3)
         assert [algorithm in kernel for kernel in kernels[:launches]] == [True] * launches
         assert ["add_splits" in kernel for kernel in kernels[launches:]] == [True] * (algorithm != "tiled")
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_one_part_at_any_address_is_enough_for_scalar(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensor-core kernel reads 16 bytes at a time of every part; the emulator stops at such a read elsewhere."""
+    parts = build_parts(Case(4, *SHAPES[4], 128, "perm"), [64, 32])
+    words = parts[1].qweight
+    parts[1].qweight.set_(torch.cat([words.new_zeros(1), words.flatten()])[1:].view_as(words))
+    assert parts[1].qweight.data_ptr() % 16
+    assert "scalar" in check_parts(ops, "scalar", parts, 3)[0]
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "mma")
+    with pytest.raises(ValueError, match="EXLLAMA_OPS_CUDA_ALGORITHM=mma cannot"):
+        check_parts(ops, "mma", parts, 3)
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
