@@ -155,13 +155,13 @@ def last_block() -> Any:
 
 
 WIDE = 2**26  # columns: 2**33 words
-TALL = 2**26  # rows of x and out: 2**33 numbers of x, 2**32 of out
+TALL = 2**26  # rows of x and out: 2**33 numbers of each
 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
 def test_a_weight_of_more_than_2_to_the_32_words(last_block: Emulator, algorithm: str) -> None:
-    """The last 64 columns, of which the others are zeros."""
-    weight = build(Case(4, 1024, 64, 128))
+    """The last 64 columns, of which the others are zeros. There are more than 2**32 scales and bytes of zero points."""
+    weight = build(Case(4, 8192, 64, 32))
     wide = wide_weight(weight)
     x = inputs(weight.case)[0][:1]
     ops = PlainOps(last_block, wide)
@@ -190,16 +190,16 @@ def test_dequantizing_columns_beyond_2_to_the_32_words(last_block: Emulator) -> 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled", "gemm_dx"])
 def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algorithm: str) -> None:
-    """The last row, and its last 64 columns."""
-    weight = build(Case(4, 128, 64, 128))
+    """The last row, and its last 64 columns: beyond 2**32 numbers of both, signed or not."""
+    weight = build(Case(4, 128, 128, 128))
     ops = PlainOps(last_block, described(weight))
-    K, N, dense = 128, 64, weight.dense
+    K, N, dense = 128, 128, weight.dense
     if algorithm == "gemm_dx":
         K, N, dense = N, K, dense.t()
     x, out = sparse(TALL, K, dtype=np.float16), sparse(TALL, N, dtype=np.float16)
     x[-1] = np.linspace(-1, 1, K)
     if algorithm == "gemm_dx":
-        error = bounds.dx_error(64)
+        error = bounds.dx_error(N)
         ops.gemm_dx(x, out)
     else:
         error = bounds.gemm_error(algorithm, weight, torch.float16)
