@@ -54,7 +54,7 @@ struct PlacedFields {
 
   __device__ void set_zero(uint32_t z) {
 #pragma unroll
-    for (int place = 0; place < kPlaces; ++place) zero[place] = __uint_as_float(exponent(place) | z << bits * place);
+    for (int place = 0; place < kPlaces; ++place) zero[place] = __uint_as_float(exponent(place) + (z << bits * place));
   }
 
   // Value j, which is known at compile time, minus the zero point.
