@@ -4,7 +4,8 @@
     python -m benchmarks.device_code --arch 80       # this one anew, beside what the file has of the others
 
 The counts are those of `benchmarks.sass`: of the loop over rows of W, with its loads and the end of each group of 128,
-divided by the weights that a lane has had. What brings x, scales and zero points into shared memory is not in them.
+divided by the weights that a lane has had; for `mma`, also with what brings x, scales and zero points into shared
+memory.
 nvdisasm is looked for in PATH, in CUDA's folder and in the wheels of PyPI that have it (`pip install --no-deps
 nvidia-cuda-nvdisasm`).
 """
@@ -73,8 +74,7 @@ def _kernels_of(arch: int) -> Iterator[dict[str, Any]]:
             codes = kernels(_run("nvdisasm", "-c", str(cubin)))
             for name, resources in _resources(said).items():
                 kernel = {"arch": arch, **_described(name), **resources}
-                per_weight = _per_weight(kernel, codes[name])
-                yield kernel | ({} if per_weight is None else {"per_weight": round(per_weight, 2)})
+                yield kernel | _per_weight(kernel, codes[name])
 
 
 def _resources(said: str) -> dict[str, dict[str, int]]:
@@ -110,13 +110,17 @@ def _described(mangled: str) -> dict[str, Any]:
     return {"kernel": name, "arguments": list(map(int, arguments))}
 
 
-def _per_weight(kernel: dict[str, Any], text: str) -> float | None:
-    """Instructions of a lane for each weight that it has, in groups of 128."""
+def _per_weight(kernel: dict[str, Any], text: str) -> dict[str, Any]:
+    """Instructions of a lane for each weight that it has, in groups of 128; staged: by tokens, with the staging."""
     if kernel["kernel"] == "mma" and (kernel["dtype"], kernel["arch"]) != ("bfloat16", 75):  # which has no such mma
         # 256 rows of 32 columns, which the lanes of a warp share; every unit ends with eight FFMA for eight tokens.
         rows, tokens, bits = 256, kernel["tokens"], kernel["bits"]
         needs = {"macs": rows * 32 * tokens, "LDG.E.128": rows * bits // 128, "FFMA": rows // kernel["unit"] * tokens}
-        return Code(text).cheapest_cycle(needs) / rows
+        code = Code(text)
+        counts: dict[str, Any] = {"per_weight": round(code.cheapest_cycle(needs) / rows, 2)}
+        if (kernel["unit"], tokens) == (GROUP, 8):
+            counts["staged"] = {str(M): round(_staged(code, bits, M), 3) for M in (1, 8)}
+        return counts
     if kernel["kernel"] == "scalar" and kernel["shuffled"]:
         # A trip has the rows of W that a warp has of a stage; the last one of a group ends it, and begins the next with
         # four scales.
@@ -126,8 +130,26 @@ def _per_weight(kernel: dict[str, Any], text: str) -> float | None:
         code = Code(text)
         inside = code.cheapest_cycle({"FFMA": weights * tokens, **words})
         at_the_end = code.cheapest_cycle({"FFMA": weights * tokens + 4 * tokens, **words, "LDG.E.64": 1})
-        return ((trips - 1) * inside + at_the_end) / (trips * weights)
-    return None
+        return {"per_weight": round(((trips - 1) * inside + at_the_end) / (trips * weights), 2)}
+    return {}
+
+
+def _staged(code: Code, bits: int, M: int) -> float:
+    """Of a whole stage of 2048 rows, of which each of the four warps along K has 512, with two barriers.
+
+    Beside the words a lane loads 16 bytes of x for each token, and the scales (two bytes each) and the zero points of
+    four columns; it stores these as two times 16 bytes.
+    """
+    rows = 512
+    needs = {
+        "macs": rows * 32 * 8,
+        "FFMA": rows // GROUP * 8,
+        "BAR.SYNC": 2,
+        "LDG.E.64": 1,
+        "LDG.E.128": rows * bits // 128 + M,
+        "STS.128": M + 2,
+    }
+    return code.cheapest_cycle(needs) / rows
 
 
 # --- the report
@@ -147,8 +169,9 @@ def _report(measured: dict[str, Any]) -> str:
         "",
         "## Instructions a weight",
         "",
-        "Of a lane, in groups of 128, with loads and the end of the group, and without what brings x, scales and zero",
-        "points into shared memory once for a thread block. A kernel for 8 tokens takes the same for fewer of them.",
+        "Of a lane, in groups of 128, with loads and the end of the group; and without what brings x, scales and zero",
+        "points into shared memory once for a thread block, but in the rows that name it: of stages of 2048 rows, x in",
+        "order and scales of 16 bits. A loop for 8 tokens takes the same for fewer of them.",
         "",
     ]
     rows = [
@@ -168,6 +191,13 @@ def _report(measured: dict[str, Any]) -> str:
             at_80 = _value(all_kernels, {**wanted, "bits": bits, "arch": 80})
             per_mac = f"{at_80 / 8:.2f}" if at_80 and wanted["tokens"] == 8 else ""
             body.append([label, *(f"{value:.2f}" if value else "" for value in values), per_mac])
+            if label.startswith("mma") and wanted["tokens"] == 8 and wanted["unit"] == GROUP:
+                for M in (1, 8):
+                    staged = [_staged_value(all_kernels, {**wanted, "bits": bits, "arch": arch}, M) for arch in archs]
+                    at_80 = _staged_value(all_kernels, {**wanted, "bits": bits, "arch": 80}, M)
+                    per_mac = f"{at_80 / 8:.2f}" if at_80 and M == 8 else ""
+                    label_of_M = f"{label.split(',')[0]} with staging, M = {M}"
+                    body.append([label_of_M, *(f"{value:.2f}" if value else "" for value in staged), per_mac])
         one, eight = ORIGINAL[bits]
         body.append(["the original, 1 token, float16", *(f"{one}" if a == 80 else "" for a in archs), ""])
         body.append(["the original, 8", *(f"{eight}" if a == 80 else "" for a in archs), f"{eight / 8:.2f}"])
@@ -180,6 +210,13 @@ def _value(all_kernels: list[dict[str, Any]], wanted: dict[str, Any], key: str =
     for kernel in all_kernels:
         if key in kernel and all(kernel.get(name) == value for name, value in wanted.items()):
             return float(kernel[key])
+    return None
+
+
+def _staged_value(all_kernels: list[dict[str, Any]], wanted: dict[str, Any], M: int) -> float | None:
+    for kernel in all_kernels:
+        if "staged" in kernel and all(kernel.get(name) == value for name, value in wanted.items()):
+            return float(kernel["staged"][str(M)])
     return None
 
 
@@ -285,7 +322,7 @@ def _resource_lines(all_kernels: list[dict[str, Any]], archs: list[int]) -> list
         fields = {
             k: v
             for k, v in kernel.items()
-            if k not in ("arch", "registers", "shared_bytes", "spill_bytes", "per_weight")
+            if k not in ("arch", "registers", "shared_bytes", "spill_bytes", "per_weight", "staged")
         }
         labels.setdefault(" ".join(_words(fields)), fields)
     for label, fields in sorted(labels.items()):

@@ -150,10 +150,4 @@ struct PackedWeights {
   }
 };
 
-inline int64_t columns_of(const std::vector<layout::Weight>& weights) {
-  int64_t columns = 0;
-  for (const layout::Weight& weight : weights) columns += weight.N;
-  return columns;
-}
-
 }  // namespace exllama::bindings

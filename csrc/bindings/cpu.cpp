@@ -92,9 +92,9 @@ cpu::Weight checked(const char* op, const PackedWeight& packed, const Shape& sha
 }
 
 // x times every part, side by side.
-Tensor product(const cpu::Weight* parts, int64_t count, int64_t columns, const Tensor& x) {
+Tensor product(const cpu::Weight* parts, int64_t count, const Tensor& x) {
   const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, columns};
+  const int64_t sizes[] = {M, layout::columns_of(parts, count)};
   Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
   if (M > 0) {
     TorchThreads pool;
@@ -111,7 +111,7 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
   const cpu::Weight weight = checked("gptq_gemm", packed, shape);
-  give_back(stack, product(&weight, 1, weight.N, x));
+  give_back(stack, product(&weight, 1, x));
 }
 
 void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
@@ -120,7 +120,7 @@ void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
   const std::vector<cpu::Weight> parts = packed.checked_weights(x);
   check_isa("gptq_gemm_multi");
   check_rows_of("gptq_gemm_multi", parts[0], packed.options.g_idx);
-  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), columns_of(parts), x));
+  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
 }
 
 void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {

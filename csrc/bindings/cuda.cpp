@@ -118,36 +118,27 @@ void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out
   }
 }
 
-// The columns of out from first_column on = x @ W, as gptq_gemm of this weight alone computes them.
-void gemm_into(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column,
-               const Place& place) {
-  const int64_t M = x.size(0), out_stride = out.size(1);
-  const cuda::Problem problem =
-      cuda::problem_of(weight, dtype_of(x), M, place.device(), batch_invariant.load(std::memory_order_relaxed));
-  const cuda::Config config = choose(problem);
-  log_choice(problem, config);
-  if (config.algorithm == cuda::Algorithm::kDense) {
-    gemm_dense(weight, x, out, first_column, config.chunk, place);
-    return;
-  }
-  const Workspace workspace(cuda::gemm_workspace_bytes(problem, config, out_stride), x);
-  const int64_t bytes = dtype_of(x) == layout::DType::kFloat32 ? 4 : 2;
-  cuda::gemm(weight, x.data<const void>(), dtype_of(x), M, out.data<char>() + first_column * bytes, out_stride, config,
-             workspace.get(), place.stream());
-}
-
-// x times every part, side by side. Each part is a launch of its own, which gathers x into shared memory as it would
-// alone: one for all would have to choose one config for them, and other bits.
-Tensor product(const layout::Weight* parts, int64_t count, int64_t columns, const Tensor& x) {
+// x times every part, side by side.
+Tensor product(const layout::Weight* parts, int64_t count, const Tensor& x) {
   const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, columns};
+  const int64_t sizes[] = {M, layout::columns_of(parts, count)};
   Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
   if (M == 0) return out;
   const Place place(x);
-  int64_t first_column = 0;
-  for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
-    gemm_into(*part, x, out, first_column, place);
+  const cuda::Problem problem =
+      cuda::problem_of(parts, count, dtype_of(x), M, place.device(), batch_invariant.load(std::memory_order_relaxed));
+  const cuda::Config config = choose(problem);
+  log_choice(problem, config);
+  if (config.algorithm == cuda::Algorithm::kDense) {
+    int64_t first_column = 0;
+    for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
+      gemm_dense(*part, x, out, first_column, config.chunk, place);
+    }
+    return out;
   }
+  const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
+  cuda::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
+             place.stream());
   return out;
 }
 
@@ -156,14 +147,14 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
   const layout::Weight weight = packed.weight(shape);
-  give_back(stack, product(&weight, 1, weight.N, x));
+  give_back(stack, product(&weight, 1, x));
 }
 
 void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = tensor_at(stack, 0);
   const PackedWeights packed(stack + 1);
   const std::vector<layout::Weight> parts = packed.checked_weights(x);
-  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), columns_of(parts), x));
+  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
 }
 
 void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {

@@ -32,16 +32,18 @@ class DeviceGuard {
 };
 
 // Device memory that the caller lends until the work is done, aligned to 256 bytes.
-size_t gemm_workspace_bytes(const Problem& problem, const Config& config, int64_t out_stride);
+size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
 
-// out (M, N) = x (M, K) @ W, both of dtype x_dtype, by what select_gemm chose for the problem_of these arguments. Rows of
-// out begin out_stride numbers apart, N or more; the bits do not depend on it.
+// out (M, columns) = x (M, K) @ W of every part, side by side, both of dtype x_dtype, by what select_gemm chose for the
+// problem_of these arguments: that of one weight with the columns of all. Parts differ in their words, zero points,
+// scales, N and scales_dtype alone; one launch has eight of them.
 // Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
-void gemm(const Weight& weight, const void* x, DType x_dtype, int64_t M, void* out, int64_t out_stride,
-          const Config& config, void* workspace, Stream stream);
-Problem problem_of(const Weight& weight, DType x_dtype, int64_t M, const Device& device, bool batch_invariant);
+void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
+          void* workspace, Stream stream);
+Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M, const Device& device,
+                   bool batch_invariant);
 
 // dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream);

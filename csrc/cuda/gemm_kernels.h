@@ -2,17 +2,24 @@
 #pragma once
 
 #include "cuda.h"
+#include "parts.h"
 
 namespace exllama::cuda {
 
 struct GemmArguments {
-  const Weight& weight;
+  const Weight* parts;
+  int64_t count;           // at most kMaxParts
+  int64_t columns_before;  // in out: those of parts that other launches have
+  int64_t columns;         // of out
   const void* x;
   DType dtype;  // of x and out
   int64_t M;
   void* out;
-  float* partials;  // (split_k, M, N) to be added up, or null if sums go to out at once
+  float* partials;  // (split_k, M, columns) to be added up, or null if sums go to out at once
 };
+
+// The parts as a kernel has them whose thread blocks have tile_columns columns.
+Parts parts_of(const GemmArguments& arguments, int tile_columns);
 
 void launch_gemm_scalar(const GemmArguments& arguments, const Config& config, Stream stream);
 void launch_gemm_mma(const GemmArguments& arguments, const Config& config, Stream stream);

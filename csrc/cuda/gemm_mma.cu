@@ -45,15 +45,16 @@ MmaShape shape_of(const Weight& weight, const Config& config) {
 }  // namespace
 
 void launch_gemm_mma(const GemmArguments& a, const Config& config, Stream stream) {
-  with_bits(a.weight.bits, [&](auto bits) {
+  with_bits(a.parts->bits, [&](auto bits) {
     with_half_dtype(a.dtype, [&](auto dtype) {
       with_tiles(config.rows, [&](auto tiles) {
-        with_unit(mma_unit_k(a.weight.K, a.weight.group_size), [&](auto unit_k) {
+        with_unit(mma_unit_k(a.parts->K, a.parts->group_size), [&](auto unit_k) {
           using T = typename decltype(dtype)::type;
-          const int64_t blocks = divide_up(a.weight.N, kMmaColumns) * divide_up(a.M, kMmaTokens * tiles);
+          const Parts parts = parts_of(a, kMmaColumns);
+          const int64_t blocks = parts.column_tiles * divide_up(a.M, kMmaTokens * tiles);
           const dim3 grid(grid_of(blocks, "gemm_mma"), static_cast<unsigned>(config.split_k));
           gemm_mma<bits(), T, tiles(), unit_k()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
-              a.weight, static_cast<const T*>(a.x), a.M, shape_of(a.weight, config), a.partials,
+              parts, static_cast<const T*>(a.x), a.M, shape_of(*a.parts, config), a.partials,
               static_cast<T*>(a.out));
         });
       });

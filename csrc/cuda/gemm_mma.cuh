@@ -6,6 +6,7 @@
 #pragma once
 
 #include "mma_operands.cuh"
+#include "parts.h"
 #include "tiles.h"
 #include "words.cuh"
 
@@ -27,6 +28,40 @@ struct __align__(16) MmaGroups {
   uint4 negative_zeros;  // as Pairs has them
 };
 
+// What a thread block must know at every stage: kept in shared memory, since the loop has no registers to spare, and
+// what the compiler would rather compute anew each time are 64-bit products.
+struct __align__(16) MmaBlock {
+  const char* x;  // the first token
+  int64_t x_pitch;  // bytes between tokens
+  const char* zeros;  // of the first group and the first column
+  const char* scales;
+  uint32_t zeros_pitch, scales_pitch;  // bytes between groups
+  uint32_t last_column;  // of which there are three more: counted from the first one on
+  uint32_t negative_zero;  // of what is stored as 0, as Pairs has it
+  int32_t tokens;
+  int32_t in_order_k;  // rows of W whose chunks of x can be read at once: all or none
+  int32_t row_bytes;   // between two rows of words
+};
+
+template <int bits, typename T>
+__device__ MmaBlock mma_block(const Weight& weight, const T* x, int tokens, int32_t first_column) {
+  const uint32_t N = static_cast<uint32_t>(weight.N), scale_bytes = weight.scales_dtype == DType::kFloat32 ? 4 : 2;
+  MmaBlock block;
+  block.x = reinterpret_cast<const char*>(x);
+  block.x_pitch = weight.K * static_cast<int64_t>(sizeof(T));
+  block.zeros = reinterpret_cast<const char*>(weight.qzeros + static_cast<int64_t>(first_column) * bits / 32);
+  block.scales = static_cast<const char*>(weight.scales) + static_cast<int64_t>(first_column) * scale_bytes;
+  block.zeros_pitch = static_cast<uint32_t>(weight.N * bits / 8);
+  block.scales_pitch = N * scale_bytes;
+  block.last_column = N - 4 - first_column;
+  block.negative_zero = Pairs<bits, T>::negative_zero(zero_offset(weight));
+  block.tokens = tokens;
+  const bool in_order = !weight.rows && weight.K % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  block.in_order_k = in_order ? static_cast<int32_t>(weight.K) : 0;
+  block.row_bytes = 4 * static_cast<int32_t>(weight.N);
+  return block;
+}
+
 // What a thread block has of x and of the scales and zero points at a time: of a stage of K.
 template <int bits, typename T, int tiles, int unit_k>
 struct MmaStage {
@@ -40,9 +75,9 @@ struct MmaStage {
   __align__(16) T x[kTokens][kPitch];  // [token][step][chunk]: see MmaLane
   MmaGroups groups[kUnits][kMmaColumns / 4];
 
-  // Of `tokens` rows of x, what belongs to the rows of W from first_k to end_k. The other tokens keep what lies there:
-  // a column of the product depends on no other column of x.
-  __device__ void load_x(const Weight& weight, const T* from, int tokens, int32_t first_k, int32_t end_k) {
+  // What belongs to the rows of W from first_k to end_k. Tokens that are not there keep what lies there, or get another's
+  // numbers: a column of the product depends on no other column of x.
+  __device__ void load_x(const Weight& weight, const MmaBlock& block, int32_t first_k, int32_t end_k) {
     constexpr int kChunks = kK / 8, kInStep = 4 * Lane::kChunks;
     // Tokens that are loaded at a time, and how often.
     constexpr int kTogether = kMmaThreads / kChunks, kTimes = kTokens / kTogether;
@@ -53,27 +88,26 @@ struct MmaStage {
     const int32_t step_k = first_k + (chunk - chunk % kInStep) * 8;
     if (step_k >= end_k) return;
     const auto k_of = [&](int e) { return step_k + Lane::k_of(chunk % kInStep, e); };
-    const int first = threadIdx.x / kChunks;
-    const int left = tokens - first;
-    const T* row = from + static_cast<int64_t>(first) * K;
-    const int64_t times_K = static_cast<int64_t>(kTogether) * K;
-    const auto chunk_of = [&](int time) -> uint4& {
-      return *reinterpret_cast<uint4*>(&x[first + time * kTogether][8 * chunk]);
-    };
-    if (Lane::kInOrder && !weight.rows && K % 8 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      const bool inside = k_of(0) < K;
-      row += k_of(0);
+    const int first = kTogether == 1 ? 0 : threadIdx.x / kChunks;
+    int left = block.tokens - first;
+    const int64_t pitch = block.x_pitch * kTogether;
+    const char* row = block.x + block.x_pitch * first;
+    auto* to = reinterpret_cast<uint4*>(&x[first][8 * chunk]);
+    constexpr int kNext = kTogether * kPitch * sizeof(T) / sizeof(uint4);
+    if (Lane::kInOrder && k_of(0) < block.in_order_k) {
+      row += sizeof(T) * static_cast<uint32_t>(k_of(0));
 #pragma unroll 1
-      for (int time = 0; time * kTogether < left; time += kLoads) {
-        uint4 chunks[kLoads] = {};
+      for (; left > (kLoads - 1) * kTogether; left -= kLoads * kTogether) {
+        uint4 chunks[kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          if ((time + i) * kTogether < left && inside) chunks[i] = __ldg(reinterpret_cast<const uint4*>(row));
-          row += times_K;
-        }
+        for (int i = 0; i < kLoads; ++i) chunks[i] = __ldg(reinterpret_cast<const uint4*>(row + pitch * i));
+        row += pitch * kLoads;
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) chunk_of(time + i) = chunks[i];
+        for (int i = 0; i < kLoads; ++i) to[i * kNext] = chunks[i];
+        to += kLoads * kNext;
       }
+#pragma unroll 1
+      for (; left > 0; left -= kTogether, row += pitch, to += kNext) *to = __ldg(reinterpret_cast<const uint4*>(row));
       return;
     }
     int32_t source[8];
@@ -82,35 +116,40 @@ struct MmaStage {
       source[e] = k_of(e) < K ? static_cast<int32_t>(source_row(weight, k_of(e))) : -1;
     }
 #pragma unroll 1
-    for (int time = 0; time * kTogether < left; ++time, row += times_K) {
+    for (; left > 0; left -= kTogether, row += pitch, to += kNext) {
       __align__(16) T values[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) values[e] = source[e] < 0 ? rounded<T>(0.0f) : row[source[e]];
-      chunk_of(time) = *reinterpret_cast<const uint4*>(values);
+      for (int e = 0; e < 8; ++e) {
+        values[e] = source[e] < 0 ? rounded<T>(0.0f) : reinterpret_cast<const T*>(row)[source[e]];
+      }
+      *to = *reinterpret_cast<const uint4*>(values);
     }
   }
 
-  // Of the units from first_unit to end_unit and the columns from first_column on: a thread has four of one unit.
-  __device__ void load_groups(const Weight& weight, const MmaShape& shape, int32_t first_column, int32_t first_unit,
-                              int32_t end_unit) {
+  // Of the units from first_unit to end_unit: a thread has four columns of one unit.
+  __device__ void load_groups(const Weight& weight, const MmaBlock& block, const MmaShape& shape,
+                              uint32_t first_unit, uint32_t end_unit) {
     constexpr int kFours = kMmaColumns / 4;
     static_assert(kUnits * kFours <= kMmaThreads);
-    const int unit = threadIdx.x / kFours, four = threadIdx.x % kFours;
-    if (unit >= end_unit - first_unit) return;
-    const auto N = static_cast<int32_t>(weight.N);
-    const int32_t column = min(first_column + 4 * four, N - 4);
-    const auto group = static_cast<int32_t>(divide_units(first_unit + unit, shape.group_reciprocal));
-    const FourZeros<bits> fields(weight, group, column);
-    const auto negative_zero = [&](int i) { return Pairs<bits, T>::negative_zero(fields.get(weight, i)); };
-    groups[unit][four] = {load_four(weight.scales, weight.scales_dtype, static_cast<int64_t>(group) * N + column),
+    const uint32_t unit = threadIdx.x / kFours, four = threadIdx.x % kFours;
+    if (first_unit + unit >= end_unit) return;
+    const uint32_t column = min(4 * four, block.last_column);
+    const uint32_t group = divide_units(first_unit + unit, shape.group_reciprocal);
+    const char* const row_of_zeros = block.zeros + static_cast<uint64_t>(block.zeros_pitch) * group;
+    const FourZeros<bits> zeros(reinterpret_cast<const uint32_t*>(row_of_zeros), column);
+    const char* const scales = block.scales + static_cast<uint64_t>(block.scales_pitch) * group;
+    const auto negative_zero = [&](int i) { return block.negative_zero + zeros.stored(i) * Pairs<bits, T>::kNextZero; };
+    static_assert(sizeof(groups) == kUnits * kFours * sizeof(MmaGroups));
+    (&groups[0][0])[threadIdx.x] = {load_four(scales, weight.scales_dtype, column),
                           make_uint4(negative_zero(0), negative_zero(1), negative_zero(2), negative_zero(3))};
   }
 };
 
-// partials (split_k, M, N) if there are several splits, else out (M, N). tiles: of eight tokens, in a thread block.
+// partials (split_k, M, columns) if there are several splits, else out (M, columns). tiles: of eight tokens, in a thread
+// block.
 template <int bits, typename T, int tiles, int unit_k>
 __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
-    gemm_mma(Weight weight, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
+    gemm_mma(Parts parts, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
   using Stage = MmaStage<bits, T, tiles, unit_k>;
   using Lane = typename Stage::Lane;
   constexpr int step_k = mma_step_k(bits, unit_k);
@@ -125,16 +164,19 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     Stage stage;
     float sums[kMmaWarpsK - 1][kMmaWarpsN][kSums][32];
   } shared;
+  __shared__ MmaBlock block;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
   const int warp_n = warp % kMmaWarpsN, warp_k = warp / kMmaWarpsN;
+  const Tile of_block(parts, blockIdx.x % parts.column_tiles, kMmaColumns);
+  const Weight& weight = of_block.weight;
   const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
-  const int32_t column_tiles = (N + kMmaColumns - 1) / kMmaColumns;
-  const int32_t first_column = blockIdx.x % column_tiles * kMmaColumns;
+  const auto first_column = static_cast<int32_t>(of_block.first_column);
   const int32_t column = first_column + warp_n * 32 + 4 * g;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x / column_tiles) * Stage::kTokens;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * Stage::kTokens;
   const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
+  if (threadIdx.x == 0) block = mma_block<bits>(weight, x + first_token * K, tokens, first_column);
 
   const auto first_run = static_cast<int32_t>(blockIdx.y * shape.runs_per_split);
   const int32_t end_run = min(first_run + static_cast<int32_t>(shape.runs_per_split), (K + kMmaRunK - 1) / kMmaRunK);
@@ -143,15 +185,14 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   // Rows of words and bytes between them are multiplied to 64 bits in one instruction. N is a multiple of 4: what lies
   // beyond is read from the last columns and not written. Beyond K words stay as they are, for x is 0 there.
   const Lane mine(t);
-  const int32_t row_bytes = 4 * N;
   const auto row_of_step = [&](int i) { return (i / kRunSteps * kMmaWarpsK * kRunSteps + i % kRunSteps) * kStepWords; };
   const int32_t first_row = (first_run + warp_k) * kRunSteps * kStepWords + mine.first_word;
   int32_t rows_left = end_row - first_row;
   const char* next_words = reinterpret_cast<const char*>(weight.qweight + min(column, N - 4)) +
-                           static_cast<int64_t>(first_row) * row_bytes;
+                           static_cast<int64_t>(first_row) * (4 * N);
   uint32_t words[kAhead][4][Lane::kWords] = {};
   // Of step i from the present turn on.
-  const auto load_words = [&](int i) {
+  const auto load_words = [&](int i, int32_t row_bytes) {
 #pragma unroll
     for (int w = 0; w < Lane::kWords; ++w) {
       const int row = row_of_step(i) + w;
@@ -186,17 +227,20 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   };
 
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load_words(i);
+  for (int i = 0; i < kAhead; ++i) load_words(i, 4 * N);
   constexpr int kStageRuns = Stage::kK / kMmaRunK, kRunUnits = kMmaRunK / unit_k;
   for (int32_t stage_run = first_run; stage_run < end_run; stage_run += kStageRuns) {
     const int32_t end = min(stage_run + kStageRuns, end_run);
-    __syncthreads();  // the last stage has been read
-    shared.stage.load_x(weight, x + first_token * K, tokens, stage_run * kMmaRunK, end * kMmaRunK);
-    shared.stage.load_groups(weight, shape, first_column, stage_run * kRunUnits,
-                             min(end * kRunUnits, (K + unit_k - 1) / unit_k));
+    __syncthreads();  // the last stage has been read, and block is there
+    shared.stage.load_x(weight, block, stage_run * kMmaRunK, end * kMmaRunK);
+    // Of the last run, units may lie beyond K.
+    shared.stage.load_groups(weight, block, shape, stage_run * kRunUnits,
+                             kRunUnits == 1 ? end : min(end * kRunUnits, (K + unit_k - 1) / unit_k));
     __syncthreads();
     const T* s_x = &shared.stage.x[g][warp_k * kMmaRunK + 8 * t];
     const MmaGroups* groups = &shared.stage.groups[warp_k * kRunUnits][warp_n * 8 + g];
+    // From memory, or it would be a uniform register, which has to be copied for every load.
+    const int32_t row_bytes = block.row_bytes;
     int32_t k_left = min(end * kMmaRunK, K) - (stage_run + warp_k) * kMmaRunK;
     for (; k_left > 0; k_left -= kTurnK) {
 #pragma unroll
@@ -231,7 +275,7 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
               }
             }
           }
-          load_words(i + kAhead);
+          load_words(i + kAhead, row_bytes);
           if (unit_k < kMmaRunK) end_unit(groups[k / unit_k * kMmaColumns / 4]);
         }
         if (unit_k == kMmaRunK) end_unit(groups[r * kWarpsRunK / unit_k * kMmaColumns / 4]);
@@ -258,12 +302,12 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     for (int other = 1; other < kMmaWarpsK; ++other) sum += shared.sums[other - 1][warp_n][i][lane];
     // Accumulator i of a tile: column 2 (i / 4) + i % 4 / 2 of the lane's, token 2 t + i % 2 of the tile.
     const int64_t token = first_token + i / 8 * 8 + 2 * t + i % 2;
-    const int64_t n = column + i / 4 % 2 * 2 + i % 4 / 2;
+    const int64_t n = of_block.columns_before + column + i / 4 % 2 * 2 + i % 4 / 2;
     if (token >= M) continue;
     if (partials) {
-      partials[(blockIdx.y * M + token) * N + n] = sum;
+      partials[(blockIdx.y * M + token) * parts.columns + n] = sum;
     } else {
-      out[token * N + n] = rounded<T>(sum);
+      out[token * parts.columns + n] = rounded<T>(sum);
     }
   }
 }

@@ -14,13 +14,14 @@ void with_rows(int32_t rows, const F& f) {
 }  // namespace
 
 void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream stream) {
-  with_bits(a.weight.bits, [&](auto bits) {
-    with_flag(a.weight.shuffled, [&](auto shuffled) {
+  with_bits(a.parts->bits, [&](auto bits) {
+    with_flag(a.parts->shuffled, [&](auto shuffled) {
       with_rows(config.rows, [&](auto rows) {
-        const int64_t tiles = divide_up(a.weight.N, kScalarColumns) * divide_up(a.M, rows);
-        const dim3 grid(grid_of(tiles, "gemm_scalar"), static_cast<unsigned>(config.split_k));
+        const Parts parts = parts_of(a, kScalarColumns);
+        const dim3 grid(grid_of(parts.column_tiles * divide_up(a.M, rows), "gemm_scalar"),
+                        static_cast<unsigned>(config.split_k));
         gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
-            a.weight, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.partials, a.out);
+            parts, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.partials, a.out);
       });
     });
   });

@@ -4,6 +4,7 @@
 // read once for all `rows` rows of x. q - z is exact in float32, so that an outlier of x costs nothing where q = z.
 #pragma once
 
+#include "parts.h"
 #include "tiles.h"
 #include "words.cuh"
 
@@ -135,11 +136,12 @@ struct ScalarSums {
   }
 };
 
-// partials (split_k, M, N) if there are several splits, else out (M, N). A split has stages_per_split stages of K.
+// partials (split_k, M, columns) if there are several splits, else out (M, columns). A split has stages_per_split stages
+// of K.
 // Thread blocks of an SM are named because ptxas otherwise aims at 80 registers for one row, and spills for it.
 template <int bits, bool shuffled, int rows>
 __global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
-    gemm_scalar(Weight weight, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
+    gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
   constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;  // blocks that are loaded together
@@ -147,9 +149,10 @@ __global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column_tiles = (weight.N + kScalarColumns - 1) / kScalarColumns;
-  const int64_t first_column = blockIdx.x % column_tiles * kScalarColumns;
-  const int64_t first_row = blockIdx.x / column_tiles * rows;
+  const Tile tile(parts, blockIdx.x % parts.column_tiles, kScalarColumns);
+  const Weight& weight = tile.weight;
+  const int64_t first_column = tile.first_column;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * rows;
   const int64_t column = first_column + 4 * lane;
   const bool active = column < weight.N;  // N is a multiple of 4
   const size_t four_scales = weight.scales_dtype == DType::kFloat32 ? 16 : 8;
@@ -214,10 +217,11 @@ __global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
     float sum = s_floats[i];
 #pragma unroll
     for (int other = 1; other < kScalarWarps; ++other) sum += s_floats[other * rows * kScalarColumns + i];
+    const int64_t to = tile.columns_before + n;
     if (partials) {
-      partials[(blockIdx.y * M + m) * weight.N + n] = sum;
+      partials[(blockIdx.y * M + m) * parts.columns + to] = sum;
     } else {
-      store_number(sum, out, dtype, m * weight.N + n);
+      store_number(sum, out, dtype, m * parts.columns + to);
     }
   }
 }

@@ -6,13 +6,11 @@ namespace exllama::cuda {
 namespace {
 
 template <bool transposed>
-void launch(const Weight& weight, const void* a, DType a_dtype, int64_t M, void* out, DType out_dtype, Stream stream) {
-  with_bits(weight.bits, [&](auto bits) {
-    with_flag(weight.shuffled, [&](auto shuffled) {
-      const int64_t columns = transposed ? weight.K : weight.N;
-      const unsigned grid = grid_of(divide_up(columns, kTiledColumns) * divide_up(M, kTiledRows), "gemm_tiled");
-      gemm_tiled<bits(), shuffled(), transposed>
-          <<<grid, kTiledThreads, 0, to_cuda(stream)>>>(weight, a, a_dtype, M, out, out_dtype);
+void launch(const Parts& parts, const void* a, DType dtype, int64_t M, void* out, Stream stream) {
+  with_bits(parts.weight.bits, [&](auto bits) {
+    with_flag(parts.weight.shuffled, [&](auto shuffled) {
+      const unsigned grid = grid_of(parts.column_tiles * divide_up(M, kTiledRows), "gemm_tiled");
+      gemm_tiled<bits(), shuffled(), transposed><<<grid, kTiledThreads, 0, to_cuda(stream)>>>(parts, a, dtype, M, out);
     });
   });
   check(cudaGetLastError(), "gemm_tiled");
@@ -21,12 +19,15 @@ void launch(const Weight& weight, const void* a, DType a_dtype, int64_t M, void*
 }  // namespace
 
 void launch_gemm_tiled(const GemmArguments& a, Stream stream) {
-  void* const out = a.partials ? a.partials : a.out;
-  launch<false>(a.weight, a.x, a.dtype, a.M, out, a.partials ? DType::kFloat32 : a.dtype, stream);
+  launch<false>(parts_of(a, kTiledColumns), a.x, a.dtype, a.M, a.out, stream);
 }
 
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream) {
-  if (M > 0 && weight.K > 0) launch<true>(weight, grad, grad_dtype, M, dx, grad_dtype, stream);
+  if (M == 0 || weight.K == 0) return;
+  // The tiles and the results are those of the rows of W.
+  Parts parts = parts_of({&weight, 1, 0, weight.K, grad, grad_dtype, M, dx, nullptr}, kTiledColumns);
+  parts.column_tiles = parts.part[0].end_tile = grid_of(divide_up(weight.K, kTiledColumns), "gemm_tiled");
+  launch<true>(parts, grad, grad_dtype, M, dx, stream);
 }
 
 }  // namespace exllama::cuda

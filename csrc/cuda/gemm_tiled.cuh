@@ -2,26 +2,29 @@
 // there are no tensor cores for it.
 #pragma once
 
+#include "parts.h"
 #include "tiles.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-// out (M, columns) = a (M, terms) @ W, where columns are N and terms K; transposed: @ W^T, columns K and terms N.
+// out (M, columns) = a (M, terms) @ W, where columns are those of all parts and terms K; transposed: @ W^T of the one
+// part, columns K and terms N.
 // K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
 // Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it.
 template <int bits, bool shuffled, bool transposed>
 __global__ void __launch_bounds__(kTiledThreads, 3)
-    gemm_tiled(Weight weight, const void* a, DType dtype, int64_t M, void* out, DType out_dtype) {
+    gemm_tiled(Parts parts, const void* a, DType dtype, int64_t M, void* out) {
   constexpr int kValues = layout::block_values(bits);
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
   __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
   __shared__ __align__(16) float s_w[kTiledTerms][kPitch];
+  const Tile tile(parts, blockIdx.x % parts.column_tiles, kTiledColumns);
+  const Weight& weight = tile.weight;
   const int64_t K = weight.K, N = weight.N;
   const int64_t columns = transposed ? K : N, terms = transposed ? N : K;
-  const int64_t column_tiles = (columns + kTiledColumns - 1) / kTiledColumns;
-  const int64_t first_column = blockIdx.x % column_tiles * kTiledColumns;
-  const int64_t first_row = blockIdx.x / column_tiles * kTiledRows;
+  const int64_t first_column = tile.first_column;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * kTiledRows;
   const int across = threadIdx.x % 16, down = threadIdx.x / 16;
 
   float sums[4][4] = {};
@@ -64,11 +67,11 @@ __global__ void __launch_bounds__(kTiledThreads, 3)
   for (int j = 0; j < 4; ++j) {
     const int64_t column = first_column + 4 * across + j;
     if (column >= columns) continue;
-    const int64_t to = transposed ? source_row(weight, column) : column;
+    const int64_t to = tile.columns_before + (transposed ? source_row(weight, column) : column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + 4 * down + i;
-      if (m < M) store_number(sums[i][j], out, out_dtype, m * columns + to);
+      if (m < M) store_number(sums[i][j], out, dtype, m * parts.columns + to);
     }
   }
 }

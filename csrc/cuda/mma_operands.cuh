@@ -99,9 +99,11 @@ struct Pairs {
     return (static_cast<uint32_t>(Format16<T>::kBias + exponent) << kMantissa) * 0x00010001u;
   }
 
-  // A zero point as it lies in shared memory: -(2**mantissa + z) in both halves, or -(2**23 + z) in float32.
+  // A zero point as it lies in shared memory: -(2**mantissa + z) in both halves, or -(2**23 + z) in float32. Of the next
+  // integer it is kNextZero more.
+  static constexpr uint32_t kNextZero = kWide ? 1 : 0x00010001u;
   static __device__ uint32_t negative_zero(uint32_t z) {
-    return kWide ? 0xCB000000u + z : 0x80008000u + (kMagic + z) * 0x00010001u;
+    return (kWide ? 0xCB000000u : 0x80008000u + kMagicPair) + z * kNextZero;
   }
 
   // And as it is subtracted: at place p, with s = bits * p, as -(2**(mantissa - s) + z).

@@ -103,6 +103,9 @@ __device__ inline uint32_t read_value(const uint32_t* qweight, int64_t N, int64_
   return value_of<bits, shuffled>(words, static_cast<int>(row % kValues));
 }
 
+// A zero point minus what is stored of it.
+__device__ inline uint32_t zero_offset(const Weight& weight) { return weight.zeros_v2 ? 0 : 1; }
+
 // The zero point of a group and a column, at most 256.
 template <int bits>
 __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t column) {
@@ -111,7 +114,7 @@ __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t 
   const int64_t first = column * bits;
   uint32_t field = row[first / 32] >> (first % 32);
   if (bits == 3 && first % 32 > 29) field |= row[first / 32 + 1] << (32 - first % 32);
-  return (field & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
+  return (field & ((1u << bits) - 1)) + zero_offset(weight);
 }
 
 // The zero points of a group and of four columns from a multiple of four on.
@@ -119,18 +122,18 @@ template <int bits>
 struct FourZeros {
   uint32_t fields;
 
-  __device__ FourZeros(const Weight& weight, int64_t group, int64_t column) {
-    const int64_t first = column * bits;
-    const int shift = static_cast<int>(first % 32);
-    const uint32_t* const row = weight.qzeros + group * (weight.N * bits / 32) + first / 32;
-    fields = __ldg(row) >> shift;
+  // row: of the group, from a column on where a word begins, from which the column is counted. Below 2**29.
+  __device__ FourZeros(const uint32_t* row, uint32_t column) {
+    const uint32_t first = column * bits, shift = first % 32;
+    fields = __ldg(row + first / 32) >> shift;
     // Only the last of 12 bits may lie in the next word, which need not be there otherwise.
-    if (bits == 3 && shift > 20) fields |= __ldg(row + 1) << (32 - shift);
+    if (bits == 3 && shift > 20) fields |= __ldg(row + first / 32 + 1) << (32 - shift);
   }
+  __device__ FourZeros(const Weight& weight, int64_t group, int64_t column)
+      : FourZeros(weight.qzeros + group * (weight.N * bits / 32), column) {}
 
-  __device__ uint32_t get(const Weight& weight, int i) const {
-    return (fields >> (bits * i) & ((1u << bits) - 1)) + (weight.zeros_v2 ? 0 : 1);
-  }
+  __device__ uint32_t stored(int i) const { return fields >> (bits * i) & ((1u << bits) - 1); }
+  __device__ uint32_t get(const Weight& weight, int i) const { return stored(i) + zero_offset(weight); }
 };
 
 __device__ inline float scale_of(const Weight& weight, int64_t group, int64_t column) {

@@ -23,4 +23,11 @@ struct Weight {
   bool zeros_v2;  // the stored zero point is the zero point itself, not minus one
 };
 
+// Of weights side by side.
+inline int64_t columns_of(const Weight* parts, int64_t count) {
+  int64_t columns = 0;
+  for (int64_t i = 0; i < count; ++i) columns += parts[i].N;
+  return columns;
+}
+
 }  // namespace exllama::layout

@@ -61,6 +61,11 @@ class BackendUnderTest:
         """Whether a product whose terms and sums all fit into float32 comes out exactly."""
         return self.precision in (None, "highest")
 
+    @property
+    def parts_have_the_bits_of_gemm(self) -> bool:
+        """Whether gptq_gemm_multi divides a part's sums as gptq_gemm does; CUDA divides those of all parts as one."""
+        return self.served_by != {"cuda"}
+
     def gemm_error(self, x: Tensor, weight: Weight) -> Error:
         """Of ``x @ W``."""
         if self.served_by == {"triton"}:

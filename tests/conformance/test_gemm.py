@@ -242,31 +242,41 @@ def test_results_repeat_bit_for_bit(backend: BackendUnderTest, bits: int) -> Non
     assert all(torch.equal(first, backend.ops.gptq_gemm(x, *weight.args)) for _ in range(3))
 
 
+def check_parts(backend: BackendUnderTest, x: torch.Tensor, parts: list[Weight]) -> None:
+    """The columns of each part are those of gptq_gemm: in their bits, or in their NaN and within its bound."""
+    on_device = [part.to(backend.device) for part in parts]
+    columns = [part.case.N for part in parts]
+    out = backend.ops.gptq_gemm_multi(x.to(backend.device), *multi_args(on_device))
+    assert out.shape == (len(x), sum(columns))
+    for part, weight, result in zip(parts, on_device, out.split(columns, 1), strict=True):
+        alone = backend.ops.gptq_gemm(x.to(backend.device), *weight.args)
+        if backend.parts_have_the_bits_of_gemm:
+            torch.testing.assert_close(result, alone, rtol=0, atol=0, equal_nan=True)
+            continue
+        assert torch.equal(result.isnan(), alone.isnan())
+        finite = ~x.isnan().any(1)
+        assert_within_bound(result.cpu()[finite], x[finite], part.dense, *backend.gemm_error(x[finite], part))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("order", "shuffled"), [("sorted", True), ("perm", True), ("raw", False), ("sorted", False)])
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_columns_of_a_part_have_the_bits_of_gemm(
+def test_columns_of_a_part_are_those_of_gemm(
     backend: BackendUnderTest, bits: int, order: str, shuffled: bool, dtype: torch.dtype
 ) -> None:
     K, columns = 8 * SMALL_SHAPES[bits][0], [96, 32, 160]
     case = Case(bits, K, columns[0], 32 if bits == 4 else 24, order, shuffled, v2=bits != 4)
-    parts = [part.to(backend.device) for part in build_parts(case, columns)]
+    parts = build_parts(case, columns)
     for M in (0, 1, 5, 33):
         x = activations(M, K, dtype)
         x[M // 2 : M // 2 + 1, 5] = float("nan")
-        x = x.to(backend.device)
-        out = backend.ops.gptq_gemm_multi(x, *multi_args(parts))
-        assert out.shape == (M, sum(columns))
-        for part, result in zip(parts, out.split(columns, 1), strict=True):
-            torch.testing.assert_close(result, backend.ops.gptq_gemm(x, *part.args), rtol=0, atol=0, equal_nan=True)
+        check_parts(backend, x, parts)
 
 
 def test_scales_of_parts_may_have_other_dtypes(backend: BackendUnderTest) -> None:
     K, N = SMALL_SHAPES[4]
-    parts = [build(Case(4, K, N, 32, "perm", scales_dtype=dtype)).to(backend.device) for dtype in DTYPES]
-    x = activations(3, K, torch.float16).to(backend.device)
-    out = backend.ops.gptq_gemm_multi(x, *multi_args(parts))
-    assert torch.equal(out, torch.cat([backend.ops.gptq_gemm(x, *part.args) for part in parts], 1))
+    parts = [build(Case(4, K, N, 32, "perm", scales_dtype=dtype)) for dtype in DTYPES]
+    check_parts(backend, activations(3, K, torch.float16), parts)
 
 
 def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:

@@ -29,19 +29,19 @@ KERNELS = """
 using namespace exllama::cuda;
 #define INSTANTIATE(bits, shuffled) \\
   template __global__ void gemm_scalar<bits, shuffled, 1>( \\
-      Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
+      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 8>( \\
-      Weight, const void*, DType, int64_t, int64_t, float*, void*); \\
-  template __global__ void gemm_tiled<bits, shuffled, false>(Weight, const void*, DType, int64_t, void*, DType); \\
-  template __global__ void gemm_tiled<bits, shuffled, true>(Weight, const void*, DType, int64_t, void*, DType); \\
+      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+  template __global__ void gemm_tiled<bits, shuffled, false>(Parts, const void*, DType, int64_t, void*); \\
+  template __global__ void gemm_tiled<bits, shuffled, true>(Parts, const void*, DType, int64_t, void*); \\
   template __global__ void dequantize_columns<bits, shuffled>(Weight, int64_t, int64_t, void*, DType); \\
   template __global__ void reorder<bits, shuffled>(const uint32_t*, const int32_t*, int64_t, int64_t, uint32_t*);
 namespace exllama::cuda {
 INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
 INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8, false)
-template __global__ void gemm_mma<4, __half, 1, 128>(Weight, const __half*, int64_t, MmaShape, float*, __half*);
+template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaShape, float*, __half*);
 template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
-    Weight, const __nv_bfloat16*, int64_t, MmaShape, float*, __nv_bfloat16*);
+    Parts, const __nv_bfloat16*, int64_t, MmaShape, float*, __nv_bfloat16*);
 }
 """
 

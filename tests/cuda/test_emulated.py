@@ -122,20 +122,25 @@ def test_gemm_is_within_the_bound(
             check_gemm(ops, algorithm, weight, M, dtype)
 
 
+def check_parts(ops: emulated.EmulatedOps, algorithm: str, parts: list[Weight], M: int) -> list[str]:
+    """Every part of a product of several; returns the kernels that were launched."""
+    x = activations(M, parts[0].case.K, torch.float16)
+    out = ops.gptq_gemm_multi(x, *multi_args(parts))
+    for part, result in zip(parts, out.split([part.case.N for part in parts], 1), strict=True):
+        assert_within_bound(result.contiguous(), x, part.dense, bounds.gemm_error(algorithm, part, x.dtype))
+    return [call["kernel"] for call in ops.calls]
+
+
 @pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
-def test_columns_of_a_part_have_the_bits_of_gemm(
-    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By every algorithm; 11 rows lie apart in the result, and 1 does not."""
+def test_parts_are_within_the_bound(ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that fill no tile, or several; more parts than a launch has; 11 rows lie apart in the result."""
     K, N = SHAPES[bits]
-    columns = [N, 32]
-    parts = build_parts(Case(bits, K, N, 128, "perm"), columns)
-    for algorithm, M in itertools.product(ALGORITHMS, (1, 11)):
-        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
-        x = activations(M, K, torch.float16)
-        out = ops.gptq_gemm_multi(x, *multi_args(parts))
-        for part, result in zip(parts, out.split(columns, 1), strict=True):
-            assert torch.equal(result, ops.gptq_gemm(x, *part.args)), (algorithm, M)
+    for order, columns in itertools.product(("perm", "raw"), ([N], [N, 160], [32, N, 160], [N, *[32] * 7, 160])):
+        parts = build_parts(Case(bits, K, N, 128, order, shuffled=order == "perm"), columns)
+        for algorithm, M in itertools.product(ALGORITHMS, (1, 11)):
+            if can(algorithm, ops.arch, parts[0].case, torch.float16):
+                monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+                check_parts(ops, algorithm, parts, M)
 
 
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
@@ -266,15 +271,17 @@ def test_outliers_where_q_equals_z_leave_no_trace(
 @pytest.mark.parametrize("algorithm", ["scalar", "mma"])
 @pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
 def test_batch_invariant_rows_do_not_depend_on_M(ops: emulated.EmulatedOps, bits: int, algorithm: str) -> None:
-    weight = build(Case(bits, *SHAPES[bits], 128 if algorithm == "mma" else 24))
-    x = activations(40, weight.case.K, torch.float16)
+    case = Case(bits, *SHAPES[bits], 128 if algorithm == "mma" else 24)
+    parts = build_parts(case, [case.N, 32])
+    x = activations(40, case.K, torch.float16)
     ops.set_batch_invariant(True)
     try:
-        whole = ops.gptq_gemm(x, *weight.args)
-        assert any(algorithm in call["kernel"] for call in ops.calls)
-        for rows in (x[:1], x[1:4], x[4:15]):
-            start = int((rows.data_ptr() - x.data_ptr()) / x.stride(0) / x.element_size())
-            assert torch.equal(ops.gptq_gemm(rows, *weight.args), whole[start : start + len(rows)])
+        for product, args in ((ops.gptq_gemm, parts[0].args), (ops.gptq_gemm_multi, multi_args(parts))):
+            whole = product(x, *args)
+            assert any(algorithm in call["kernel"] for call in ops.calls)
+            for rows in (x[:1], x[1:4], x[4:15]):
+                start = int((rows.data_ptr() - x.data_ptr()) / x.stride(0) / x.element_size())
+                assert torch.equal(product(rows, *args), whole[start : start + len(rows)])
     finally:
         ops.set_batch_invariant(False)
 
@@ -312,6 +319,25 @@ def test_sums_of_a_split_K(ops: emulated.EmulatedOps, algorithm: str, monkeypatc
     kernels = [call["kernel"] for call in ops.calls]
     assert len(kernels) == 2
     assert "add_splits" in kernels[1]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+@pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
+def test_parts_are_one_launch(ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that adds up their splits; nine are two, for a launch has eight."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    for columns, launches in (([40], 1), ([40, 72, 64], 1), ([40, *[8] * 8], 2)):
+        kernels = check_parts(ops, algorithm, build_parts(Case(4, 3144, 40, 128, "perm"), columns), 3)
+        assert [algorithm in kernel for kernel in kernels[:launches]] == [True] * launches
+        assert ["add_splits" in kernel for kernel in kernels[launches:]] == [True] * (algorithm != "tiled")
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_scales_of_parts_have_dtypes_of_their_own(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [build(Case(4, *SHAPES[4], 128, "perm", scales_dtype=dtype)) for dtype in DTYPES]
+    for algorithm in ALGORITHMS:
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        check_parts(ops, algorithm, parts, 3)
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
