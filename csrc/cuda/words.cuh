@@ -43,12 +43,15 @@ __device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
 
 // q - z of the values of a block of words as floats, by an instruction to place the field and one to subtract: the bits s
 // and on of a word, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z in the same place
-// the difference of two such numbers, both multiples of 2**-s below 2**24, is exact. Fields of the upper half of a word
-// are shifted down together; what has no place of its own in a word (3 bits) is brought to s = 0.
+// the difference of two such numbers, both multiples of 2**-s below 2**24, is exact. Higher fields of a word are shifted
+// down together; what has no place of its own in a word (3 bits) is brought to s = 0.
 template <int bits, bool shuffled>
 struct PlacedFields {
+  // The low bits of a word, shifted or not, that are looked at: of 2 bits only eight, as 16 have too many zero points for
+  // the registers of gemm_scalar.
+  static constexpr int kWindow = bits == 2 ? 8 : 16;
   // How many s there are: place i is bit bits * i.
-  static constexpr int kPlaces = bits == 8 || (bits == 3 && !shuffled) ? 1 : 16 / bits;
+  static constexpr int kPlaces = bits == 8 || (bits == 3 && !shuffled) ? 1 : kWindow / bits;
 
   float zero[kPlaces];  // 2**(23 - s) + z
 
@@ -67,14 +70,14 @@ struct PlacedFields {
     } else {
       const int first = layout::position(bits, j, 0, shuffled);
       const bool sliced = bits == 3 && j >= 30;
-      const int place = sliced ? 0 : first % 16 / bits;
+      const int place = sliced ? 0 : first % kWindow / bits;
       uint32_t word = words[first / 32];
       if (sliced) {
         // Of two values, bit b is bit 15 or 31 of word b.
         word = select_bits(0x00010001, words[0] >> 15, words[1] >> 14);
         word = select_bits(0x00030003, word, words[2] >> 13);
       }
-      if (first % 32 >= 16) word >>= 16;
+      word >>= first % 32 / kWindow * kWindow;
       return __uint_as_float(and_or(word, ((1u << bits) - 1) << bits * place, exponent(place))) - zero[place];
     }
   }
