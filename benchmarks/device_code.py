@@ -122,13 +122,14 @@ def _per_weight(kernel: dict[str, Any], text: str) -> dict[str, Any]:
             counts["staged"] = {str(M): round(_staged(code, bits, M), 3) for M in (1, 8)}
         return counts
     if kernel["kernel"] == "scalar" and kernel["shuffled"]:
-        # A trip has as many rows of a lane's four columns as four loads bring, or three of 3 bits.
-        rows = {2: 64, 3: 32, 4: 32, 8: 16}[kernel["bits"]]
+        # A trip has the rows of W that a warp has of a stage; the last one of a group ends it, and begins the next with
+        # four scales.
+        rows = 64
         tokens, weights, trips = kernel["tokens"], 4 * rows, GROUP // rows
         words = {"LDG.E.128": rows * kernel["bits"] // 32}
         code = Code(text)
         inside = code.cheapest_cycle({"FFMA": weights * tokens, **words})
-        at_the_end = code.cheapest_cycle({"FFMA": weights * tokens + 4 * tokens, **words})
+        at_the_end = code.cheapest_cycle({"FFMA": weights * tokens + 4 * tokens, **words, "LDG.E.64": 1})
         return {"per_weight": round(((trips - 1) * inside + at_the_end) / (trips * weights), 2)}
     return {}
 
@@ -236,7 +237,10 @@ def _budget_lines(all_kernels: list[dict[str, Any]]) -> list[str]:
             continue
         limits = derived_budgets(bits)
         values = (mma, mma / 8, one, eight / 8)
-        body.append([f"{bits}", *(f"{value:.2f} of {limit:.2f}" for value, limit in zip(values, limits, strict=True))])
+        cells = [f"{value:.2f} of {limit:.2f}" for value, limit in zip(values, limits, strict=True)]
+        cells[2] += f", least {least_of_scalar(bits, 1):.2f}"
+        cells[3] += f", least {least_of_scalar(bits, 8) / 8:.2f}"
+        body.append([f"{bits}", *cells])
     head = ["bits", "mma, a weight", "a MAC at M = 8", "scalar, a weight at M = 1", "a MAC at M = 8"]
     return [*lines, *_table(head, body), ""]
 
@@ -250,8 +254,14 @@ For other widths the same budget is moved by what the width changes and nothing 
   bits 0.06, 3 bits 0.1 and 0.15 for the pair in the third bits of three words; 8 bits take PRMT for LOP3 and no shift.
   HMMA take 0.125, loads of words bits / 128. The rest of 1.8, 0.5, is addresses, loads of x and ends of groups, which
   no width changes.
-- scalar: one field, one exponent, one FADD and one FFMA are 3 a weight with a shift and LOP3 that do both; 2.5 asks
-  that some of it be shared. 3 bits add the six LOP3 of two of 32 values, 0.2; 8 bits one PRMT for a shift and a LOP3.
+- scalar: the issue asks for 2.5 and 1.3 for every width. With q - z exact, so that an outlier of x costs nothing where
+  q = z, a weight takes at least a LOP3 that leaves its field in place and puts an exponent around it, an FADD of its
+  zero point, and an FFMA a row; its share of a shift for the upper half of a word (4 bits 0.125, 2 bits 0.06, 3 bits
+  0.22 and 0.06 LOP3 for the values in three words; PRMT for 8 bits needs none), of loads of words, bits / 128, and of x
+  for four columns, 1 / 16 a row: "least" below. The FADD can only be spared by fields as subnormal floats, with z
+  times the sum of x taken off at the group's end: 2.3 at M = 1, where outliers cost. Eight columns a lane would share
+  loads of x (1.30 a MAC for 1.33), with 64 more sums in registers and half the warps. Up to sm_80 neither would be
+  faster: an SM adds and multiplies in 64 lanes, so that FADD and FFMA take longer than all takes to issue.
 """
 
 
@@ -259,8 +269,13 @@ def derived_budgets(bits: int) -> tuple[float, float, float, float]:
     """Instructions a weight and a MAC: mma, and scalar at one token and at eight."""
     shift = {2: 0.06, 3: 0.25, 4: 0.125, 8: 0.0}[bits]
     mma = BUDGETS["mma"][0] + shift - 0.125 + (bits - 4) / 128
-    scalar = BUDGETS["scalar"][0] + (0.2 if bits == 3 else 0.0)
-    return mma, BUDGETS["mma"][1] + (mma - BUDGETS["mma"][0]) / 8, scalar, BUDGETS["scalar"][1]
+    return mma, BUDGETS["mma"][1] + (mma - BUDGETS["mma"][0]) / 8, *BUDGETS["scalar"]
+
+
+def least_of_scalar(bits: int, tokens: int) -> float:
+    """Instructions a weight that any gemm_scalar with exact q - z takes, without ends of groups and the loop."""
+    shift = {2: 0.06, 3: 0.28, 4: 0.125, 8: 0.0}[bits]
+    return 2 + tokens + shift + bits / 128 + tokens / 16
 
 
 def _roofline_lines(all_kernels: list[dict[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)(.*?);?\s*$")
 _TARGET = re.compile(r"`\(([^)]+)\)")
@@ -92,12 +93,15 @@ class Code:
         """How many instructions the cheapest way from a block back to itself issues that issues all of ``needs``.
 
         Args:
-            needs: by "macs" of the tensor cores, or the beginning of a mnemonic, at least how many.
+            needs: by "macs" of the tensor cores, or the beginning of a mnemonic, at least how many. No beginning may be
+                one of another, so that an instruction meets one need.
 
         Raises:
             SassError: there is no such cycle.
         """
         keys = sorted(needs)
+        if any(b.startswith(a) for a, b in pairwise(keys)):
+            raise SassError(f"an instruction meets two needs of {keys}")
         wanted = tuple(needs[key] for key in keys)
         gains = {
             name: tuple(
@@ -106,8 +110,10 @@ class Code:
             for name, block in self._blocks.items()
         }
         best: int | None = None
-        for header in self._headers():
-            cost = self._cycle(header, gains, wanted, best)
+        counted = tuple(key != "macs" for key in keys)
+        # A cycle that is found early ends the search for others, and large blocks are on the cheapest.
+        for header in sorted(self._headers(), key=lambda name: sum(gains[name]), reverse=True):
+            cost = self._cycle(header, gains, wanted, counted, best)
             best = best if cost is None else cost
         if best is None:
             raise SassError(f"no cycle issues {dict(needs)}")
@@ -120,14 +126,24 @@ class Code:
         return list(dict.fromkeys(back))
 
     def _cycle(
-        self, start: str, gains: Mapping[str, tuple[int, ...]], wanted: tuple[int, ...], below: int | None
+        self,
+        start: str,
+        gains: Mapping[str, tuple[int, ...]],
+        wanted: tuple[int, ...],
+        counted: tuple[bool, ...],
+        below: int | None,
     ) -> int | None:
+        """By A*: what is still needed of instructions that are counted costs at least their number."""
+
+        def still(had: tuple[int, ...]) -> int:
+            return sum(b - a for a, b, counts in zip(had, wanted, counted, strict=True) if counts)
+
         nothing = tuple(0 for _ in wanted)
-        queue = [(0, start, nothing)]
+        queue = [(still(nothing), 0, start, nothing)]
         done: set[tuple[str, tuple[int, ...]]] = set()
         while queue:
-            cost, name, had = heapq.heappop(queue)
-            if below is not None and cost >= below:
+            bound, cost, name, had = heapq.heappop(queue)
+            if below is not None and bound >= below:
                 return None
             if name == start and had == wanted:
                 return cost
@@ -138,7 +154,7 @@ class Code:
             block = self._blocks[name]
             here = cost + block.counts.total() - block.counts["macs"] + sum(map(self._call, block.calls))
             for successor in block.successors:
-                heapq.heappush(queue, (here, successor, has))
+                heapq.heappush(queue, (here + still(has), here, successor, has))
         return None
 
     def _call(self, name: str) -> int:

@@ -10,34 +10,37 @@
 
 namespace exllama::cuda {
 
-__device__ inline uint4 load_four_columns(const uint32_t* words, bool aligned) {
-  if (aligned) return __ldg(reinterpret_cast<const uint4*>(words));
-  return make_uint4(__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3));
-}
-
-// x (M, K) rows `first_row` and on, columns of W's rows `first_k` and on, as floats [kScalarStageK][rows].
+// Columns of x (M, K) for the rows of W of a stage, of which a warp has kScalarWarpK from stage_k + warp * warp_rows on:
+// of the rows from `first_row` on, as floats [kScalarStageK][rows].
 template <int rows>
 __device__ void stage_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row,
-                        int64_t first_k, float* s_x) {
+                        int64_t stage_k, int64_t warp_rows, float* s_x) {
+  const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
+#pragma unroll 1
   for (int i = threadIdx.x; i < kScalarStageK; i += kScalarThreads) {
-    const int64_t k = first_k + i;
-    const int64_t source = k < weight.K ? source_row(weight, k) : 0;
+    const int64_t k = stage_k + i / kScalarWarpK * warp_rows + i % kScalarWarpK;
+    float values[rows] = {};
+    if (k < weight.K) {
+      int64_t at = first_row * weight.K + source_row(weight, k);
 #pragma unroll
-    for (int m = 0; m < rows; ++m) {
-      const bool inside = k < weight.K && first_row + m < M;
-      s_x[i * rows + m] = inside ? load_number(x, dtype, (first_row + m) * weight.K + source) : 0.0f;
+      for (int m = 0; m < rows; ++m, at += weight.K) {
+        if (m < rows_of_x) values[m] = load_number(x, dtype, at);
+      }
     }
+#pragma unroll
+    for (int m = 0; m < rows; ++m) s_x[i * rows + m] = values[m];
   }
 }
 
-// The sums of one lane: `rows` rows by four columns.
-template <int bits, int rows>
+// What one lane has: four columns, from `column` on, of `rows` rows of the result.
+template <int bits, bool shuffled, int rows>
 struct ScalarSums {
+  static constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
+
   float total[rows][4] = {};
   float group_sum[rows][4] = {};  // of x * (q - z) in the present group
   float scale[4] = {};
-  float zero[4] = {};  // 2**23 + z
-  int64_t group = -1;
+  PlacedFields<bits, shuffled> fields[4] = {};
 
   __device__ void end_group() {
 #pragma unroll
@@ -50,61 +53,98 @@ struct ScalarSums {
     }
   }
 
-  __device__ void enter_group(const Weight& weight, int64_t next, int64_t column) {
-    if (next == group) return;
-    end_group();
-    group = next;
+  __device__ void begin_group(const Weight& weight, int64_t group, int64_t column) {
+    const float4 four = load_four(weight.scales, weight.scales_dtype, group * weight.N + column);
+    scale[0] = four.x;
+    scale[1] = four.y;
+    scale[2] = four.z;
+    scale[3] = four.w;
+    const FourZeros<bits> zeros(weight, group, column);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      scale[c] = scale_of(weight, group, column + c);
-      zero[c] = 8388608.0f + static_cast<float>(zero_of<bits>(weight, group, column + c));
-    }
+    for (int c = 0; c < 4; ++c) fields[c].set_zero(zeros.get(weight, c));
   }
 
-  // Value j of the four columns' words, times x of that row of W.
-  template <bool shuffled>
-  __device__ void add(const uint32_t (&words)[4][layout::block_words(bits)], int j, const float* x) {
+  // The next `blocks` blocks of rows of W, which lie in the present group, times x, of which s_x has [rows of W][rows].
+  template <int blocks>
+  __device__ void add_blocks(const uint32_t*& qweight, int64_t N, const float*& s_x) {
+    uint32_t words[blocks][4][kWords];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      // With the exponent of 2**23, the bits of q are the float 2**23 + q.
-      const float q = __uint_as_float(value_of<bits, shuffled>(words[c], j) | 0x4B000000u) - zero[c];
+    for (int i = 0; i < blocks * kWords; ++i) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(qweight));
+      words[i / kWords][0][i % kWords] = four.x;
+      words[i / kWords][1][i % kWords] = four.y;
+      words[i / kWords][2][i % kWords] = four.z;
+      words[i / kWords][3][i % kWords] = four.w;
+      qweight += N;
+    }
+    // As many rows of W at a time as fill float4 loads of x.
+    constexpr int kTogether = rows < 4 ? 4 / rows : 1, kLoads = kTogether * rows / 4;
 #pragma unroll
-      for (int m = 0; m < rows; ++m) group_sum[m][c] = fmaf(x[m], q, group_sum[m][c]);
+    for (int first = 0; first < blocks * kValues; first += kTogether) {
+      float r_x[kTogether * rows];
+#pragma unroll
+      for (int v = 0; v < kLoads; ++v) {
+        const float4 four = *reinterpret_cast<const float4*>(s_x + first * rows + 4 * v);
+        r_x[4 * v] = four.x;
+        r_x[4 * v + 1] = four.y;
+        r_x[4 * v + 2] = four.z;
+        r_x[4 * v + 3] = four.w;
+      }
+#pragma unroll
+      for (int k = first; k < first + kTogether; ++k) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float q = fields[c].get(words[k / kValues][c], k % kValues);
+#pragma unroll
+          for (int m = 0; m < rows; ++m) group_sum[m][c] = fmaf(r_x[(k - first) * rows + m], q, group_sum[m][c]);
+        }
+      }
+    }
+    s_x += blocks * kValues * rows;
+  }
+
+  // A block of rows, from row k on, any of which may begin a group.
+  __device__ void add_by_row(const Weight& weight, int64_t k, int64_t column, const float* s_x) {
+    uint32_t words[4][kWords], zero_point[4] = {};
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        words[c][w] = __ldg(weight.qweight + (k / kValues * kWords + w) * weight.N + column + c);
+      }
+    }
+    int64_t group = -1;
+#pragma unroll 1
+    for (int j = 0; j < kValues; ++j) {
+      const int64_t last = group;
+      group = group_of(weight, k + j);
+      if (group != last) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          scale[c] = scale_of(weight, group, column + c);
+          zero_point[c] = zero_of<bits>(weight, group, column + c);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const auto q = static_cast<int>(value_of<bits, shuffled>(words[c], j) - zero_point[c]);
+        const float w = static_cast<float>(q) * scale[c];
+#pragma unroll
+        for (int m = 0; m < rows; ++m) total[m][c] = fmaf(s_x[j * rows + m], w, total[m][c]);
+      }
     }
   }
 };
-
-// The words of `blocks` blocks of four columns from row k of W on; zeros beyond K.
-template <int bits, int blocks>
-__device__ void load_blocks(const Weight& weight, int64_t k, int64_t column, bool aligned,
-                            uint32_t (&words)[blocks][4][layout::block_words(bits)]) {
-  constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
-#pragma unroll
-  for (int i = 0; i < blocks; ++i) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      uint4 four = make_uint4(0, 0, 0, 0);
-      if (k + i * kValues < weight.K) {
-        four = load_four_columns(weight.qweight + (k / kValues * kWords + i * kWords + w) * weight.N + column, aligned);
-      }
-      words[i][0][w] = four.x;
-      words[i][1][w] = four.y;
-      words[i][2][w] = four.z;
-      words[i][3][w] = four.w;
-    }
-  }
-}
 
 // partials (split_k, M, columns) if there are several splits, else out (M, columns). A split has stages_per_split stages
 // of K.
 // Thread blocks of an SM are named because ptxas otherwise aims at 80 registers for one row, and spills for it.
 template <int bits, bool shuffled, int rows>
-__global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 5 : 3)
+__global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
-  constexpr int kWarpK = kScalarStageK / kScalarWarps;  // rows of W that a warp has of a stage
-  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;   // blocks that are loaded together
+  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;  // blocks that are loaded together
   constexpr int kXFloats = kScalarStageK * rows, kSumFloats = kScalarWarps * rows * kScalarColumns;
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
@@ -115,72 +155,54 @@ __global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 5 : 3)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * rows;
   const int64_t column = first_column + 4 * lane;
   const bool active = column < weight.N;  // N is a multiple of 4
-  const bool aligned = reinterpret_cast<uintptr_t>(weight.qweight) % 16 == 0;
-  const bool raw = !weight.shuffled && weight.rows;
+  const size_t four_scales = weight.scales_dtype == DType::kFloat32 ? 16 : 8;
+  const bool aligned = reinterpret_cast<uintptr_t>(weight.qweight) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(weight.scales) % four_scales == 0;
+  const bool by_row = (!weight.shuffled && weight.rows) || weight.group_size % kValues != 0 || !aligned;
 
-  ScalarSums<bits, rows> sums;
-  int64_t end_of_group = 0;
-  const int64_t first_stage = blockIdx.y * stages_per_split;
-  for (int64_t stage = first_stage; stage < first_stage + stages_per_split; ++stage) {
-    const int64_t stage_k = stage * kScalarStageK;
+  // A warp's rows of W follow one another, a part of them in each stage.
+  const int64_t warp_rows = stages_per_split * kScalarWarpK, split_k = blockIdx.y * stages_per_split * kScalarStageK;
+  int64_t k = split_k + warp * warp_rows;
+  const uint32_t* qweight = weight.qweight + k / kValues * kWords * weight.N + column;
+  int64_t group = k / weight.group_size;
+  int64_t left_in_group = weight.group_size - (k - group * weight.group_size);
+
+  ScalarSums<bits, shuffled, rows> sums;
+  bool begins = true;
+  for (int64_t stage = 0; stage < stages_per_split; ++stage) {
+    const int64_t stage_k = split_k + stage * kScalarWarpK;
     if (stage_k >= weight.K) break;
     __syncthreads();  // the last stage has been read
-    stage_x<rows>(weight, x, dtype, M, first_row, stage_k, s_floats);
+    stage_x<rows>(weight, x, dtype, M, first_row, stage_k, warp_rows, s_floats);
     __syncthreads();
-    const int64_t first_k = stage_k + warp * kWarpK;
-    const auto end = static_cast<int>(min(weight.K - first_k, static_cast<int64_t>(kWarpK)));
-    const float* const s_x = s_floats + warp * kWarpK * rows;
-    if (!active) continue;
-    if (raw || weight.group_size % kValues != 0) {
-      // The group may change with every row.
-      for (int i = 0; i < end; i += kValues) {
-        uint32_t words[1][4][kWords];
-        load_blocks<bits>(weight, first_k + i, column, aligned, words);
-#pragma unroll 1
-        for (int j = 0; j < kValues; ++j) {
-          sums.enter_group(weight, group_of(weight, first_k + i + j), column);
-          float r_x[rows];
-#pragma unroll
-          for (int m = 0; m < rows; ++m) r_x[m] = s_x[(i + j) * rows + m];
-          sums.template add<shuffled>(words[0], j, r_x);
-        }
-      }
+    auto left = static_cast<int>(min(weight.K - k, static_cast<int64_t>(kScalarWarpK)));
+    const float* s_x = s_floats + warp * kScalarWarpK * rows;
+    if (!active || left <= 0) continue;
+    if (by_row) {
+      for (; left > 0; left -= kValues, k += kValues, s_x += kValues * rows) sums.add_by_row(weight, k, column, s_x);
       continue;
     }
-    for (int batch = 0; batch < end; batch += kBatch * kValues) {
-      uint32_t words[kBatch][4][kWords];
-      load_blocks<bits>(weight, first_k + batch, column, aligned, words);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int first = batch + i * kValues;
-        if (first >= end) break;
-        if (first_k + first >= end_of_group) {  // a division of 64 bits for every group and not for every block
-          const int64_t group = (first_k + first) / weight.group_size;
-          end_of_group = (group + 1) * weight.group_size;
-          sums.enter_group(weight, group, column);
-        }
-        // As many rows of W at a time as fill float4 loads of x.
-        constexpr int kTogether = rows < 4 ? 4 / rows : 1, kLoads = kTogether * rows / 4;
-#pragma unroll
-        for (int j = 0; j < kValues; j += kTogether) {
-          float r_x[kTogether * rows];
-#pragma unroll
-          for (int v = 0; v < kLoads; ++v) {
-            const float4 four = *reinterpret_cast<const float4*>(s_x + (first + j) * rows + 4 * v);
-            r_x[4 * v] = four.x;
-            r_x[4 * v + 1] = four.y;
-            r_x[4 * v + 2] = four.z;
-            r_x[4 * v + 3] = four.w;
-          }
-#pragma unroll
-          for (int together = 0; together < kTogether; ++together) {
-            sums.template add<shuffled>(words[i], j + together, r_x + together * rows);
-          }
-        }
+    k += left;
+    while (left > 0) {
+      if (begins) sums.begin_group(weight, group, column);
+      auto together = static_cast<int>(min(left_in_group, static_cast<int64_t>(left)));
+      left -= together;
+      left_in_group -= together;
+      for (; together >= kBatch * kValues; together -= kBatch * kValues) {
+        sums.template add_blocks<kBatch>(qweight, weight.N, s_x);
+      }
+      if constexpr (kBatch > 1) {
+        for (; together > 0; together -= kValues) sums.template add_blocks<1>(qweight, weight.N, s_x);
+      }
+      begins = left_in_group == 0;
+      if (begins) {
+        sums.end_group();
+        ++group;
+        left_in_group = weight.group_size;
       }
     }
   }
-  sums.end_group();
+  if (!begins) sums.end_group();
 
   __syncthreads();  // the last stage has been read
 #pragma unroll

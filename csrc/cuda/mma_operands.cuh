@@ -9,7 +9,7 @@
 // later, in float32, and an outlier of x costs nothing where q = z.
 #pragma once
 
-#include "numbers.cuh"
+#include "words.cuh"
 
 namespace exllama::cuda {
 
@@ -47,13 +47,6 @@ __device__ inline void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // q & bits of `fields` with the exponent under which they are an integer plus 2**10 (float16) or 2**7 (bfloat16): one
-// LOP3 from (w & fields) | magic, which the compiler makes two of.
-__device__ inline uint32_t and_or(uint32_t w, uint32_t fields, uint32_t magic) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(w), "r"(fields), "r"(magic));
-  return result;
-}
-
 // a * factor + b, element by element, in one rounding.
 template <typename T>
 __device__ inline uint32_t fma_pair(uint32_t a, uint32_t factor, uint32_t b);

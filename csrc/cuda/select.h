@@ -110,11 +110,13 @@ constexpr double dram_bytes_per_cycle(int32_t arch) {
 constexpr double issues_per_cycle(int32_t arch) { return arch == 60 ? 64 : 128; }
 // Chips whose SMs have half the tensor cores or fewer: workstation cards reach 512 with float32 sums, GeForce 256.
 constexpr bool has_small_tensor_cores(int32_t arch) { return (arch > 80 && arch < 90) || arch >= 120; }
+// Multiply-adds and sums of float32 per cycle of one SM, which up to sm_80 has half as many lanes for them; sm_61 has all.
+constexpr double float_per_cycle(int32_t arch) { return arch == 61 || arch > 80 ? 128 : 64; }
 // Multiply-adds of 16 bits per cycle of one SM: tensor cores by mma.sync, which later chips do not speed up.
 constexpr double mma_per_cycle(int32_t arch) { return arch < 80 || has_small_tensor_cores(arch) ? 512 : 1024; }
 // The same by a BLAS, with the instructions of its chip; without tensor cores on the CUDA cores.
 constexpr double blas_per_cycle(DType dtype, int32_t arch) {
-  if (!has_tensor_cores_for(dtype, arch)) return 64;
+  if (!has_tensor_cores_for(dtype, arch)) return float_per_cycle(arch);
   if (arch < 80 || has_small_tensor_cores(arch)) return 400;
   return arch < 90 ? 800 : 1600;
 }
@@ -124,17 +126,35 @@ constexpr double weight_bytes(const Problem& p) {
   return static_cast<double>(p.K) * p.N * p.bits / 8 + groups * p.N * (2 + p.bits / 8.0);
 }
 
-// A pass over W for `rows` rows of x: `unpacking` instructions a weight and one multiply-add a row.
+// Instructions a weight, by benchmarks/results/cuda-device-code.md: with rows of x, and of them alone.
+
+// A row costs an FFMA and its share of a load of x; a weight a LOP3, a subtraction and its share of shifts, loads and ends
+// of groups, or what gemm_scalar needs where any row may begin a group.
+constexpr double scalar_instructions(const Problem& p, int32_t rows) {
+  const bool by_row = p.raw_g_idx || p.group_size % layout::block_values(p.bits) != 0 || !p.aligned;
+  return (by_row ? 24 : p.bits == 3 ? 2.6 : 2.4) + 1.1 * rows;
+}
+
+// A tile costs its tensor-core instructions and loads of x. 8 bits are too many for a bfloat16 with an offset.
+constexpr double mma_instructions(const Problem& p, int32_t rows) {
+  const bool wide = p.x_dtype == DType::kBFloat16 && p.bits == 8;
+  const double tiles = static_cast<double>(rows) / kMmaTokens;
+  if (mma_unit_k(p.K, p.group_size) == kMmaRunK) return (wide ? 2.9 : 1.5) + 0.2 * tiles;
+  return (wide ? 3.0 : p.bits == 3 ? 2.6 : 1.7) + 0.4 * tiles;
+}
+
+// A pass over W for `rows` rows of x.
 constexpr double scalar_cycles(const Problem& p, int32_t rows) {
-  const double passes = static_cast<double>(divide_up(p.M, rows));
-  const double unpacking = p.raw_g_idx || p.group_size % layout::block_values(p.bits) != 0 ? 24 : 3.5;
-  const double issue = static_cast<double>(p.K) * p.N * (unpacking + 1.1 * rows) / issues_per_cycle(p.device.arch);
-  return passes * larger(issue, weight_bytes(p) / dram_bytes_per_cycle(p.device.arch)) / p.device.sm_count;
+  const double passes = static_cast<double>(divide_up(p.M, rows)), weights = static_cast<double>(p.K) * p.N;
+  const double issue = weights * scalar_instructions(p, rows) / issues_per_cycle(p.device.arch);
+  const double sums = weights * (1 + rows) / float_per_cycle(p.device.arch);
+  const double slowest = larger(larger(issue, sums), weight_bytes(p) / dram_bytes_per_cycle(p.device.arch));
+  return passes * slowest / p.device.sm_count;
 }
 
 constexpr double mma_cycles(const Problem& p, int32_t rows) {
   const double passes = static_cast<double>(divide_up(p.M, rows)), weights = static_cast<double>(p.K) * p.N;
-  const double issue = weights * (1.8 + 0.2 * rows / kMmaTokens) / issues_per_cycle(p.device.arch);
+  const double issue = weights * mma_instructions(p, rows) / issues_per_cycle(p.device.arch);
   const double products = weights * rows / mma_per_cycle(p.device.arch);
   const double slowest = larger(larger(issue, products), weight_bytes(p) / dram_bytes_per_cycle(p.device.arch));
   return passes * slowest / p.device.sm_count;
@@ -144,7 +164,9 @@ constexpr double mma_cycles(const Problem& p, int32_t rows) {
 constexpr double tiled_cycles(const Problem& p) {
   const double passes = static_cast<double>(divide_up(p.M, kTiledRows)), weights = static_cast<double>(p.K) * p.N;
   const double issue = weights * (12 + 1.2 * kTiledRows) / issues_per_cycle(p.device.arch);
-  return passes * larger(issue, weight_bytes(p) / dram_bytes_per_cycle(p.device.arch)) / p.device.sm_count;
+  const double sums = weights * kTiledRows / float_per_cycle(p.device.arch);
+  const double slowest = larger(larger(issue, sums), weight_bytes(p) / dram_bytes_per_cycle(p.device.arch));
+  return passes * slowest / p.device.sm_count;
 }
 
 // W is written and read once more in two bytes, and a launch and a matmul per chunk take a few microseconds.

@@ -9,7 +9,8 @@ namespace exllama::cuda {
 inline constexpr int kScalarWarps = 4;
 inline constexpr int kScalarThreads = 32 * kScalarWarps;
 inline constexpr int kScalarColumns = 128;
-inline constexpr int kScalarStageK = 256;  // rows of W for which x lies in shared memory at a time
+inline constexpr int kScalarWarpK = 64;  // rows of W that a warp has of a stage
+inline constexpr int kScalarStageK = kScalarWarps * kScalarWarpK;  // for which x lies in shared memory at a time
 inline constexpr int kScalarMaxRows = 8;   // rows of x for which a word is read once
 
 // gemm_mma: a warp has 32 columns; the warps along K share the runs of a split.

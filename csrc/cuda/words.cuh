@@ -27,6 +27,65 @@ __device__ inline uint32_t value_of(const uint32_t* words, int j) {
   }
 }
 
+// LOP3 from (w & fields) | magic, which the compiler makes two of.
+__device__ inline uint32_t and_or(uint32_t w, uint32_t fields, uint32_t magic) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(w), "r"(fields), "r"(magic));
+  return result;
+}
+
+// Bit by bit, a where mask is set, else b.
+__device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
+  return result;
+}
+
+// q - z of the values of a block of words as floats, by an instruction to place the field and one to subtract: the bits s
+// and on of a word, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z in the same place
+// the difference of two such numbers, both multiples of 2**-s below 2**24, is exact. Higher fields of a word are shifted
+// down together; what has no place of its own in a word (3 bits) is brought to s = 0.
+template <int bits, bool shuffled>
+struct PlacedFields {
+  // The low bits of a word, shifted or not, that are looked at: of 2 bits only eight, as 16 have too many zero points for
+  // the registers of gemm_scalar.
+  static constexpr int kWindow = bits == 2 ? 8 : 16;
+  // How many s there are: place i is bit bits * i.
+  static constexpr int kPlaces = bits == 8 || (bits == 3 && !shuffled) ? 1 : kWindow / bits;
+
+  float zero[kPlaces];  // 2**(23 - s) + z
+
+  __device__ void set_zero(uint32_t z) {
+#pragma unroll
+    for (int place = 0; place < kPlaces; ++place) zero[place] = __uint_as_float(exponent(place) + (z << bits * place));
+  }
+
+  // Value j, which is known at compile time, minus the zero point.
+  __device__ float get(const uint32_t* words, int j) const {
+    if constexpr (bits == 8) {
+      // Above byte j of the word come the bytes of the exponent, which the zero point's float has as well.
+      return __uint_as_float(__byte_perm(words[0], __float_as_uint(zero[0]), 0x7660 | j)) - zero[0];
+    } else if constexpr (kPlaces == 1) {
+      return __uint_as_float(value_of<bits, shuffled>(words, j) | exponent(0)) - zero[0];
+    } else {
+      const int first = layout::position(bits, j, 0, shuffled);
+      const bool sliced = bits == 3 && j >= 30;
+      const int place = sliced ? 0 : first % kWindow / bits;
+      uint32_t word = words[first / 32];
+      if (sliced) {
+        // Of two values, bit b is bit 15 or 31 of word b.
+        word = select_bits(0x00010001, words[0] >> 15, words[1] >> 14);
+        word = select_bits(0x00030003, word, words[2] >> 13);
+      }
+      word >>= first % 32 / kWindow * kWindow;
+      return __uint_as_float(and_or(word, ((1u << bits) - 1) << bits * place, exponent(place))) - zero[place];
+    }
+  }
+
+ private:
+  __device__ static constexpr uint32_t exponent(int place) { return static_cast<uint32_t>(127 + 23 - bits * place) << 23; }
+};
+
 // Puts value j into the words of a block, whose bits at its place are 0.
 template <int bits, bool shuffled>
 __device__ inline void insert_value(uint32_t* words, int j, uint32_t value) {

@@ -16,8 +16,9 @@ WEIGHT_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 def gemm_error(algorithm: str, weight: Weight, dtype: torch.dtype) -> float:
     """Of gptq_gemm by an algorithm.
 
-    The depth of a sum in gemm_scalar is what one warp adds, 64 rows of each stage of 256, a sum per group, four warps
-    and the splits; in gemm_mma, 128 rows of every 512. (q - z) and its products with x are exact in both.
+    The depth of a sum in gemm_scalar is what one warp adds, 64 rows of each stage of 256, a sum per group (or, where
+    groups are looked up row by row, one rounding of the weight), four warps and the splits; in gemm_mma, 128 rows of
+    every 512. (q - z) and its products with x are exact in both.
     """
     K, G = weight.case.K, int(weight.groups.max()) + 1
     groups = K if weight.case.order == "raw" else G

@@ -34,8 +34,8 @@ def folder() -> Path | None:
     return root if all((root / part).is_file() for part in parts) else None
 
 
-def compile_to_cubin(source: str, arch: int, include: Path) -> bytes:
-    """The machine code of device code for an architecture.
+def compile_to_cubin(source: str, arch: int, include: Path) -> tuple[bytes, str]:
+    """The machine code of device code for an architecture, and what ptxas says of its resources.
 
     Raises:
         RuntimeError: it does not compile; the text is the compiler's log.
@@ -55,6 +55,7 @@ def compile_to_cubin(source: str, arch: int, include: Path) -> bytes:
         "--std=c++17",
         "--device-as-default-execution-space",
         f"--gpu-architecture=sm_{arch}",
+        "--ptxas-options=-v",
         *(f"--include-path={path}" for path in includes),
     ]
     words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -63,9 +64,10 @@ def compile_to_cubin(source: str, arch: int, include: Path) -> bytes:
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(program, log)
+    said = log.value.decode(errors="replace")
     if status:
-        raise RuntimeError(log.value.decode(errors="replace"))
+        raise RuntimeError(said)
     nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
     code = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(program, code)
-    return code.raw
+    return code.raw, said

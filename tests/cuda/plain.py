@@ -94,8 +94,11 @@ class PlainOps:
         arguments = (ctypes.byref(self.weight), FLOAT16, ctypes.c_int64(M), ALGORITHMS[algorithm], ctypes.byref(config))
         return config, function(*arguments)
 
-    def gemm(self, x: Array, algorithm: str, out: Array | None = None) -> Array:
+    def gemm(self, x: Array, algorithm: str, out: Array | None = None, *, split: bool = True) -> Array:
+        """By an algorithm; with all rows of W in one thread block, unless they may be split among several."""
         config, workspace_bytes = self._config(algorithm, len(x))
+        if not split:
+            config.split_k, config.k_per_split = 1, config.split_k * config.k_per_split
         if out is None:
             out = fresh(len(x), self.N, dtype=np.float16)
         workspace = fresh(workspace_bytes, dtype=np.uint8)

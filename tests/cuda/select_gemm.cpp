@@ -32,3 +32,10 @@ extern "C" void select(const int64_t* problem, int64_t* config, double* algorith
     algorithm_cycles[i] = can(p, algorithm) ? cycles(p, config_of(p, algorithm)) : -1;
   }
 }
+
+// What the model takes for the instructions of a weight, by a kernel for so many rows of x.
+extern "C" double instructions(const int64_t* problem, int64_t algorithm, int64_t rows) {
+  const auto count = static_cast<Algorithm>(algorithm) == Algorithm::kScalar ? selection::scalar_instructions
+                                                                             : selection::mma_instructions;
+  return count(problem_of(problem), static_cast<int32_t>(rows));
+}

@@ -55,7 +55,10 @@ def spills(said: str) -> dict[str, int]:
 @pytest.mark.skipif(nvrtc.folder() is None, reason="needs NVRTC 12.9: pip install --no-deps " + nvrtc.PACKAGES)
 @pytest.mark.parametrize("arch", [pytest.param(arch, id=f"sm_{arch}") for arch in (60, 61, 70)])
 def test_device_code_compiles_for_architectures_before_turing(arch: int) -> None:
-    assert nvrtc.compile_to_cubin(KERNELS, arch, ROOT / "csrc")
+    cubin, said = nvrtc.compile_to_cubin(KERNELS, arch, ROOT / "csrc")
+    assert cubin
+    assert said.count("Used ") > 40
+    assert spills(said) == {}
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")

@@ -58,7 +58,7 @@ def cases(bits: int) -> list[Case]:
     K, N = SHAPES[bits]
     return [
         Case(bits, K, N, size, order, shuffled, v2=(size + bits) % 3 != 0)
-        for size in (8, 24, 32, 64, 128, 256, K)
+        for size in (8, 24, 32, 48, 64, 96, 128, 256, K)
         for order, shuffled in ORDERS
     ]
 
@@ -72,7 +72,7 @@ EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
 
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
-        return case.group_size in (24, 128, case.K) or (case.group_size == 32 and case.order == "perm")
+        return case.group_size in (24, 128, case.K) or (case.group_size in (32, 48, 96) and case.order == "perm")
     return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
 
 

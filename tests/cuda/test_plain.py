@@ -18,7 +18,7 @@ import torch
 from conformance.bounds import assert_within_bound
 from conformance.weights import Case, Weight, build
 from cuda import bounds, emulated
-from cuda.plain import Array, PlainOps, every_call
+from cuda.plain import Array, PlainOps, every_call, fresh
 from emulation.emulator import DEVICES, Emulator, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
@@ -56,7 +56,9 @@ def algorithms_for(case: Case) -> list[str]:
     return ["scalar", "mma", "tiled"] if case.shuffled else ["scalar", "tiled"]
 
 
-def check(results: dict[str, Array], weight: Weight, x: Array, grad: Array) -> None:
+def check(
+    results: dict[str, Array], weight: Weight, x: Array, grad: Array, algorithms: list[str] | None = None
+) -> None:
     """Every result of `every_call` is what it should be."""
     case, dense = weight.case, weight.dense
     assert torch.equal(torch.from_numpy(results.pop("dequantize")), dense.float().half())
@@ -66,7 +68,7 @@ def check(results: dict[str, Array], weight: Weight, x: Array, grad: Array) -> N
         checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight.numpy()
         assert np.array_equal(results.pop("unshuffle"), checkpoint)
         assert np.array_equal(results.pop("shuffle"), weight.qweight.numpy())
-    assert len(results) == 2 * len(algorithms_for(case))
+    assert len(results) == 2 * len(algorithms or algorithms_for(case))
     for name, result in results.items():
         error = bounds.gemm_error(name.split()[0], weight, torch.float16)
         out = torch.from_numpy(result)
@@ -79,6 +81,40 @@ def test_no_kernel_touches_what_is_not_an_argument(arch: int, bits: int, order: 
     weight = build(case_of(bits, order))
     x, grad = inputs(weight.case)
     check(every_call(PlainOps(device(arch), described(weight)), x, grad, algorithms_for(weight.case)), weight, x, grad)
+
+
+@pytest.mark.parametrize(
+    ("order", "group_size"), [("perm", 128), ("sorted", 48), ("raw", 128)], ids=["perm", "groups-of-48", "raw"]
+)
+def test_a_thread_block_that_has_many_rows_of_W(order: str, group_size: int) -> None:
+    """Stage after stage of x, which replace one another in shared memory; select_gemm would split these rows."""
+    weight = build(Case(4, 1096, 72, group_size, order, shuffled=order != "raw"))
+    x, _ = inputs(weight.case)
+    ops = PlainOps(device(80), described(weight))
+    for algorithm in algorithms_for(weight.case):
+        if not ops.can(algorithm, M):
+            continue
+        for rows in (1, M):
+            out = torch.from_numpy(ops.gemm(x[:rows], algorithm, split=False))
+            error = bounds.gemm_error(algorithm, weight, torch.float16)
+            assert_within_bound(out, torch.from_numpy(x[:rows]), weight.dense, error)
+
+
+@pytest.mark.parametrize("name", ["qweight", "scales"])
+def test_arrays_that_begin_anywhere(name: str) -> None:
+    """Where a tensor is a view, loads of several numbers may not be aligned; the emulator refuses them."""
+    weight = build(case_of(4))
+    arrays = described(weight)
+    array = arrays[name]
+    memory = fresh(array.nbytes + 16 + array.itemsize, dtype=np.uint8)
+    first = -memory.ctypes.data % 16 + array.itemsize
+    arrays[name] = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    arrays[name][:] = array
+    ops = PlainOps(device(80), arrays)
+    assert not ops.can("mma", M)
+    x, grad = inputs(weight.case)
+    results = every_call(ops, x, grad, ["scalar", "tiled"])
+    check(results, weight, x, grad, ["scalar", "tiled"])
 
 
 @pytest.mark.parametrize(("arch", "bits"), ON)

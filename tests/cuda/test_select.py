@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -72,17 +73,24 @@ class Config:
 
 
 @pytest.fixture(scope="module")
-def select(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Problem], Config]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("select") / "select.so"
     source = Path(__file__).parent / "select_gemm.cpp"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", str(ROOT / "csrc")]
     subprocess.run([str(COMPILER), *flags, str(source), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).select
+    return ctypes.CDLL(str(library))
 
+
+def as_fields(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
+    fields = [int(field) for field in astuple(problem)]
+    return (ctypes.c_int64 * len(fields))(*fields)
+
+
+@pytest.fixture(scope="module")
+def select(compiled: ctypes.CDLL) -> Callable[[Problem], Config]:
     def call(problem: Problem) -> Config:
-        fields = [int(field) for field in astuple(problem)]
         config, cycles = (ctypes.c_int64 * 5)(), (ctypes.c_double * 4)()
-        function((ctypes.c_int64 * len(fields))(*fields), config, cycles)
+        compiled.select(as_fields(problem), config, cycles)
         modelled = {name: value for name, value in zip(ALGORITHMS, cycles, strict=True) if value >= 0}
         return Config(ALGORITHMS[config[0]], *config[1:], modelled)
 
@@ -190,3 +198,24 @@ def test_decoding_fills_the_device(select: Callable[[Problem], Config]) -> None:
         config = select(Problem(K=K, N=N))
         blocks = -(-N // 64) * config.split_k
         assert blocks >= 2 * 108 or config.k_per_split <= 1024 * 2
+
+
+def test_the_model_has_the_instructions_that_were_counted(compiled: ctypes.CDLL) -> None:
+    """Within a fifth, since it is made of few constants."""
+    compiled.instructions.restype = ctypes.c_double
+    counted = [
+        kernel
+        for kernel in json.loads((ROOT / "benchmarks" / "results" / "cuda-device-code.json").read_text())["kernels"]
+        if "per_weight" in kernel
+    ]
+    assert {kernel["kernel"] for kernel in counted} == {"mma", "scalar"}
+    for kernel in counted:
+        problem = Problem(
+            bits=kernel["bits"],
+            group_size=kernel.get("unit", 128),
+            x_dtype=BFLOAT16 if kernel.get("dtype") == "bfloat16" else FLOAT16,
+        )
+        modelled = compiled.instructions(
+            as_fields(problem), ctypes.c_int64(ALGORITHMS.index(kernel["kernel"])), ctypes.c_int64(kernel["tokens"])
+        )
+        assert abs(modelled / kernel["per_weight"] - 1) < 0.2, (kernel, modelled)
