@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from emulation.emulator import Emulator, build
+from emulation.emulator import DEVICES, Emulator, build
 
 ARCH = 80
 
@@ -77,6 +78,9 @@ class EmulatedDriver:
                 cached = triton.runtime.cache.get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
                 assert cached is not None
                 emulator = Emulator(build(ptx_files=[Path(cached)]))
+                # Triton's own loader asks for all the shared memory that a block may have.
+                a100 = DEVICES[ARCH]
+                emulator.set_device(replace(a100, shared_per_block=a100.shared_per_block_optin))
             emulator.set_mma(truncates=self.truncates)
             values: list[Any] = []
             ranges = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from conformance.bounds import assert_within_bound
 from conformance.weights import Case, build, build_parts, multi_args
 from emulation.emulator import EmulationError, reasons_against
-from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles
+from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles, tuned_tiles
 from exllama_ops.backends.triton.weight import Weight as Packed
 from triton_backend import bounds
 from triton_backend.emulated import EmulatedDriver, emulated_device
@@ -85,6 +86,26 @@ def test_parts_share_a_launch_and_have_the_bits_of_gemm(device: EmulatedDriver, 
     assert len({tiles.plan_gemm(M, Packed.of(*part.args), x.dtype, A100, False).splits for part in parts}) > 1
     for part, result in zip(parts, out.split(columns, 1), strict=True):
         assert torch.equal(result, ops.gptq_gemm(x, *part.args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "M"), [("gemv", 1), ("dot", 5), ("dx", 5)])
+def test_no_candidate_changes_a_bit_of_compiled_code(device: EmulatedDriver, form: str, M: int) -> None:
+    """The interpreter knows no warps and no layouts, in which a compiled kernel could add otherwise."""
+    packed = Packed.of(*build(Case(4, 1024, 96, 128)).args)
+    x = torch.randn(M, packed.N if form == "dx" else packed.K, generator=torch.Generator().manual_seed(1)).half()
+    device.truncates = True
+    if form == "dx":
+        dx_plan = tiles.plan_dx(4, A100)
+        choices = tuned_tiles.candidates(form, "sm80", dx_plan.tile)
+        results = [gemm_dx.compute_dx(replace(dx_plan, tile=tile), x, packed) for tile in choices]
+    else:
+        plan = tiles.plan_gemm(M, packed, x.dtype, A100, False)
+        assert plan.form == form
+        choices = tuned_tiles.candidates(form, "sm80", plan.tile)
+        results = [gemm.compute(tile, [plan], x, [packed]) for tile in choices]
+    assert len(choices) > 3
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b == 4 else [pytest.mark.slow]) for b in SHAPES])
