@@ -20,6 +20,8 @@ from exllama_ops.nn import quantize
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
+from exllama_ops.integrations import generation  # noqa: E402 (it needs transformers)
+
 PROMPT = "the sky is blue"
 FIELDS = {
     "model": str, "prompt": str, "text": str, "tokens": list, "prompt_tokens": int, "new_tokens": int, "compiled": bool,
@@ -91,15 +93,16 @@ def test_compiled_run_streams_the_text_and_reports_on_stderr(
 def test_the_backend_compiles_the_forward(
     options: list[str], expected: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    asked: list[tuple[bool, str]] = []
 
-    def lookup_backend(name: str) -> Any:
-        asked.append(name)
-        return lambda graph, inputs: graph.forward
+    def generator(model: Any, compile: bool, backend: str) -> generation.CompiledGenerator:
+        asked.append((compile, backend))
+        return CompiledGenerator(model, compile=False)
 
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lookup_backend)
+    CompiledGenerator = generation.CompiledGenerator
+    monkeypatch.setattr(generation, "CompiledGenerator", generator)
     assert run(checkpoint, "--max-new-tokens", "2", *options) == 0
-    assert set(asked) == {expected}
+    assert asked == [(True, expected)]
 
 
 def test_python_m_runs_the_same_command(checkpoint: Path) -> None:
