@@ -246,7 +246,7 @@ def _budget_lines(all_kernels: list[dict[str, Any]]) -> list[str]:
 
 
 BUDGET_TEXT = """
-Of the issue for 4 bits, on sm_80: mma 1.8 a weight and 0.25 a MAC at 8 tokens, scalar 2.5 at one token and 1.3 a MAC.
+For 4 bits, on sm_80: mma 1.8 a weight and 0.25 a MAC at 8 tokens, scalar 2.5 at one token and 1.3 a MAC.
 For other widths the same budget is moved by what the width changes and nothing else:
 
 - mma: two weights share a register, so a pair costs one LOP3 and one HFMA2 (1.0 a weight), and its share of a shift
@@ -254,7 +254,7 @@ For other widths the same budget is moved by what the width changes and nothing 
   bits 0.06, 3 bits 0.1 and 0.15 for the pair in the third bits of three words; 8 bits take PRMT for LOP3 and no shift.
   HMMA take 0.125, loads of words bits / 128. The rest of 1.8, 0.5, is addresses, loads of x and ends of groups, which
   no width changes.
-- scalar: the issue asks for 2.5 and 1.3 for every width. With q - z exact, so that an outlier of x costs nothing where
+- scalar: 2.5 and 1.3 for every width. With q - z exact, so that an outlier of x costs nothing where
   q = z, a weight takes at least a LOP3 that leaves its field in place and puts an exponent around it, an FADD of its
   zero point, and an FFMA a row; its share of a shift for the upper half of a word (4 bits 0.125, 2 bits 0.06, 3 bits
   0.22 and 0.06 LOP3 for the values in three words; PRMT for 8 bits needs none), of loads of words, bits / 128, and of x

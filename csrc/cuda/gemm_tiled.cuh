@@ -11,9 +11,10 @@ namespace exllama::cuda {
 // out (M, columns) = a (M, terms) @ W, where columns are those of all parts and terms K; transposed: @ W^T of the one
 // part, columns K and terms N.
 // K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
-// Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it.
+// Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it; with 8 bits three of
+// them spill before sm_70.
 template <int bits, bool shuffled, bool transposed>
-__global__ void __launch_bounds__(kTiledThreads, 3)
+__global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 3)
     gemm_tiled(Parts parts, const void* a, DType dtype, int64_t M, void* out) {
   constexpr int kValues = layout::block_values(bits);
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks

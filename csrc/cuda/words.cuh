@@ -133,7 +133,7 @@ struct FourZeros {
     if (bits == 3 && shift > 20) fields |= __ldg(row + first / 32 + 1) << (32 - shift);
   }
   __device__ FourZeros(const Weight& weight, int64_t group, int64_t column)
-      : FourZeros(weight.qzeros + group * (weight.N * bits / 32), column) {}
+      : FourZeros(weight.qzeros + group * (weight.N * bits / 32) + column / 32 * bits, column % 32) {}
 
   __device__ uint32_t stored(int i) const { return fields >> (bits * i) & ((1u << bits) - 1); }
   __device__ uint32_t get(const Weight& weight, int i) const { return stored(i) + zero_offset(weight); }
