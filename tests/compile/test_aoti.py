@@ -65,6 +65,24 @@ assert library.exllama_define_ops() == b"the ops of the namespace exllama are de
 
 
 @needs_compiler
+def test_definitions_that_failed_are_taken_back_and_may_be_tried_again(schema_library: Path) -> None:
+    code = f"""
+import ctypes, torch
+library = ctypes.CDLL({str(schema_library)!r})
+library.exllama_define_ops.restype = ctypes.c_char_p
+in_the_way = torch.library.Library("exllama", "FRAGMENT")
+in_the_way.define("gptq_gemm_dx(Tensor x) -> Tensor")
+assert library.exllama_define_ops()
+assert not torch._C._jit_get_schemas_for_operator("exllama::gptq_gemm")
+in_the_way._destroy()
+assert library.exllama_define_ops() is None
+assert torch._C._jit_get_schemas_for_operator("exllama::gptq_gemm")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_compiler
 def test_a_packaged_mlp_runs_from_python_for_any_number_of_tokens(tmp_path: Path) -> None:
     model = mlp()
     path = package(model, torch.randn(4, K), tmp_path / "mlp.pt2")
