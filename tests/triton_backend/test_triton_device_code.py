@@ -71,7 +71,7 @@ def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
     for variant in variants(tiles.arch_of_gfx(arch), bits):
         compiled = compile_variant(variant, *TARGETS[arch])
         assert compiled.asm["hsaco"]
-        assert "buffer_load" in compiled.asm["amdgcn"], f"{variant.name} is not what is compiled for tensors below 2 GiB"
+        assert "buffer_load" in compiled.asm["amdgcn"], f"{variant.name} is not compiled for tensors below 2 GiB"
         spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
         assert spills == ["0"], f"{variant.name} spills"
         assert compiled.metadata.shared <= 64 << 10, f"{variant.name} has more shared memory than a program has"
