@@ -89,7 +89,7 @@ def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
         )
         for target in TARGETS
         for bits in (2, 3, 4, 8)
-        for form, M in (("dot", 16), ("dot", 65), ("float_dot", 65), ("dx", 65))
+        for form, M in (*(("dot", bucket or 65) for bucket in tiles.BUCKETS), ("float_dot", 65), ("dx", 65))
         if bits == 4 or (form, M) == ("dot", 65)
     ],
 )  # fmt: skip
