@@ -7,6 +7,7 @@ of the tests with sanitizers, which need a process of their own.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,12 @@ def fresh(*shape: int, dtype: Any) -> Array:
     array = np.empty(shape, dtype)
     array.view(np.uint8).fill(0xFF)
     return array
+
+
+def sparse(*shape: int, dtype: Any) -> Array:
+    """Zeros that take memory where they are written, or read, only."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize, flags), dtype).reshape(shape)
 
 
 class PlainOps:

@@ -5,7 +5,6 @@ What is slow are other widths, and to compile the kernels again for a sanitizer.
 
 from __future__ import annotations
 
-import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from conformance.bounds import assert_within_bound
 from conformance.weights import Case, Weight, build
 from cuda import bounds, emulated
-from cuda.plain import Array, PlainOps, every_call, fresh
+from cuda.plain import Array, PlainOps, every_call, fresh, sparse
 from emulation.emulator import DEVICES, Emulator, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
@@ -174,12 +173,6 @@ def test_thread_sanitizer_is_silent(bits: int, order: str, tmp_path: Path) -> No
 
 
 # --- offsets
-
-
-def sparse(*shape: int, dtype: Any) -> Array:
-    """Zeros that take memory where they are written, or read, only."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize, flags), dtype).reshape(shape)
 
 
 @pytest.fixture
