@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,13 +34,23 @@ class Timed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All kernels of one op on one weight with M tokens."""
+    """All kernels of one op on one weight with M tokens.
+
+    Args:
+        op: its name.
+        K: rows of the weight.
+        N: columns of the weight.
+        M: tokens.
+        kernels: what they did.
+        limit_rule: which limit bounds a kernel.
+    """
 
     op: str
     K: int
     N: int
     M: int
     kernels: Sequence[Timed]
+    limit_rule: LimitRule
 
     @property
     def operations(self) -> int:
@@ -48,8 +58,8 @@ class Measurement:
         return 2 * self.M * self.K * self.N
 
     def limit_of(self, kernel: Timed) -> str:
-        """A single token is bound by reading the weight, more by the peak of the kernel's class."""
-        return DRAM if self.M == 1 else kernel.kind
+        """The name of the limit that bounds a kernel."""
+        return self.limit_rule(self, kernel)
 
     def seconds(self, kernel: Timed) -> Spread:
         """Of a call."""
@@ -116,6 +126,14 @@ class Measurement:
             "limit": self.limit_of(kernel),
             "percent_of_limit": asdict(self.percent(kernel)),
         }
+
+
+def by_tokens(measurement: Measurement, kernel: Timed) -> str:
+    """A single token is bound by reading the weight, more by the peak of the kernel's class."""
+    return DRAM if measurement.M == 1 else kernel.kind
+
+
+LimitRule = Callable[[Measurement, Timed], str]
 
 
 @dataclass(frozen=True)
