@@ -13,6 +13,7 @@ import torch
 from benchmarks.cases import SHAPES, TOKENS, Case
 from benchmarks.conformance import ConformanceError
 from benchmarks.devices.cpu import Cpu
+from benchmarks.devices.cuda import Cuda, TorchGpu
 from benchmarks.devices.device import Device, DeviceError
 from benchmarks.limits import LimitsError
 from benchmarks.peers.peer import Peer
@@ -32,12 +33,12 @@ def run(args: argparse.Namespace, command: str) -> int:
     Returns:
         The exit status: 1 if a result of ours is wrong or nothing can be measured. Nothing is written then.
     """
-    device = _device(args)
     measurements: list[Measurement] = []
     missing: list[Missing] = []
-    peers = _chosen(device.peers, args.peers)
     try:
+        device = _device(args)
         device.open()
+        peers = _chosen(device.peers, args.peers)
         with torch.inference_mode():
             for K, N in args.shapes or SHAPES:
                 case = Case(K, N, args.bits, args.group_size, args.act_order)
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 
 def _device(args: argparse.Namespace) -> Device:
+    if args.device == "cuda":
+        return Cuda(TorchGpu(), getattr(torch, args.dtype))
     return Cpu(args.threads, args.isa)
 
 

@@ -66,7 +66,7 @@ class Cpu:
                 "gptq_gemm",
                 kind,
                 partial(exllama.gemm, weight, precision, dtype),
-                partial(_check, gate, precision),
+                partial(gate.check, precision=precision),
             )
             for precision, kind in exllama.PRECISIONS.items()
         ]
@@ -86,10 +86,6 @@ class Cpu:
         """Threads, and the instruction set that all are held to."""
         held = "" if self._held == "native" else f"{self._held}-"
         return f"{held}{self.threads}thread{'' if self.threads == 1 else 's'}"
-
-
-def _check(gate: Gate, precision: str, out: Tensor) -> None:
-    gate.check(out, precision)
 
 
 def _isa_in_use() -> str:
