@@ -159,15 +159,15 @@ class Plan:
                 inputs = [layer.take(x.to(self._device.place)) for layer in layers]
                 errors[kernel.name] = self._error(kernel, op, inputs[0], x)
                 calls = [partial(layer.run, given) for layer, given in zip(layers, inputs, strict=True)]
+                runner = Runner(kernel.name, calls, kernel.layers[0].enter)
                 # Some libraries compile a kernel for each M at a layer's first call.
-                for call in calls:
-                    call()
+                self._device.timer.warm_up(runner, M)
             except ConformanceError:
                 raise
             except Exception as error:
                 self._miss(kernel.name, M, error)
                 continue
-            runners.append(Runner(kernel.name, calls, kernel.layers[0].enter))
+            runners.append(runner)
             ready.append(kernel)
         samples = interleave(
             runners,

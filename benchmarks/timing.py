@@ -46,6 +46,10 @@ class Runner:
 class Timer(Protocol):
     """Times kernels where they run."""
 
+    def warm_up(self, runner: Runner, tokens: int) -> None:
+        """Make every call once, so that none is a first one when it is timed; raises what hinders its timing."""
+        ...
+
     def time(self, runner: Runner, tokens: int) -> float:
         """Seconds of a call of the kernel, with ``tokens`` rows of x."""
         ...
@@ -64,6 +68,11 @@ class HostTimer:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
+
+    def warm_up(self, runner: Runner, tokens: int) -> None:
+        """Make every call once."""
+        for call in runner.take(len(runner.calls)):
+            call()
 
     def time(self, runner: Runner, tokens: int) -> float:
         """Seconds of a call in a burst; before a burst of several, another call is made that is not timed."""

@@ -33,7 +33,6 @@ class CudaLimits:
         dtype: of the product.
         dram_peak: bytes per second, by `dram_peak`; None if nobody says.
         cache_bytes: what its caches hold.
-        matmul_size: rows and columns of the product's operands.
     """
 
     def __init__(
@@ -43,14 +42,14 @@ class CudaLimits:
         dtype: torch.dtype,
         dram_peak: float | None,
         cache_bytes: int,
-        matmul_size: int = _MATMUL_SIZE,
     ) -> None:
         self._seconds_of = seconds_of
         self._peak = {} if dram_peak is None else {DRAM_PEAK: dram_peak}
         floats = max(_MEMORY_BYTES, _CACHES * cache_bytes) // 4
         self._memory = torch.zeros(floats, device=place)
         self._copy = torch.empty_like(self._memory)
-        self._operand = torch.ones(matmul_size, matmul_size, dtype=dtype, device=place)
+        # Not constants, by which the clock would be higher.
+        self._operand = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=place).to(dtype)
 
     def measure(self) -> dict[str, float]:
         """Bytes per second for `DRAM`, by the faster of a sum and a copy, and operations per second for `MATMUL`."""

@@ -62,6 +62,16 @@ class EventTimer:
         self._queue = queue
         self._head_start = _FIRST_HEAD_START
 
+    def warm_up(self, runner: Runner, tokens: int) -> None:
+        """Make every call once, which may tune or compile, and time one.
+
+        Raises:
+            TimingError: it cannot be timed.
+        """
+        for call in runner.take(len(runner.calls)):
+            call()
+        self.time(runner, tokens)
+
     def time(self, runner: Runner, tokens: int) -> float:
         """Seconds of a call."""
         runner.enter()
