@@ -1,14 +1,15 @@
 """Decode speed of the demo model, on our kernels and dense: ``python -m benchmarks.demo``; README.md has the commands.
 
 All are the model of `exllama-ops run` with the same weights: on our kernels compiled by the backend "exllama" and by
-plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns. With ``--act-order`` the
-weights have an activation order, and the model that `freeze` rewrote decodes too.
+plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns, in another order each
+round. With ``--act-order`` the weights have an activation order, and the model that `freeze` rewrote decodes too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ TURN_TOKENS = 8
 PROMPT_TOKENS = 16
 DTYPES = ("float16", "bfloat16", "float32")
 FROZEN, OURS, INDUCTOR, DENSE = "exllama_ops frozen", "exllama_ops", "exllama_ops under Inductor", "dense"
+# What is compared: each of the first with all that come after it.
+COMPARED = (FROZEN, OURS)
 # Projections of one input, which share an activation order in what GPTQ writes.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -106,16 +109,22 @@ def _measure(dtype: str, seconds: float, act_order: bool) -> dict[str, Any]:
         say(f"{name}, {kind}: compiling (minutes, the first time)")
         generator.warm_up()
     turns: dict[str, list[float]] = {kind: [] for kind in generators}
+    shuffle = random.Random(0)
     start = time.perf_counter()
     while not turns[DENSE] or time.perf_counter() - start < seconds:
-        for kind, generator in generators.items():
-            turns[kind].append(decode_ms(generator))
-    first, *others = turns
+        # What the machine does at a fixed interval, or the last model leaves in the caches, must not meet the same one.
+        for kind in shuffle.sample(list(generators), len(generators)):
+            turns[kind].append(decode_ms(generators[kind]))
+    kinds = list(turns)
     return {
         "dtype": name,
         "turns": len(turns[DENSE]),
         "ms_per_token": {kind: _spread(times) for kind, times in turns.items()},
-        "times_faster_than": {kind: _spread(_ratios(turns[first], turns[kind])) for kind in others},
+        "times_faster": {
+            kind: {other: _spread(_ratios(turns[kind], turns[other])) for other in kinds[kinds.index(kind) + 1 :]}
+            for kind in kinds
+            if kind in COMPARED
+        },
     }
 
 
@@ -191,13 +200,16 @@ def _table(result: dict[str, Any]) -> str:
         f"```\n{result['command']}\n```",
         "",
     ]
-    first, *others = result["models"][0]["ms_per_token"]
-    heads = ["dtype", first, *others, *(f"{first}: times faster than {other}" for other in others)]
-    lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    kinds = result["models"][0]["ms_per_token"]
+    lines += [f"| dtype | {' | '.join(kinds)} |", f"| --- |{' ---: |' * len(kinds)}"]
     for row in result["models"]:
-        values = [*row["ms_per_token"].values(), *row["times_faster_than"].values()]
-        cells = (f"{value['median']:.3g} ±{value['iqr']:.1g}" for value in values)
+        cells = (f"{value['median']:.1f} ±{value['iqr']:.1f}" for value in row["ms_per_token"].values())
         lines.append(f"| {row['dtype']} | {' | '.join(cells)} |")
+    lines += ["", "Times faster, of the two in a turn:", "", "| dtype | model | than | |", "| --- | --- | --- | ---: |"]
+    for row in result["models"]:
+        for kind, others in row["times_faster"].items():
+            for other, value in others.items():
+                lines.append(f"| {row['dtype']} | {kind} | {other} | {value['median']:.2f} ±{value['iqr']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,16 +54,35 @@ def test_all_models_decode_in_turns_and_the_ratios_are_written(
         assert demo.main(["--seconds", "0", "--dtype", "float32", "bfloat16", "--out", str(tmp_path), *flags]) == 0
     finally:
         torch.set_num_threads(threads)
-    stem, first, others = "demo-1thread", demo.OURS, [demo.INDUCTOR, demo.DENSE]
+    stem, compared = "demo-1thread", {demo.OURS: [demo.INDUCTOR, demo.DENSE]}
     if act_order:
-        stem, first, others = "demo-act-order-1thread", demo.FROZEN, [demo.OURS, *others]
+        stem = "demo-act-order-1thread"
+        compared = {demo.FROZEN: [demo.OURS, *compared[demo.OURS]], **compared}
     models = json.loads((tmp_path / f"{stem}.json").read_text())["models"]
     assert [(model["dtype"], model["turns"]) for model in models] == [("float32", 1), ("bfloat16", 1)]
     for model in models:
         ms = {kind: spread["median"] for kind, spread in model["ms_per_token"].items()}
-        assert list(model["times_faster_than"]) == others
-        for other in others:
-            assert model["times_faster_than"][other]["median"] == pytest.approx(ms[other] / ms[first])
+        assert {kind: list(others) for kind, others in model["times_faster"].items()} == compared
+        for kind, others in model["times_faster"].items():
+            for other, ratio in others.items():
+                assert ratio["median"] == pytest.approx(ms[other] / ms[kind])
     captured = capsys.readouterr()
     assert (tmp_path / f"{stem}.md").read_text() == captured.out
     assert ("activation orders folded" in captured.err) is act_order
+
+
+def test_models_decode_in_another_order_each_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
+    monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
+    decoded: list[int] = []
+
+    def decode_ms(generator: object) -> float:
+        decoded.append(id(generator))
+        return 1.0
+
+    monkeypatch.setattr(demo, "decode_ms", decode_ms)
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=partial(next, iter(range(100)))))
+    assert demo._measure("float32", seconds=8, act_order=False)["turns"] == 8
+    turns = [tuple(decoded[i : i + 3]) for i in range(0, len(decoded), 3)]
+    assert {len(set(turn)) for turn in turns} == {3}
+    assert len(set(turns)) > 1

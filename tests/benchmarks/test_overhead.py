@@ -22,7 +22,9 @@ def test_calls_and_compilations_are_measured_and_written(
         pytest.skip("no native library was found at import")
     monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
     monkeypatch.setattr(
-        overhead, "compile_seconds", lambda path, threads: {"cold": 2.0, "warm": float(path == CHECKPOINT)}
+        overhead,
+        "compile_seconds",
+        lambda path, threads, backend: {"cold": float(len(backend)), "warm": float(path == CHECKPOINT)},
     )
     monkeypatch.setattr(overhead, "CALLS", 3)
     monkeypatch.setattr(overhead, "ROUNDS", 2)
@@ -34,6 +36,13 @@ def test_calls_and_compilations_are_measured_and_written(
     finally:
         torch.set_num_threads(threads)
     result = json.loads((tmp_path / "overhead.json").read_text())
-    assert result["compile_seconds"] == {"cold": 2.0, "warm": 1.0}
-    assert result["microseconds"]["eager op, inference_mode"]["median"] > 0
+    assert result["compile_seconds"] == {
+        "exllama": {"cold": 7.0, "warm": 1.0},
+        "inductor": {"cold": 8.0, "warm": 1.0},
+    }
+    times = result["microseconds"]
+    for name, spread in times.items():
+        assert name == overhead.ONE_MORE or 0 < spread["least"] <= spread["median"]
+    more = times[overhead.MANY]["least"] - times[overhead.ONE]["least"]
+    assert times[overhead.ONE_MORE]["least"] == pytest.approx(more / (overhead.CHAIN - 1))
     assert (tmp_path / "overhead.md").read_text() == capsys.readouterr().out
