@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -149,6 +150,12 @@ def test_the_longer_of_reading_and_computing_is_the_limit(M: int, limit: str, pe
     assert measurement.limit_of(kernel) == limit
     assert measurement.percent(kernel).median == pytest.approx(percent)
     assert measurement.record()["kernels"][0]["percent_of_dram_peak"] == pytest.approx(25.0)
+
+
+def test_every_algorithm_of_the_library_is_measured() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "select.h").read_text()
+    (cases_of_name,) = re.findall(r"const char\* name_of\(Algorithm algorithm\) \{(.*?)\n\}", source, re.DOTALL)
+    assert set(exllama_cuda.ALGORITHMS) == set(re.findall(r'return "(\w+)";', cases_of_name))
 
 
 CONFORMANCE_CASES = [weights.Case(bits, 512, 64, size) for bits, size in ((2, 64), (3, 128), (4, 128), (8, 32))]
