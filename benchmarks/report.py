@@ -94,13 +94,14 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
 
 
+# Names and units.
 _LIMITS = {
-    DRAM: "DRAM, GB/s",
-    DRAM_PEAK: "DRAM nominally, GB/s",
-    MATMUL: "dense product, GFLOP/s",
-    "float": "float32, GFLOP/s",
-    "int16": "int16, GOP/s",
-    "int8": "int8, GOP/s",
+    DRAM: ("DRAM, GB/s", 1e9),
+    DRAM_PEAK: ("DRAM nominally, GB/s", 1e9),
+    MATMUL: ("dense product, TFLOP/s", 1e12),
+    "float": ("float32, GFLOP/s", 1e9),
+    "int16": ("int16, GOP/s", 1e9),
+    "int8": ("int8, GOP/s", 1e9),
 }
 
 
@@ -111,10 +112,10 @@ def _times(columns: Sequence[Record]) -> str:
         found = [_find(column["kernels"], name) for column in columns]
         error = max(kernel["relative_error"] for kernel in found if kernel)
         rows.append([name, kind, f"{error:.1e}", *map(_cell, found)])
-    for limit, label in _LIMITS.items():
+    for limit, (label, unit) in _LIMITS.items():
         if limit not in columns[0]["limits_per_s"]:
             continue
-        values = [1e-9 * column["limits_per_s"][limit]["median"] for column in columns]
+        values = [column["limits_per_s"][limit]["median"] / unit for column in columns]
         rows.append([f"*limit: {label}*", "", "", *(f"{value:.3g}" for value in values)])
     return _markdown(rows)
 

@@ -66,10 +66,10 @@ def triton_gemm_dx(weight: Weight, dtype: torch.dtype) -> Layer:
 
 def reasons_against_native() -> list[str]:
     """Why the native library does not serve the ops; builds it if need be."""
+    if serving("gptq_gemm", "CUDA") is not cuda.BACKEND:
+        return cuda.BACKEND.failure or ["EXLLAMA_OPS_BACKEND names another backend"]
     cuda.BACKEND.build()
-    if serving("gptq_gemm", "CUDA") is cuda.BACKEND:
-        return []
-    return cuda.BACKEND.failure or ["EXLLAMA_OPS_BACKEND names another backend"]
+    return cuda.BACKEND.failure
 
 
 def reasons_against_triton() -> list[str]:

@@ -15,8 +15,10 @@ import torch
 
 from benchmarks import cases, session
 from benchmarks.devices import cuda_bounds, cuda_limits
+from benchmarks.devices.cuda import Cuda
 from benchmarks.devices.events import EventTimer, TimingError
 from benchmarks.peers import exllama_cuda
+from benchmarks.peers.peer import Layer, Peer
 from benchmarks.results import Measurement, Timed, by_roofline
 from benchmarks.run import main
 from benchmarks.timing import Runner, Sample
@@ -45,7 +47,7 @@ class FakeEvent:
 
     def query(self) -> bool:
         self.gpu.log.append("query")
-        return self.gpu.delays[-1] < self.gpu.cycles_that_the_host_takes
+        return FakeGpu.was_waited_for or self.gpu.delays[-1] < self.gpu.cycles_that_the_host_takes
 
     def synchronize(self) -> None:
         self.gpu.log.append("synchronize")
@@ -59,6 +61,7 @@ class FakeGpu:
 
     place = torch.device("cpu")
     properties = H100
+    was_waited_for = False
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -72,6 +75,7 @@ class FakeGpu:
     def delay(self, cycles: int) -> None:
         self.log.append("delay")
         self.delays.append(cycles)
+        FakeGpu.was_waited_for = False
 
     def flush(self) -> None:
         self.log.append("flush")
@@ -251,6 +255,30 @@ def test_a_run_measures_every_algorithm_and_says_what_is_missing(
     for part in ("NVIDIA H100 80GB HBM3, compute capability 9.0", "*limit: DRAM nominally, GB/s*", "3.35e+03"):
         assert part in table
     assert "auto than the best float peer" in table
+
+
+def test_a_peer_that_waits_for_the_device_is_missing_and_the_run_goes_on(
+    native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(x: torch.Tensor) -> torch.Tensor:
+        FakeGpu.was_waited_for = True
+        return x[:, :128]
+
+    waiting = Layer(take=lambda x: x, run=wait, give=lambda out: out, nbytes=1)
+    monkeypatch.setattr(Cuda, "peers", [Peer("waiting", "float", lambda weight, threads: waiting)])
+    assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    errors = {kernel["name"]: kernel["error"] for kernel in json.loads(file.read_text())["missing"]}
+    assert errors["waiting"].startswith("TimingError: the call waits for the device")
+
+
+def test_a_run_on_a_gpu_is_drawn(native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the extra bench draws the plot")
+    monkeypatch.delitem(sys.modules, "benchmarks.plot")
+    assert main([*OPTIONS, "--peers", "fp16", "--out", str(tmp_path)]) == 0
+    (drawing,) = tmp_path.glob("*.svg")
+    for text in ("NVIDIA H100 80GB HBM3", "dense product", "exllama_ops dense", "DRAM limit"):
+        assert f"{text} -->" in drawing.read_text()
 
 
 def test_a_wrong_result_of_an_algorithm_ends_the_run(
