@@ -1,1 +1,1 @@
-"""Speed of the CPU kernels beside other libraries and the limits of the machine; see README.md."""
+"""Speed of our kernels beside other libraries and the limits of the machine; see README.md."""

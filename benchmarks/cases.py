@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 TOKENS = (1, 4, 16, 64, 256, 1024)
 # M of the x gradient: a training step, never a single token.
 DX_TOKENS = (64, 256)
+
+W = TypeVar("W", GptqWeight, PackedWeight)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class Weight:
         self.checkpoint: GptqWeight = quantize(dense, case.bits, case.group_size, g_idx=g_idx)
         self.packed: PackedWeight = prepare(self.checkpoint)
 
+    def to(self, place: torch.device) -> Weight:
+        """The weight with all its forms in the memory of a device."""
+        if place == self.packed.qweight.device:
+            return self
+        weight = Weight.__new__(Weight)  # not a copy, which would have the forms that were made here
+        weight.case = self.case
+        weight.checkpoint, weight.packed = _moved(self.checkpoint, place), _moved(self.packed, place)
+        return weight
+
     @property
     def nbytes(self) -> int:
         """Of qweight, qzeros and scales."""
@@ -73,6 +85,20 @@ class Weight:
         return self.checkpoint.scales
 
     @cached_property
+    def groups(self) -> Tensor:
+        """(K,) int32, the group of each row in checkpoint order."""
+        g_idx = self.checkpoint.g_idx
+        if g_idx is not None:
+            return g_idx
+        return row_groups(self.case.K, self.scales.shape[0], self.case.group_size, self.scales.device)
+
+    @cached_property
+    def symmetric(self) -> Tensor:
+        """(K, N) float32, the weight that formats without zero points hold: the same integers, zero in the middle."""
+        middle = 1 << (self.case.bits - 1)
+        return (self.q.float() - middle) * self.scales.float()[self.groups.long()]
+
+    @cached_property
     def dense(self) -> Tensor:
         """(K, N) float32, exact: an integer of at most 9 bits times 11 bits."""
         return reference.gptq_dequantize(*self.arguments(self.packed.scales.float()))
@@ -82,6 +108,12 @@ class Weight:
         p = self.packed
         scales = p.scales if scales is None else scales
         return p.qweight, p.qzeros, scales, p.row_order, p.shuffled, p.bits, True, p.group_size
+
+
+def _moved(weight: W, place: torch.device) -> W:
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    tensors: dict[str, Any] = {name: part.to(place) for name, part in values.items() if isinstance(part, Tensor)}
+    return replace(weight, **tensors)
 
 
 def activations(M: int, K: int, seed: int = 1) -> Tensor:

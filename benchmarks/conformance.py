@@ -6,6 +6,8 @@ groups are whole, and computed for all tokens at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,16 @@ from exllama_ops import reference
 BLOCK_ROWS = 128
 UNIT_ROUNDOFF = 2.0**-24
 
+Errors = Callable[[Weight, Tensor, Tensor], Iterable[tuple[str, Tensor]]]
+
 
 class ConformanceError(RuntimeError):
     """A result is wrong; its kernel is not timed."""
 
 
-def gamma(n: int) -> float:
-    """``n u / (1 - n u)``, the relative error of n float32 roundings in a row (Higham, section 3.1)."""
-    return n * UNIT_ROUNDOFF / (1 - n * UNIT_ROUNDOFF)
+def gamma(n: int, unit: float = UNIT_ROUNDOFF) -> float:
+    """``n u / (1 - n u)``, the relative error of n roundings in a row, to float32 by default (Higham, section 3.1)."""
+    return n * unit / (1 - n * unit)
 
 
 def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,6 +37,24 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps / 2), exponent - 1)
 
 
+def cpu_errors(weight: Weight, x: Tensor, W: Tensor) -> list[tuple[str, Tensor]]:
+    """Of each precision of the CPU, before the final rounding: (M, N) float64."""
+    K = weight.case.K
+    size = min(weight.case.group_size, BLOCK_ROWS)
+    order = weight.packed.perm.long() if weight.case.act_order else torch.arange(K)
+    x, W = x.double().abs()[:, order], W[order].abs()
+    x_blocks, W_blocks = x.unflatten(1, (-1, size)), W.unflatten(0, (-1, size))
+    outliers = x_blocks.amax(2) > 16 * x_blocks.mean(2)
+    by_norms = (x_blocks.norm(dim=2) * ~outliers) @ W_blocks.norm(dim=1)
+    by_elements = (x_blocks * outliers.unsqueeze(2)).flatten(1) @ W if outliers.any() else 0.0
+    floats = gamma(size + K // size + 2) * (x @ W)
+    return [
+        ("highest", floats),
+        ("high", 2.0**-11 * (by_norms + by_elements)),
+        ("medium", x_blocks.amax(2) / 127 @ W_blocks.sum(1) + floats),
+    ]
+
+
 class Gate:
     """The exact products of a weight, and how far results may lie from them.
 
@@ -40,18 +62,27 @@ class Gate:
         weight: the weight.
         x: (M, K), the activations of every timing to come: a timing of fewer tokens takes its first rows.
         grad: (M, N), likewise for the gradient of x; None if that is not timed.
+        errors: (weight, x, dense weight in float64) -> (precision, (M, N) float64) for each kernel that will be
+            checked: the error of its sums. By default those of the CPU's precisions.
+        dx_roundings: those in a sum of gptq_gemm_dx beside the N of its chain; by default the CPU's.
     """
 
-    def __init__(self, weight: Weight, x: Tensor, grad: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        x: Tensor,
+        grad: Tensor | None = None,
+        *,
+        errors: Errors = cpu_errors,
+        dx_roundings: int = 3,
+    ) -> None:
         arguments = weight.arguments()
         W = weight.dense.double()
         self.exact = reference.gptq_gemm(x.float(), *arguments).double()
-        self.errors = {
-            precision: error + UNIT_ROUNDOFF * self.exact.abs() for precision, error in _errors(weight, x, W)
-        }
+        self.errors = {precision: error + UNIT_ROUNDOFF * self.exact.abs() for precision, error in errors(weight, x, W)}
         if grad is not None:
             self.exact_dx = reference.gptq_gemm_dx(grad.float(), *arguments).double()
-            self.error_dx = gamma(weight.case.N + 3) * (grad.double().abs() @ W.t().abs())
+            self.error_dx = gamma(weight.case.N + dx_roundings) * (grad.double().abs() @ W.t().abs())
             self.error_dx += UNIT_ROUNDOFF * self.exact_dx.abs()
 
     def check(self, out: Tensor, precision: str) -> None:
@@ -69,24 +100,6 @@ class Gate:
             ConformanceError: an element lies beyond the bound.
         """
         _check("gptq_gemm_dx", out, self.exact_dx, self.error_dx)
-
-
-def _errors(weight: Weight, x: Tensor, W: Tensor) -> list[tuple[str, Tensor]]:
-    """Of each precision, before the final rounding: (M, N) float64."""
-    K = weight.case.K
-    size = min(weight.case.group_size, BLOCK_ROWS)
-    order = weight.packed.perm.long() if weight.case.act_order else torch.arange(K)
-    x, W = x.double().abs()[:, order], W[order].abs()
-    x_blocks, W_blocks = x.unflatten(1, (-1, size)), W.unflatten(0, (-1, size))
-    outliers = x_blocks.amax(2) > 16 * x_blocks.mean(2)
-    by_norms = (x_blocks.norm(dim=2) * ~outliers) @ W_blocks.norm(dim=1)
-    by_elements = (x_blocks * outliers.unsqueeze(2)).flatten(1) @ W if outliers.any() else 0.0
-    floats = gamma(size + K // size + 2) * (x @ W)
-    return [
-        ("highest", floats),
-        ("high", 2.0**-11 * (by_norms + by_elements)),
-        ("medium", x_blocks.amax(2) / 127 @ W_blocks.sum(1) + floats),
-    ]
 
 
 def _check(what: str, out: Tensor, exact: Tensor, error: Tensor) -> None:

@@ -13,6 +13,9 @@ from exllama_ops.backends.native.compile import CPU, find_compiler, no_compiler
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 DRAM = "dram"
+# Of GPUs: the DRAM's nominal speed, and a dense product (`benchmarks.devices.cuda_limits`).
+DRAM_PEAK = "dram_peak"
+MATMUL = "matmul"
 DOTS = ("float", "int16", "int8")
 ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2")
 

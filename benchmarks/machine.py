@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 
 
@@ -30,11 +32,45 @@ def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> d
         "isa": isa,
         "held_to": held,
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        **_software(packages),
+    }
+
+
+def gpu_description(properties: Any, packages: Iterable[str]) -> dict[str, Any]:
+    """The same of a GPU.
+
+    Args:
+        properties: of `torch.cuda.get_device_properties`.
+        packages: distributions whose versions matter.
+    """
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cpu": _cpu()[0],
+        **_software(packages),
+    }
+
+
+def _software(packages: Iterable[str]) -> dict[str, Any]:
+    return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "commit": _commit(),
         "packages": {name: _version(name) for name in sorted(set(packages))},
     }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _cpu() -> tuple[str, set[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DX_TOKENS, Case, Weight, activations
-from benchmarks.conformance import ConformanceError, Gate, relative_error
-from benchmarks.peers import exllama
+from benchmarks.conformance import ConformanceError, relative_error
+from benchmarks.devices.device import Device, OurKernel
 from benchmarks.peers.peer import Kind, Layer, Peer, Unsupported
-from benchmarks.results import OURS, Measurement, Timed
+from benchmarks.results import Measurement, Timed
 from benchmarks.timing import BURST_TOKENS, Runner, interleave
 from exllama_ops.cli.output import say
 
@@ -65,8 +65,7 @@ class Plan:
         case: the weight.
         tokens: values of M.
         peers: the kernels beside ours.
-        threads: that every kernel uses.
-        held: the value of --isa; peers that do not obey it are missing.
+        device: where they run.
         dtype: of x for our kernels.
         say: takes a line of progress.
     """
@@ -77,8 +76,7 @@ class Plan:
         tokens: Sequence[int],
         peers: Sequence[Peer],
         *,
-        threads: int,
-        held: str = "native",
+        device: Device,
         dtype: torch.dtype = torch.float16,
         say: Callable[[str], None] = say,
     ) -> None:
@@ -91,16 +89,14 @@ class Plan:
         self._x = activations(max(tokens), case.K).to(dtype)
         self._dx_tokens = [M for M in tokens if M in DX_TOKENS]
         self._grad = activations(max(self._dx_tokens), case.N, seed=2).to(dtype) if self._dx_tokens else None
-        gate = Gate(weight, self._x, self._grad)
+        gate = device.gate(weight, self._x, self._grad, tokens)
         self._dense = weight.dense
-        self._gemms = [
-            self._ours(
-                precision, kind, partial(exllama.gemm, weight, precision, dtype), partial(_check, gate, precision)
-            )
-            for precision, kind in exllama.PRECISIONS.items()
-        ]
-        self._dx = _Kernel(f"{OURS} dx", "float", _copies(partial(exllama.gemm_dx, weight, dtype)), gate.check_dx)
-        self._gemms += filter(None, (self._peer(peer, weight, threads, held) for peer in peers))
+        self._device = device
+        placed = weight.to(device.place)
+        ours = device.kernels(placed, gate, dtype)
+        self._gemms = self._prepared(kernel for kernel in ours if kernel.op == "gptq_gemm")
+        self._gemms += filter(None, (self._peer(peer, placed) for peer in peers))
+        self._dxs = self._prepared(kernel for kernel in ours if kernel.op == "gptq_gemm_dx")
 
     def measurements(self, measure_limits: MeasureLimits, budget: Budget) -> Iterator[Measurement]:
         """Time everything, one number of tokens after the other.
@@ -115,21 +111,33 @@ class Plan:
         for M in self._tokens:
             yield self._measure("gptq_gemm", self._gemms, self._x[:M], measure_limits, budget)
             if M in self._dx_tokens and self._grad is not None:
-                yield self._measure("gptq_gemm_dx", [self._dx], self._grad[:M], measure_limits, budget)
+                yield self._measure("gptq_gemm_dx", self._dxs, self._grad[:M], measure_limits, budget)
 
-    def _ours(
-        self, precision: str, kind: Kind, prepare: Callable[[], Layer], check: Callable[[Tensor], None]
-    ) -> _Kernel:
-        return _Kernel(f"{OURS} {precision}", kind, _copies(prepare), check)
+    def _prepared(self, kernels: Iterable[OurKernel]) -> list[_Kernel]:
+        prepared = []
+        for kernel in kernels:
+            try:
+                layers = self._copies(kernel.prepare)
+                prepared.append(_Kernel(kernel.name, kernel.kind, layers, kernel.check))
+            except Unsupported as error:
+                self._miss(kernel.name, None, error)
+        return prepared
 
-    def _peer(self, peer: Peer, weight: Weight, threads: int, held: str) -> _Kernel | None:
+    def _peer(self, peer: Peer, weight: Weight) -> _Kernel | None:
         try:
-            if held != "native" and held not in peer.held:
-                raise Unsupported(f"cannot be held to {held}")
-            return _Kernel(peer.name, peer.kind, _copies(lambda: peer.prepare(weight, threads)))
+            self._device.admit(peer)
+            return _Kernel(peer.name, peer.kind, self._copies(lambda: peer.prepare(weight, self._device.threads)))
         except Exception as error:
             self._miss(peer.name, None, error)
             return None
+
+    def _copies(self, prepare: Callable[[], Layer]) -> list[Layer]:
+        first = prepare()
+        if not self._device.rotates:
+            return [first]
+        # At least two: one alone would stay where it is.
+        count = max(2, -(-ROTATION_BYTES // first.nbytes))
+        return [first, *(prepare() for _ in range(count - 1))]
 
     def _miss(self, name: str, M: int | None, error: Exception) -> None:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -148,44 +156,40 @@ class Plan:
         for kernel in kernels:
             try:
                 layers = kernel.layers if M <= ROTATED_TOKENS else kernel.layers[:2]
-                inputs = [layer.take(x) for layer in layers]
+                inputs = [layer.take(x.to(self._device.place)) for layer in layers]
                 errors[kernel.name] = self._error(kernel, op, inputs[0], x)
                 calls = [partial(layer.run, given) for layer, given in zip(layers, inputs, strict=True)]
+                runner = Runner(kernel.name, calls, kernel.layers[0].enter)
                 # Some libraries compile a kernel for each M at a layer's first call.
-                for call in calls:
-                    call()
+                self._device.timer.warm_up(runner, M)
             except ConformanceError:
                 raise
             except Exception as error:
                 self._miss(kernel.name, M, error)
                 continue
-            runners.append(Runner(kernel.name, calls, kernel.layers[0].enter))
+            runners.append(runner)
             ready.append(kernel)
-        samples = interleave(runners, measure_limits, tokens=M, seconds=budget.seconds, rounds=budget.rounds)
+        samples = interleave(
+            runners,
+            measure_limits,
+            tokens=M,
+            seconds=budget.seconds,
+            rounds=budget.rounds,
+            timer=self._device.timer,
+        )
         timed = [
             Timed(kernel.name, kernel.kind, errors[kernel.name], kernel.layers[0].nbytes, samples[kernel.name])
             for kernel in ready
         ]
-        return Measurement(op, self.case.K, self.case.N, M, timed)
+        return Measurement(op, self.case.K, self.case.N, M, timed, self._device.limit_rule)
 
     def _error(self, kernel: _Kernel, op: str, given: Any, x: Tensor) -> float:
         """The relative error in some rows, the last one among them, after the check of all of them."""
         layer = kernel.layers[0]
         layer.enter()
-        out = layer.give(layer.run(given))
+        out = layer.give(layer.run(given)).cpu()
         if kernel.check is not None:
             kernel.check(out)
-        dense = self._dense if layer.dense is None else layer.dense
+        dense = self._dense if layer.dense is None else layer.dense.cpu()
         rows = torch.linspace(0, x.shape[0] - 1, min(ERROR_ROWS, x.shape[0])).long()
         return relative_error(out[rows], x[rows], dense.t() if op == "gptq_gemm_dx" else dense)
-
-
-def _check(gate: Gate, precision: str, out: Tensor) -> None:
-    gate.check(out, precision)
-
-
-def _copies(prepare: Callable[[], Layer]) -> list[Layer]:
-    first = prepare()
-    # At least two: one alone would stay where it is.
-    count = max(2, -(-ROTATION_BYTES // first.nbytes))
-    return [first, *(prepare() for _ in range(count - 1))]

@@ -11,10 +11,22 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.limits import DRAM, MATMUL
 from benchmarks.results import OURS
 
 _PEERS = ("#1b6ca8", "#e07b39", "#3a9d5d", "#8c5fb0", "#a0522d", "#c2539a", "#6b7280", "#9a9a1f", "#1f9a9a", "#444444")
-_OURS = {f"{OURS} highest": "--", f"{OURS} high": "-", f"{OURS} medium": ":"}
+# Precisions of the CPU; on a GPU the library's choice, its algorithms, and Triton.
+_OURS = {
+    f"{OURS} {name}": style
+    for styles in (
+        {"highest": "--", "high": "-", "medium": ":"},
+        {"auto": "-", "triton": "--", "mma": ":", "scalar": "-.", "tiled": (0, (1, 3)), "dense": (0, (5, 3))},
+    )
+    for name, style in styles.items()
+}
+# Whose weight the DRAM limit is drawn for.
+_ROOFED = (f"{OURS} high", f"{OURS} auto")
+_PEAKS = {"float": "float32 peak", "int16": "int16 peak", "int8": "int8 peak", MATMUL: "dense product"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -40,13 +52,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, 2 * len(shapes)), fontsize=8
     )
-    configuration, machine = result["configuration"], result["machine"]
+    configuration = result["configuration"]
     order = ", act-order" if configuration["act_order"] else ""
     figure.suptitle(
-        f"{configuration['bits']} bits, group {configuration['group_size']}{order}; {machine['isa']}, "
-        f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+        f"{configuration['bits']} bits, group {configuration['group_size']}{order}; {_device(result['machine'])}"
     )
     figure.savefig(path, metadata={"Date": None})
+
+
+def _device(machine: dict[str, Any]) -> str:
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    return f"{machine['isa']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
 
 
 def _panel(axes: Axes, measurements: list[dict[str, Any]]) -> None:
@@ -73,17 +90,21 @@ def _panel(axes: Axes, measurements: list[dict[str, Any]]) -> None:
 
 def _draw_limits(axes: Axes, measurements: list[dict[str, Any]]) -> None:
     tokens = [m["M"] for m in measurements]
-    for limit, label in (("float", "float32 peak"), ("int16", "int16 peak"), ("int8", "int8 peak")):
+    measured = measurements[0]["limits_per_s"]
+    tops = []
+    for limit, label in _PEAKS.items():
+        if limit not in measured:
+            continue
         peaks = [1e-9 * m["limits_per_s"][limit]["median"] for m in measurements]
+        tops.append(max(peaks))
         axes.plot(tokens, peaks, color="black", linestyle=(0, (1, 1)), linewidth=0.9)
         axes.annotate(label, (tokens[0], peaks[0]), fontsize=7, va="bottom")
-    ours = [(m, k) for m in measurements for k in m["kernels"] if k["name"] == f"{OURS} high"]
+    ours = [(m, k) for m in measurements for k in m["kernels"] if k["name"] in _ROOFED]
     if not ours:
         return
-    peak = max(1e-9 * m["limits_per_s"]["int8"]["median"] for m in measurements)
     # What reading our weight from DRAM once allows.
     roof = [
-        min(peak, 2e-9 * m["M"] * m["K"] * m["N"] * m["limits_per_s"]["dram"]["median"] / kernel["weight_bytes"])
+        min(max(tops), 2e-9 * m["M"] * m["K"] * m["N"] * m["limits_per_s"][DRAM]["median"] / kernel["weight_bytes"])
         for m, kernel in ours
     ]
     axes.plot([m["M"] for m, _ in ours], roof, color="black", linestyle="-.", linewidth=0.9, label="DRAM limit")

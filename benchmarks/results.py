@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.limits import DRAM
+from benchmarks.limits import DRAM, DRAM_PEAK, MATMUL
 from benchmarks.peers.peer import Kind
 from benchmarks.timing import Sample, Spread
 
@@ -34,13 +34,23 @@ class Timed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All kernels of one op on one weight with M tokens."""
+    """All kernels of one op on one weight with M tokens.
+
+    Args:
+        op: its name.
+        K: rows of the weight.
+        N: columns of the weight.
+        M: tokens.
+        kernels: what they did.
+        limit_rule: which limit bounds a kernel.
+    """
 
     op: str
     K: int
     N: int
     M: int
     kernels: Sequence[Timed]
+    limit_rule: LimitRule
 
     @property
     def operations(self) -> int:
@@ -48,8 +58,8 @@ class Measurement:
         return 2 * self.M * self.K * self.N
 
     def limit_of(self, kernel: Timed) -> str:
-        """A single token is bound by reading the weight, more by the peak of the kernel's class."""
-        return DRAM if self.M == 1 else kernel.kind
+        """The name of the limit that bounds a kernel."""
+        return self.limit_rule(self, kernel)
 
     def seconds(self, kernel: Timed) -> Spread:
         """Of a call."""
@@ -90,7 +100,9 @@ class Measurement:
 
     def comparisons(self) -> list[Comparison]:
         """Our classes against the best of each class of peers."""
-        pairs: tuple[tuple[str, Kind], ...] = (("high", "float"), ("high", "int8"), ("medium", "int8"))
+        pairs: tuple[tuple[str, Kind], ...] = (
+            ("high", "float"), ("high", "int8"), ("medium", "int8"), ("auto", "float"), ("triton", "float"),
+        )  # fmt: skip
         found = []
         for precision, kind in pairs:
             ours, theirs = self.find(f"{OURS} {precision}"), self.best_peer(kind)
@@ -105,6 +117,8 @@ class Measurement:
 
     def _record_of(self, kernel: Timed) -> dict[str, Any]:
         seconds = self.seconds(kernel)
+        peak = kernel.samples[0].limits.get(DRAM_PEAK)
+        of_peak = {} if peak is None else {"percent_of_dram_peak": 100 * kernel.nbytes / (seconds.median * peak)}
         return {
             "name": kernel.name,
             "class": kernel.kind,
@@ -115,7 +129,26 @@ class Measurement:
             "weight_gb_per_s": 1e-9 * kernel.nbytes / seconds.median,
             "limit": self.limit_of(kernel),
             "percent_of_limit": asdict(self.percent(kernel)),
+            **of_peak,
         }
+
+
+def by_tokens(measurement: Measurement, kernel: Timed) -> str:
+    """A single token is bound by reading the weight, more by the peak of the kernel's class."""
+    return DRAM if measurement.M == 1 else kernel.kind
+
+
+def by_roofline(measurement: Measurement, kernel: Timed) -> str:
+    """What takes longer: reading the weight, or as many operations by a dense product."""
+
+    def median(limit: str) -> float:
+        return Spread.of([sample.limits[limit] for sample in kernel.samples]).median
+
+    reads_longer = kernel.nbytes / median(DRAM) >= measurement.operations / median(MATMUL)
+    return DRAM if reads_longer else MATMUL
+
+
+LimitRule = Callable[[Measurement, Timed], str]
 
 
 @dataclass(frozen=True)

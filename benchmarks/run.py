@@ -1,4 +1,4 @@
-"""Time the CPU kernels beside peers and limits: ``python -m benchmarks.run``; README.md has the commands."""
+"""Time our kernels beside peers and limits: ``python -m benchmarks.run``; README.md has the commands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    try:
-        isa.hold_to(args.isa)
-        isa.hold_to_cores(args.threads)
-    except isa.HoldError as error:
-        parser.error(str(error))
+    if args.device == "cpu":
+        args.threads, args.isa = args.threads or 1, args.isa or "native"
+        try:
+            isa.hold_to(args.isa)
+            isa.hold_to_cores(args.threads)
+        except isa.HoldError as error:
+            parser.error(str(error))
+    else:
+        for option in ("threads", "isa"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option} is of the CPU; --device {args.device} has none")
     # Only now: what is imported here reads the variables that were just set.
     from benchmarks.session import run
 
@@ -30,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
-        description="Time gptq_gemm and gptq_gemm_dx on CPUs, in turns with other libraries and the machine's limits.",
+        description="Time gptq_gemm and gptq_gemm_dx, in turns with other libraries and the device's limits.",
     )
     add = parser.add_argument
-    add("--threads", type=int, default=1, help="threads of all, and cores of the process (default: %(default)s)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where kernels run (default: %(default)s)")
+    add("--threads", type=int, help="of the CPU: threads of all, and cores of the process (default: 1)")
     add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="default: %(default)s")
     add("--group-size", type=int, default=128, choices=(32, 64, 128), help="default: %(default)s")
     add("--act-order", action="store_true", help="groups in a random order of the rows")
@@ -43,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", type=_shape, metavar="KxN", help="default: those of Llama-2-7B")
     add("--M", nargs="+", type=int, metavar="M", help="numbers of tokens (default: 1 4 16 64 256 1024)")
     add("--peers", nargs="*", metavar="WORD", help="those whose names have one of the words; none without a word")
-    add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold all kernels to it (default: %(default)s)")
+    add("--isa", choices=sorted(isa.VARIABLES), help="of the CPU: hold all kernels to it (default: native)")
     add("--seconds", type=float, default=12, help="of timing for each shape and M (default: %(default)s)")
     add("--rounds", type=int, default=5, help="at least, for each shape and M (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results there too")

@@ -12,14 +12,14 @@ import torch
 
 from benchmarks.cases import SHAPES, TOKENS, Case
 from benchmarks.conformance import ConformanceError
-from benchmarks.limits import Limits, LimitsError
-from benchmarks.machine import description
-from benchmarks.peers import PEERS
+from benchmarks.devices.cpu import Cpu
+from benchmarks.devices.cuda import Cuda, TorchGpu
+from benchmarks.devices.device import Device, DeviceError
+from benchmarks.limits import LimitsError
 from benchmarks.peers.peer import Peer
 from benchmarks.plan import Budget, Missing, Plan
 from benchmarks.report import record, table
 from benchmarks.results import Measurement
-from exllama_ops.backends.cpu import BACKEND
 from exllama_ops.cli.output import emit, say
 
 
@@ -33,53 +33,40 @@ def run(args: argparse.Namespace, command: str) -> int:
     Returns:
         The exit status: 1 if a result of ours is wrong or nothing can be measured. Nothing is written then.
     """
-    torch.set_num_threads(args.threads)
     measurements: list[Measurement] = []
     missing: list[Missing] = []
-    peers = _chosen(args.peers)
     try:
-        isa = _isa_in_use()
-        limits = Limits(isa, args.threads)
+        device = _device(args)
+        device.open()
+        peers = _chosen(device.peers, args.peers)
         with torch.inference_mode():
             for K, N in args.shapes or SHAPES:
                 case = Case(K, N, args.bits, args.group_size, args.act_order)
-                plan = Plan(
-                    case,
-                    args.M or TOKENS,
-                    peers,
-                    threads=args.threads,
-                    held=args.isa,
-                    dtype=getattr(torch, args.dtype),
-                )
-                for measurement in plan.measurements(limits.measure, Budget(args.seconds, args.rounds)):
+                plan = Plan(case, args.M or TOKENS, peers, device=device, dtype=getattr(torch, args.dtype))
+                for measurement in plan.measurements(device.measure_limits, Budget(args.seconds, args.rounds)):
                     measurements.append(measurement)
                     _say_times(measurement)
                 missing += plan.missing
                 del plan
                 gc.collect()
-    except (ConformanceError, LimitsError) as error:
+    except (ConformanceError, DeviceError, LimitsError) as error:
         say(f"error: {error}")
         return 1
-    machine = description(args.threads, isa, args.isa, _packages(peers))
-    result = record(command, machine, _configuration(args), measurements, missing)
+    result = record(command, device.machine(_packages(peers)), _configuration(args), measurements, missing)
     text = table(result)
     emit(text)
-    _write(args, result, text)
+    _write(args, device.label, result, text)
     return 0
 
 
-def _isa_in_use() -> str:
-    """The instruction set of our kernels; builds them if need be."""
-    BACKEND.build()
-    isa = None if BACKEND.library is None else BACKEND.library.isa_in_use()
-    if isa is None:
-        reasons = "; ".join(BACKEND.failure) or "EXLLAMA_OPS_CPU_ISA names an instruction set that this CPU lacks"
-        raise LimitsError(f"the native CPU kernels are not in use: {reasons}")
-    return isa
+def _device(args: argparse.Namespace) -> Device:
+    if args.device == "cuda":
+        return Cuda(TorchGpu(), getattr(torch, args.dtype))
+    return Cpu(args.threads, args.isa)
 
 
-def _chosen(words: Sequence[str] | None) -> list[Peer]:
-    return [peer for peer in PEERS if words is None or any(word.lower() in peer.name.lower() for word in words)]
+def _chosen(peers: Sequence[Peer], words: Sequence[str] | None) -> list[Peer]:
+    return [peer for peer in peers if words is None or any(word.lower() in peer.name.lower() for word in words)]
 
 
 def _packages(peers: Sequence[Peer]) -> list[str]:
@@ -102,13 +89,11 @@ def _say_times(measurement: Measurement) -> None:
     say("  " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items()))
 
 
-def _write(args: argparse.Namespace, result: dict[str, object], text: str) -> None:
+def _write(args: argparse.Namespace, label: str, result: dict[str, object], text: str) -> None:
     from benchmarks.plot import plot
 
     order = "-act-order" if args.act_order else ""
-    held = "" if args.isa == "native" else f"-{args.isa}"
-    plural = "" if args.threads == 1 else "s"
-    stem = f"{args.bits}bit-g{args.group_size}{order}{held}-{args.threads}thread{plural}"
+    stem = f"{args.bits}bit-g{args.group_size}{order}-{label}"
     args.out.mkdir(parents=True, exist_ok=True)
     line = json.dumps(result, indent=1) + "\n"
     files: dict[Path, str] = {

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Protocol
 
 from benchmarks.peers.peer import nothing
 
@@ -37,21 +38,61 @@ class Runner:
     def __post_init__(self) -> None:
         self._copies = cycle(self.calls)
 
-    def burst(self, calls: int, clock: Callable[[], float]) -> float:
-        """Seconds of a call; before more than one, another one is made that is not timed."""
-        self.enter()
-        if calls > 1:
-            next(self._copies)()
-        chosen = [next(self._copies) for _ in range(calls)]
-        start = clock()
-        for call in chosen:
+    def take(self, calls: int) -> list[Callable[[], object]]:
+        """The next calls, each on the next copy."""
+        return [next(self._copies) for _ in range(calls)]
+
+
+class Timer(Protocol):
+    """Times kernels where they run."""
+
+    def warm_up(self, runner: Runner, tokens: int) -> None:
+        """Make every call once, so that none is a first one when it is timed; raises what hinders its timing."""
+        ...
+
+    def time(self, runner: Runner, tokens: int) -> float:
+        """Seconds of a call of the kernel, with ``tokens`` rows of x."""
+        ...
+
+
+class HostTimer:
+    """Times calls that are done when they return.
+
+    Args:
+        clock: tells seconds.
+        sleep: waits for seconds.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+
+    def warm_up(self, runner: Runner, tokens: int) -> None:
+        """Make every call once."""
+        for call in runner.take(len(runner.calls)):
             call()
-        return (clock() - start) / calls
+
+    def time(self, runner: Runner, tokens: int) -> float:
+        """Seconds of a call in a burst; before a burst of several, another call is made that is not timed."""
+        calls = BURST_CALLS if tokens <= BURST_TOKENS else 1
+        runner.enter()
+        if calls > 1:
+            (untimed,) = runner.take(1)
+            untimed()
+        burst = runner.take(calls)
+        start = self._clock()
+        for call in burst:
+            call()
+        seconds = (self._clock() - start) / calls
+        self._sleep(SETTLE_SECONDS)
+        return seconds
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One burst: seconds of a call, and the limits around it."""
+    """One timing: seconds of a call, and the limits around it."""
 
     seconds: float
     limits: Mapping[str, float]
@@ -80,33 +121,31 @@ def interleave(
     tokens: int,
     seconds: float,
     rounds: int,
+    timer: Timer,
     clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[Sample]]:
     """Time kernels in turns, in another order each round.
 
     Args:
         runners: the kernels.
-        measure_limits: measures the limits; called before the first burst of a round and after every one.
-        tokens: M, on which the length of a burst depends.
+        measure_limits: measures the limits; called before the first timing of a round and after every one.
+        tokens: M.
         seconds: no round is begun after as many.
         rounds: the least number of rounds, however long they take.
-        clock: tells seconds.
-        sleep: waits for seconds.
+        timer: times each kernel.
+        clock: tells the seconds of all of it.
 
     Returns:
         For each kernel its samples, one a round; sample i of all kernels is of the same round.
     """
     shuffle = random.Random(0)
     samples: dict[str, list[Sample]] = {runner.name: [] for runner in runners}
-    calls = BURST_CALLS if tokens <= BURST_TOKENS else 1
     start = clock()
     done = 0
     while done < rounds or clock() - start < seconds:
         before = measure_limits()
         for runner in shuffle.sample(runners, len(runners)):
-            time_of_call = runner.burst(calls, clock)
-            sleep(SETTLE_SECONDS)
+            time_of_call = timer.time(runner, tokens)
             after = measure_limits()
             around = {name: (before[name] + after[name]) / 2 for name in before}
             samples[runner.name].append(Sample(time_of_call, around))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from benchmarks.peers import (
     auto_round,
     bitsandbytes_nf4,
+    gemlite_triton,
     ggml_repack,
     gptqmodel_avx512,
+    gptqmodel_cuda,
     onnx_runtime,
     openvino_cpu,
     torch_dense,
     torch_int4pack,
+    torch_tinygemm,
+    vllm_ops,
 )
 
 PEERS = tuple(
@@ -26,4 +30,8 @@ PEERS = tuple(
         ggml_repack,
     )
     for peer in module.PEERS
+)
+
+CUDA_PEERS = tuple(
+    peer for module in (torch_dense, torch_tinygemm, vllm_ops, gptqmodel_cuda, gemlite_triton) for peer in module.PEERS
 )

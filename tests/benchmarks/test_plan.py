@@ -14,6 +14,8 @@ import exllama_ops
 from benchmarks import isa
 from benchmarks.cases import Case, Weight, activations
 from benchmarks.conformance import ConformanceError, Gate, relative_error
+from benchmarks.devices import cpu
+from benchmarks.devices.cpu import Cpu
 from benchmarks.peers import PEERS, exllama
 from benchmarks.peers.peer import Layer, Peer
 from benchmarks.plan import Budget, Plan
@@ -44,7 +46,7 @@ def settings_that_stay() -> Iterator[None]:
 
 def plan(peers: list[Peer], lines: list[str] | None = None, held: str = "native", case: Case = CASES[0]) -> Plan:
     said = [] if lines is None else lines
-    return Plan(case, (1, 64), peers, threads=1, held=held, say=said.append)
+    return Plan(case, (1, 64), peers, device=Cpu(1, held), say=said.append)
 
 
 def broken(weight: Weight, threads: int) -> Layer:
@@ -175,9 +177,7 @@ def test_a_run_writes_table_record_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="the extra bench draws the plot")
-    from benchmarks import session
-
-    monkeypatch.setattr(session, "Limits", lambda isa, threads: SimpleNamespace(measure=lambda: LIMITS))
+    monkeypatch.setattr(cpu, "Limits", lambda isa, threads: SimpleNamespace(measure=lambda: LIMITS))
     monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
     options = ["--shapes", "256x128", "--M", "1", "64", "--seconds", "0", "--rounds", "1", "--peers", "fp32"]
     assert main([*options, "--out", str(tmp_path)]) == 0

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.cases import Case
 from benchmarks.plan import Missing
 from benchmarks.report import record, table
-from benchmarks.results import Measurement, Timed
-from benchmarks.timing import Runner, Sample, Spread, interleave
+from benchmarks.results import Measurement, Timed, by_tokens
+from benchmarks.timing import HostTimer, Runner, Sample, Spread, interleave
 
 LIMITS = {"dram": 1e9, "float": 1e12, "int16": 2e12, "int8": 4e12}
 
@@ -22,7 +22,7 @@ def samples(*seconds: float, scale: tuple[float, ...] = ()) -> list[Sample]:
 
 
 def measurement(M: int, *kernels: Timed) -> Measurement:
-    return Measurement("gptq_gemm", 1000, 500, M, kernels)
+    return Measurement("gptq_gemm", 1000, 500, M, kernels, by_tokens)
 
 
 def test_one_token_counts_bytes_against_dram() -> None:
@@ -86,7 +86,9 @@ def test_each_burst_stands_between_two_measurements_of_the_limits() -> None:
         clock.sleep(1.0 if name == "a" else 2.0)
 
     runners = [Runner(name, [lambda name=name: call(name)]) for name in "ab"]
-    found = interleave(runners, measure, tokens=64, seconds=0.0, rounds=2, clock=clock, sleep=clock.sleep)
+    found = interleave(
+        runners, measure, tokens=64, seconds=0.0, rounds=2, timer=HostTimer(clock, clock.sleep), clock=clock
+    )
     assert [event == "limits" for event in events] == [True, False, True, False, True] * 2
     assert [sample.seconds for sample in found["a"]] == pytest.approx([1.0, 1.0])
     assert [sample.seconds for sample in found["b"]] == pytest.approx([2.0, 2.0])
@@ -97,7 +99,9 @@ def test_each_burst_stands_between_two_measurements_of_the_limits() -> None:
 def test_rounds_go_on_until_the_seconds_are_over() -> None:
     clock = Clock()
     runner = Runner("a", [lambda: clock.sleep(1.0)])
-    found = interleave([runner], dict, tokens=64, seconds=4.5, rounds=1, clock=clock, sleep=lambda seconds: None)
+    found = interleave(
+        [runner], dict, tokens=64, seconds=4.5, rounds=1, timer=HostTimer(clock, lambda seconds: None), clock=clock
+    )
     assert len(found["a"]) == 5
 
 
@@ -110,7 +114,9 @@ def test_a_burst_of_few_tokens_is_several_calls_on_all_copies_after_one_untimed(
         clock.sleep(10.0 if len(called) == 1 else 1.0)
 
     runner = Runner("a", [lambda copy=copy: call(copy) for copy in range(3)])
-    found = interleave([runner], dict, tokens=1, seconds=0.0, rounds=1, clock=clock, sleep=clock.sleep)
+    found = interleave(
+        [runner], dict, tokens=1, seconds=0.0, rounds=1, timer=HostTimer(clock, clock.sleep), clock=clock
+    )
     assert called == [0, 1, 2, 0, 1]
     assert found["a"][0].seconds == 1.0
 
