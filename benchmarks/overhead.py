@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from benchmarks import isa
 from benchmarks.run import RESULTS
 
 SIZE = 32
-CALLS = 2000
-ROUNDS = 40
+# As long for each kind, and shorter than the turns in which an operating system shares a core: of many rounds the least
+# is then of one that nothing interrupted, for long calls as for short ones.
+WINDOW_SECONDS = 1e-4
+ROUNDS = 4000
 # Products of a chain that is compiled: what a chain costs more than one product, by the products that it has more.
 CHAIN = 21
 ONE, MANY, ONE_MORE = "compiled graph of one op", f"compiled graph of {CHAIN} ops", "one more op in compiled code"
@@ -113,14 +115,11 @@ def _calls() -> dict[str, dict[str, float]]:
             ONE: chain(1),
             MANY: chain(CHAIN),
         }
-        for _ in range(ROUNDS):
-            for name, call in kinds.items():
-                times.setdefault(name, []).append(_microseconds(call))
+        times.update(_rounds(kinds))
     with torch.no_grad():
-        without_grad = {"eager op, no_grad": lambda: gemm(*args), "eager ExllamaLinear, no_grad": lambda: layer(x)}
-        for _ in range(ROUNDS):
-            for name, call in without_grad.items():
-                times.setdefault(name, []).append(_microseconds(call))
+        times.update(
+            _rounds({"eager op, no_grad": lambda: gemm(*args), "eager ExllamaLinear, no_grad": lambda: layer(x)})
+        )
     spreads = {name: _spread(values) for name, values in times.items()}
     more = [(many - one) / (CHAIN - 1) for one, many in zip(times[ONE], times[MANY], strict=True)]
     # The least difference would be that of a chain and a single op which met more of the machine's other work.
@@ -128,12 +127,27 @@ def _calls() -> dict[str, dict[str, float]]:
     return {**spreads, ONE_MORE: {**_spread(more), "least": least}}
 
 
-def _microseconds(call: Callable[[], object]) -> float:
+def _rounds(kinds: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Microseconds of a call of each kind, in turns."""
+    calls = {name: _calls_in_window(call) for name, call in kinds.items()}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(ROUNDS):
+        for name, call in kinds.items():
+            times[name].append(1e6 * _seconds(call, calls[name]))
+    return times
+
+
+def _calls_in_window(call: Callable[[], object]) -> int:
+    return max(1, int(WINDOW_SECONDS / min(_seconds(call, 1) for _ in range(20))))
+
+
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    """Of one of as many calls; after one that is not timed, whose code and data the kinds before have displaced."""
     call()
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
-    return 1e6 * (time.perf_counter() - start) / CALLS
+    return (time.perf_counter() - start) / calls
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -163,8 +177,8 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
         f"{machine['commit']}, torch {machine['packages']['torch']}; float32, 1 x {SIZE} times {SIZE} x {SIZE}, "
-        f"4 bits; median of {ROUNDS} rounds of {CALLS} calls ± interquartile range, and the least of the rounds, which "
-        "other work on the machine disturbs least; arithmetic included.",
+        f"4 bits; median of {ROUNDS} rounds of {1e6 * WINDOW_SECONDS:g} us ± interquartile range, and the least of the "
+        "rounds, which other work on the machine disturbs least; arithmetic included.",
         "",
         f"```\n{result['command']}\n```",
         "",
