@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <string>
 
 namespace {
@@ -37,12 +38,14 @@ extern "C" __attribute__((visibility("default"))) const char* exllama_define_ops
   if (defined.exchange(true)) return "the ops of the namespace exllama are defined already";
   static thread_local std::string error;
   try {
-    // Kept for ever: its destructor would take the definitions back, when torch may be gone already.
-    auto* library = new StableLibrary(StableLibrary::Kind::DEF, "exllama", nullptr, __FILE__, __LINE__);
+    auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::DEF, "exllama", nullptr, __FILE__, __LINE__);
     for (const char* schema : kSchemas) library->def(schema);
+    // Kept for ever: its destructor takes the definitions back, at the end when torch may be gone already.
+    static_cast<void>(library.release());
     return nullptr;
   } catch (const std::exception& exception) {
     error = exception.what();
+    defined = false;
   }
   return error.c_str();
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from exllama_ops.backends import cpu, cuda, reference, triton
@@ -67,14 +68,17 @@ def _choose(
 ) -> Choice:
     passed_over = dict(before or {})
     for backend in backends:
-        if _ONLY not in (None, backend.name) and backend is not reference.BACKEND:
-            reasons = [f"{VARIABLE}={_ONLY}"]
-        else:
-            reasons = backend.reasons_against(op, key)
+        reasons = _reasons_against(backend, op, key)
         if not reasons:
             return Choice(op, key, backend, passed_over)
-        passed_over[backend.name] = tuple(reasons)
+        passed_over[backend.name] = reasons
     raise RuntimeError(f"no backend serves exllama::{op} on {key}: {passed_over}")
+
+
+def _reasons_against(backend: Backend, op: str, key: str) -> tuple[str, ...]:
+    if _ONLY not in (None, backend.name) and backend is not reference.BACKEND:
+        return (f"{VARIABLE}={_ONLY}",)
+    return tuple(backend.reasons_against(op, key))
 
 
 def serving(op: str, dispatch_key: str) -> Backend:
@@ -83,9 +87,16 @@ def serving(op: str, dispatch_key: str) -> Backend:
 
 
 def report() -> list[Choice]:
-    """Which backend serves which op on which device, and why the ones before it do not.
+    """Which backend serves which op on which device, why the ones before it do not, and whether those after it would.
 
     A backend that finds out at its first call whether it can serve shows in the report as it stands now.
     """
     public = [name for name in _library.schemas() if not name.startswith("_")]
-    return [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in public]
+    choices = [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in public]
+    return [replace(choice, later=_later(choice)) for choice in choices]
+
+
+def _later(choice: Choice) -> dict[str, tuple[str, ...]]:
+    order = PRIORITY[choice.dispatch_key]
+    later = order[order.index(choice.backend) + 1 :]
+    return {backend.name: _reasons_against(backend, choice.op, choice.dispatch_key) for backend in later}

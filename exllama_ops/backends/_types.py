@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from exllama_ops.ops._library import NativeKernel
@@ -24,7 +24,7 @@ class Backend(Protocol):
         """Why this backend cannot serve an op on a device; empty if it can."""
         ...
 
-    def detail(self) -> str:
+    def detail(self, dispatch_key: str) -> str:
         """What a user may want to know of it beside its name, for the report; may be empty."""
         ...
 
@@ -48,15 +48,21 @@ class Choice:
         dispatch_key: "CPU", "CUDA" or "XPU".
         backend: the backend that serves it.
         passed_over: the backends asked before it, each with its reasons against.
+        later: those after it, which are asked if it finds out at its first call that it cannot serve; likewise, without
+            reasons where they would.
     """
 
     op: str
     dispatch_key: str
     backend: Backend
     passed_over: Mapping[str, tuple[str, ...]]
+    later: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        notes = [f"not {name}: {', '.join(reasons)}" for name, reasons in self.passed_over.items()]
-        if detail := self.backend.detail():
+        others = {**self.passed_over, **self.later}
+        notes = [f"not {name}: {', '.join(reasons)}" for name, reasons in others.items() if reasons]
+        if next_best := [name for name, reasons in self.later.items() if not reasons]:
+            notes.append(f"else {', '.join(next_best)}")
+        if detail := self.backend.detail(self.dispatch_key):
             notes.insert(0, detail)
         return f"{self.dispatch_key} {self.op}: {self.backend.name}" + (f" ({'; '.join(notes)})" if notes else "")

@@ -25,7 +25,7 @@ class ReferenceBackend:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return [] if hasattr(reference, op) else [f"the reference has no {op}"]
 
-    def detail(self) -> str:
+    def detail(self, dispatch_key: str) -> str:
         return ""
 
     def kernel(

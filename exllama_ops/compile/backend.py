@@ -11,6 +11,7 @@ from torch import fx
 from exllama_ops.compile.shared_input import FuseSharedInput
 
 _PASS_OPTION = "pre_grad_custom_pass"
+_SWITCH = "use_pre_grad_passes"
 
 
 def exllama(
@@ -27,21 +28,23 @@ def exllama(
     Args:
         graph: of Dynamo.
         example_inputs: of the graph.
-        mode: of Inductor: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
+        mode: of Inductor: "default", "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs"; "lite" runs
+            no passes.
         options: of Inductor, by name as in ``torch._inductor.config``.
 
     Returns:
         The compiled graph.
 
     Raises:
-        ValueError: Inductor has no such mode or option, or the option is the one that this backend sets.
+        ValueError: Inductor has no such mode or option or another type for it; the mode, an option or
+            ``torch._inductor.config`` keeps passes from running, or has another one in the place of ours.
     """
-    from torch._inductor.compile_fx import compile_fx
+    compiled: Callable[..., Any] = _inductor(mode, options or {})(graph, example_inputs)
+    return compiled
 
-    return compile_fx(graph, example_inputs, config_patches=_config(mode, options or {}))  # type: ignore[return-value]
 
-
-def _config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _inductor(mode: str | None, options: Mapping[str, Any]) -> Any:
+    """What ``torch.compile(backend="inductor")`` calls, with our pass among its options."""
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f'backend "exllama": mode must be one of {", ".join(modes)}; got {mode!r}')
@@ -49,12 +52,22 @@ def _config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(named.keys() - torch._inductor.list_options())
     if unknown:
         raise ValueError(f'backend "exllama": options must be of torch._inductor.config; got {", ".join(unknown)}')
-    if _PASS_OPTION in named:
+    in_use = getattr(torch._inductor.config, _PASS_OPTION)
+    if _PASS_OPTION in named or not isinstance(in_use, FuseSharedInput | None):
         raise ValueError(
-            f'backend "exllama": the option {_PASS_OPTION} is its own; with backend="inductor", a pass of yours can '
-            "call exllama_ops.compile.FuseSharedInput"
+            f'backend "exllama": {_PASS_OPTION}, among the options and in torch._inductor.config, is its own; with '
+            'backend="inductor", a pass of yours can call exllama_ops.compile.FuseSharedInput'
         )
-    return {**(modes[mode] if mode else {}), **named, _PASS_OPTION: FuseSharedInput()}
+    try:
+        inductor = torch._TorchCompileInductorWrapper(mode, {**named, _PASS_OPTION: FuseSharedInput()}, None)
+    except RuntimeError as error:
+        raise ValueError(f'backend "exllama": {error}') from error
+    if not inductor.config.get(_SWITCH, getattr(torch._inductor.config, _SWITCH)):
+        by = "the options" if _SWITCH in named else f"mode {mode!r}" if _SWITCH in inductor.config else "the config"
+        raise ValueError(
+            f'backend "exllama": needs {_SWITCH}, without which its pass does not run; {by} switched it off'
+        )
+    return inductor
 
 
 def _reset() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from exllama_ops.compile.trace import Trace, UnprovenError
+from exllama_ops.compile.trace import Call, Trace, UnprovenError
 from exllama_ops.layout.columns import same_format, take_columns
 from exllama_ops.layout.weight import no_order
 from exllama_ops.nn import ExllamaLinear
@@ -42,8 +42,9 @@ class FreezeReport:
 def freeze(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> FreezeReport:
     """Rewrite a model's `ExllamaLinear` layers in place, to be run and compiled faster with the same results.
 
-    * Layers beside each other that take the same input (q, k and v; gate and up), with weights of one format and one
-      order of rows, become one product: their weights lie side by side in one layer, and there is no second copy.
+    * Layers beside each other that take the same tensor (q, k and v; gate and up), with weights of one format and one
+      order of rows, become one product: their weights lie side by side in one layer, and there is no second copy. A
+      reshape or cast of its own for each is another tensor: let them share one.
     * The activation order of a layer whose input is made from the outputs of others, element by element (down_proj
       from gate_proj and up_proj), goes into the columns of those: ``x[:, perm]`` is what they compute then, and the
       gather before each product is gone.
@@ -103,42 +104,54 @@ def _fold(model: nn.Module, trace: Trace) -> tuple[dict[str, tuple[str, ...]], d
             unfolded[name] = str(reason)
             continue
         weight = layer.to_packed()
-        for producer in producers:
-            target = _layer(model, producer)
-            target.set_packed(take_columns(target.to_packed(), weight.perm))
-        layer.set_packed(replace(weight, perm=no_order(weight.perm)))
+        # All are made before the first is set: an error, as of memory, must not leave some of them in another order.
+        rewritten = {producer: take_columns(_layer(model, producer).to_packed(), weight.perm) for producer in producers}
+        rewritten[name] = replace(weight, perm=no_order(weight.perm))
+        for changed, packed in rewritten.items():
+            _layer(model, changed).set_packed(packed)
         folded[name] = tuple(producers)
     return folded, unfolded
 
 
 def _fuse(model: nn.Module, trace: Trace) -> tuple[tuple[tuple[str, ...], ...], dict[str, str]]:
-    siblings: dict[Any, list[str]] = {}
+    siblings: dict[Any, list[Call]] = {}
     for call in sorted(trace.calls.values(), key=lambda call: call.order):
         parent = call.layer.rpartition(".")[0]
-        siblings.setdefault((parent, _layer(model, call.layer).in_features, call.x), []).append(call.layer)
+        siblings.setdefault((parent, _layer(model, call.layer).in_features, call.x), []).append(call)
     fused: list[tuple[str, ...]] = []
     unfused = dict(trace.reasons)
-    for names in siblings.values():
-        for group in _by_format(model, names):
+    for calls in siblings.values():
+        for group in _that_share(model, calls):
+            names = tuple(call.layer for call in group)
             if len(group) == 1:
-                others = ", ".join(name for name in names if name != group[0])
-                differs = f"format or order of rows differ from those of {others}"
-                unfused[group[0]] = differs if others else "no layer beside it takes the same input"
+                unfused[names[0]] = _why_alone(group[0], calls)
                 continue
-            for name, projection in zip(group, fuse([_layer(model, name) for name in group]), strict=True):
+            for name, projection in zip(names, fuse([_layer(model, name) for name in names]), strict=True):
                 model.set_submodule(name, projection)
-            fused.append(tuple(group))
+            fused.append(names)
     return tuple(fused), unfused
 
 
-def _by_format(model: nn.Module, names: list[str]) -> list[list[str]]:
-    groups: list[list[str]] = []
-    for name in names:
-        weight = _layer(model, name).to_packed()
+def _that_share(model: nn.Module, calls: list[Call]) -> list[list[Call]]:
+    """Groups that can be one product: given one tensor, on which a `FusedProjection` leaves the columns of others."""
+    groups: list[list[Call]] = []
+    for call in calls:
+        weight = _layer(model, call.layer).to_packed()
         for group in groups:
-            if same_format(_layer(model, group[0]).to_packed(), weight):
-                group.append(name)
+            first = group[0]
+            if call.given is first.given and same_format(_layer(model, first.layer).to_packed(), weight):
+                group.append(call)
                 break
         else:
-            groups.append([name])
+            groups.append([call])
     return groups
+
+
+def _why_alone(call: Call, siblings: list[Call]) -> str:
+    others = [other for other in siblings if other is not call]
+    beside = ", ".join(other.layer for other in others if other.given is call.given)
+    if beside:
+        return f"format or order of rows differ from those of {beside}"
+    if others:
+        return f"{', '.join(other.layer for other in others)} takes the same values in another tensor"
+    return "no layer beside it takes the same input"

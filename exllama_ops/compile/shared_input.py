@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 _RESHAPES_AND_CASTS = frozenset(
     ("reshape", "view", "flatten", "contiguous", "to", "_to_copy", "type", "float", "half", "bfloat16")
 )
-# Dynamo leaves it in the graph for each ExllamaLinear.
-_QUERIES = (torch._C._is_autocast_available,)
+# Where Dynamo and export have the fake tensor of a node.
+_VALUES = ("example_value", "val")
 _WRITING_OPERATORS = frozenset(
     (
         operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift, operator.imatmul,
@@ -101,7 +101,7 @@ def _value_of(node: object) -> Any:
     """The fake tensor of a node."""
     if not isinstance(node, fx.Node):
         return None
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = next((node.meta[name] for name in _VALUES if name in node.meta), None)
     return value if isinstance(value, Tensor) else None
 
 
@@ -167,7 +167,7 @@ def _may_write(node: fx.Node) -> bool:
         return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
     if target in _WRITING_OPERATORS:
         return True
-    if target in _QUERIES or getattr(target, "__module__", None) in ("_operator", "builtins", "math"):
+    if getattr(target, "__module__", None) in ("_operator", "builtins", "math"):
         return False
     if any(getattr(home, name, None) is target for home in (torch, torch.nn.functional, torch._C._nn)):
         return name.endswith("_") or _is_in_place(node)
@@ -227,12 +227,16 @@ def _describe(
     multi: fx.Node, split: fx.Node, parts: Sequence[fx.Node], x: Tensor, calls: Sequence[_Call], columns: Sequence[int]
 ) -> None:
     """Meta of the new nodes, for the passes that follow."""
-    for node in (multi, split):
-        node.meta = dict(calls[0].node.meta)
-    multi.meta["example_value"] = x.new_empty((x.shape[0], sum(columns)))
-    split.meta["example_value"] = multi.meta["example_value"].split(columns, 1)
-    for i, (part, call) in enumerate(zip(parts, calls, strict=True)):
+    result = x.new_empty((x.shape[0], sum(columns)))
+    column_views = result.split(columns, 1)
+    multi.meta, split.meta = _meta(calls[0].node, result), _meta(calls[0].node, column_views)
+    for part, call, view in zip(parts, calls, column_views, strict=True):
         part.meta = dict(call.node.meta)
         column_view = part.args[0]
         assert isinstance(column_view, fx.Node)
-        column_view.meta = {**call.node.meta, "example_value": split.meta["example_value"][i]}
+        column_view.meta = _meta(call.node, view)
+
+
+def _meta(replaced: fx.Node, value: Tensor | Sequence[Tensor]) -> dict[str, Any]:
+    """Meta of a node that comes for another, whose result is another one."""
+    return {**replaced.meta, **{name: value for name in _VALUES if name in replaced.meta}}

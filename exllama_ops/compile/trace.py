@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,15 +44,17 @@ class Call:
         layer: the name of the layer.
         gemm: its product in the graph.
         order: of the calls of all layers.
+        given: the tensor that it is called with.
     """
 
     layer: str
     gemm: Node
     order: int
+    given: Tensor
 
     @property
     def x(self) -> Hashable:
-        """Equal for layers of as many features that take the same values."""
+        """Equal for layers of as many features that take the same values, in one tensor or in several."""
         return _values(self.gemm.args[0])
 
 
@@ -76,11 +80,11 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        with torch.no_grad():
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, ExllamaLinear)}
+        with torch.no_grad(), _inputs(layers) as given:
             exported = torch.export.export(model, args, dict(kwargs), strict=False).run_decompositions({})
         signature = exported.graph_signature
         self._names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, ExllamaLinear)}
         gemms: dict[int, list[Node]] = {id(layer.qweight): [] for layer in layers.values()}
         order = {}
         for number, node in enumerate(exported.graph.nodes):
@@ -95,10 +99,12 @@ class Trace:
         for name, layer in layers.items():
             nodes = gemms[id(layer.qweight)]
             reason = _reason_against(layer, nodes, owners[id(layer.qweight)])
+            if reason is None and name not in given:
+                reason = "the example calls its forward, and not the module"
             if reason:
                 self.reasons[name] = reason
             else:
-                self.calls[name] = Call(name, nodes[0], order[nodes[0]])
+                self.calls[name] = Call(name, nodes[0], order[nodes[0]], given[name])
         self._layer_of = {call.gemm: call.layer for call in self.calls.values()}
 
     def producers(self, layer: str, features: int) -> list[str]:
@@ -141,6 +147,22 @@ class Trace:
                 self._collect(argument, features, cone)
         else:
             raise UnprovenError(f"its input is made by {_described([value])}")
+
+
+@contextmanager
+def _inputs(layers: Mapping[str, ExllamaLinear]) -> Iterator[dict[str, Tensor]]:
+    """Collects what each layer was given in its last call while a forward is traced."""
+    given: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        given[name] = args[0] if args else kwargs["x"]
+
+    hooks = [layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _reason_against(layer: ExllamaLinear, calls: list[Node], owners: int) -> str | None:

@@ -16,7 +16,10 @@ class FusedProjection(nn.Module):
 
     The projection that is called first in a forward multiplies for all and leaves the others their columns on the
     tensor x itself. So nothing outlives x, threads do not meet, and traced code has one product and no state. A
-    projection that finds nothing on its x multiplies for itself. Made by `fuse`.
+    projection that finds nothing on its x, or an x that was written to since, multiplies for itself. Made by `fuse`.
+
+    Who calls them by hand must not write to x between the first and the others where torch counts no writes: in
+    compiled code, and to a tensor of inference mode. The forward that `freeze` has seen does not.
 
     Args:
         fused: the layer of all columns, which every projection of the group holds.
@@ -53,21 +56,30 @@ class FusedProjection(nn.Module):
 
     def _columns(self, x: Tensor) -> tuple[Tensor, ...]:
         left = None if self.index == 0 else getattr(x, "_exllama_columns", None)
-        if left is None or left[0] is not self.fused.qweight:
+        version = _version(x)
+        if left is None or left[0] is not self.fused.qweight or left[1] != version:
             columns: tuple[Tensor, ...] = torch.split(self.fused(x), self.sizes, -1)
         else:
-            columns = left[1]
+            columns = left[2]
         # The first one always multiplies and the last one clears up: an x that is written to and used again meets no
         # columns of its former content.
         if self.index == 0:
             # Known by its weight: to a tracer of torch.export, a module is another object at each access.
-            x._exllama_columns = (self.fused.qweight, columns)  # type: ignore[attr-defined]
+            x._exllama_columns = (self.fused.qweight, version, columns)  # type: ignore[attr-defined]
         elif self.index == len(self.sizes) - 1:
             x._exllama_columns = None  # type: ignore[attr-defined]
         return columns
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _version(x: Tensor) -> int | None:
+    """Another one after each write to x, where torch counts them."""
+    # Dynamo would make the count a value of the graph, which a comparison breaks.
+    if torch.compiler.is_compiling() or x.is_inference():
+        return None
+    return x._version
 
 
 def fuse(layers: Sequence[ExllamaLinear]) -> list[FusedProjection]:

@@ -81,7 +81,7 @@ def config_of_inductor(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the backend hands to Inductor, which does not run."""
     given: dict[str, Any] = {}
 
-    def compile_fx(graph: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+    def compile_fx(graph: Any, inputs: Any, config_patches: dict[str, Any], **kwargs: Any) -> Any:
         given.update(config_patches)
         return graph.forward
 
@@ -119,15 +119,49 @@ def test_mode_and_options_go_to_inductor(
         ),
         (
             {"options": {"pre_grad_custom_pass": print}},
-            r"the option pre_grad_custom_pass is its own; .*FuseSharedInput",
+            r"pre_grad_custom_pass, among the options .*, is its own; .*FuseSharedInput",
         ),
+        ({"options": {"max-autotune": "no"}}, r"max_autotune, got str should be bool"),
+        ({"options": {"use_pre_grad_passes": False}}, r"needs use_pre_grad_passes, .*; the options switched it off"),
+        ({"mode": "lite"}, r"needs use_pre_grad_passes, .*; mode 'lite' switched it off"),
     ],
 )
-def test_modes_and_options_that_inductor_lacks_are_refused(arguments: dict[str, Any], rule: str) -> None:
+def test_modes_and_options_that_inductor_lacks_or_that_switch_the_pass_off_are_refused(
+    arguments: dict[str, Any], rule: str
+) -> None:
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=rule):
         torch.compile(lambda x: x + 1, backend="exllama", **arguments)(torch.ones(3))
     with pytest.raises(ValueError, match=rule):
         exllama(torch.fx.symbolic_trace(lambda x: x + 1), [torch.ones(3)], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"pre_grad_custom_pass": print}, r"pre_grad_custom_pass, .*in torch._inductor.config, is its own"),
+        ({"use_pre_grad_passes": False}, r"needs use_pre_grad_passes, .*; the config switched it off"),
+    ],
+)
+def test_a_config_of_inductor_that_the_pass_cannot_run_under_is_refused(setting: dict[str, Any], rule: str) -> None:
+    """A pass of the user is not overwritten without a word."""
+    with torch._inductor.config.patch(setting), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=rule):
+        torch.compile(lambda x: x + 1, backend="exllama")(torch.ones(3))
+
+
+def test_the_backend_takes_the_place_of_its_own_pass_in_the_config(config_of_inductor: dict[str, Any]) -> None:
+    with torch._inductor.config.patch(pre_grad_custom_pass=FuseSharedInput()):
+        torch.compile(lambda x: x + 1, backend="exllama")(torch.ones(3))
+    assert isinstance(config_of_inductor["pre_grad_custom_pass"], FuseSharedInput)
+
+
+def test_cuda_graphs_get_what_inductor_does_about_the_profiler(
+    monkeypatch: pytest.MonkeyPatch, config_of_inductor: dict[str, Any]
+) -> None:
+    """Graphs and a profiler that is torn down between them end in an error inside of CUDA."""
+    monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
+    monkeypatch.setattr(torch, "profiler_allow_cudagraph_cupti_lazy_reinit_cuda12", lambda: False)
+    torch.compile(lambda x: x + 1, backend="exllama", mode="reduce-overhead")(torch.ones(3))
+    assert os.environ["TEARDOWN_CUPTI"] == "0"
 
 
 def test_the_pass_serves_inductor_on_its_own(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile.blocks import Recorder
-from exllama_ops import ExllamaLinear, freeze, quantize
+from exllama_ops import ExllamaLinear, freeze, layout, quantize
+from exllama_ops.layout.weight import PackedWeight
 
 K, N, GROUP = 96, 160, 32
 
@@ -62,6 +64,25 @@ class Attention(nn.Module):
         return self.o_proj(heads.transpose(-2, -3).flatten(-2))
 
 
+class Columns(TorchDispatchMode):
+    """The columns of each product that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_products: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.exllama._gptq_gemm.default:
+            self.of_products.append(args[1].shape[1])
+        return op(*args, **(kwargs or {}))
+
+
+def columns_of_products(model: nn.Module, x: Tensor) -> list[int]:
+    with torch.no_grad(), Columns() as columns:
+        model(x)
+    return columns.of_products
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +99,10 @@ def assert_same_bits(model: nn.Module, example: Tensor, **expected: Any) -> None
     report = freeze(model, (example,))
     for name, value in expected.items():
         assert getattr(report, name) == value
+    # The same columns by fewer products.
+    frozen, unfrozen = columns_of_products(model, example), columns_of_products(before, example)
+    assert sum(frozen) == sum(unfrozen)
+    assert len(frozen) == len(unfrozen) - sum(len(group) - 1 for group in report.fused)
     for tokens in (1, 3, 40):
         x = torch.randn(tokens, example.shape[-1]).to(example.dtype)
         assert torch.equal(model(x), before(x))
@@ -239,6 +264,100 @@ def test_an_input_that_is_written_to_between_the_calls_is_not_shared() -> None:
     assert_same_bits(Writes(), torch.randn(2, K), fused=())
 
 
+class Reshapes(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x.reshape(-1, K))) * self.up_proj(x.reshape(-1, K)))
+
+
+class Casts(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x.to(torch.float16))
+        return self.down_proj(silu(gate) * self.up_proj(x.to(torch.float16)))
+
+
+class Views(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x.view_as(x)))
+
+
+@pytest.mark.parametrize("kind", [Reshapes, Casts, Views])
+def test_the_same_values_in_another_tensor_are_not_shared(kind: type[MLP]) -> None:
+    """The columns of the others go with the tensor: fused, each layer would multiply for all."""
+    assert_same_bits(
+        kind(),
+        torch.randn(2, K),
+        fused=(),
+        folded={"down_proj": ("gate_proj", "up_proj")},
+        unfused={
+            "gate_proj": "up_proj takes the same values in another tensor",
+            "up_proj": "gate_proj takes the same values in another tensor",
+            "down_proj": "no layer beside it takes the same input",
+        },
+    )
+
+
+def test_a_tensor_that_was_reshaped_for_all_is_shared() -> None:
+    class Reshaped(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(-1, K))
+
+    assert_same_bits(Reshaped(), torch.randn(2, K), fused=(("gate_proj", "up_proj"),))
+
+
+def test_a_layer_that_is_not_called_as_a_module_is_left() -> None:
+    class Forward(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(silu(self.gate_proj(x)) * self.up_proj.forward(x))
+
+    reason = "the example calls its forward, and not the module"
+    assert_same_bits(
+        Forward(),
+        torch.randn(2, K),
+        fused=(),
+        folded={},
+        unfused={
+            "up_proj": reason,
+            "gate_proj": "no layer beside it takes the same input",
+            "down_proj": "no layer beside it takes the same input",
+        },
+    )
+
+
+def test_an_argument_by_name_is_shared_too() -> None:
+    class Named(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(silu(self.gate_proj(x=x)) * self.up_proj(x=x))
+
+    assert_same_bits(Named(), torch.randn(2, K), fused=(("gate_proj", "up_proj"),))
+
+
+def test_what_the_trace_attached_is_gone() -> None:
+    model = MLP()
+    freeze(model, (torch.randn(2, K),))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="x must have shape"):
+        freeze(unfrozen := MLP(), (torch.randn(2, K + 1),))
+    assert not any(module._forward_pre_hooks for module in unfrozen.modules())
+
+
+def test_an_error_leaves_the_numbers_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as of memory, when up's columns are made in the order that gate's have already."""
+    model, x = MLP(), torch.randn(3, K)
+    expected = model(x)
+    made = []
+
+    def take_columns(weight: PackedWeight, order: Tensor) -> PackedWeight:
+        made.append(weight)
+        if len(made) == 2:
+            raise MemoryError
+        return layout.columns.take_columns(weight, order)
+
+    monkeypatch.setattr("exllama_ops.compile.freeze.take_columns", take_columns)
+    with pytest.raises(MemoryError):
+        freeze(model, (x,))
+    assert torch.equal(model(x), expected)
+
+
 def test_a_raw_g_idx_fuses_but_has_nothing_to_fold() -> None:
     model = MLP()
     raw = torch.randint(0, 3, (K,), generator=torch.Generator().manual_seed(0))
@@ -385,6 +504,21 @@ def test_a_projection_called_alone_or_on_a_changed_input_multiplies_for_itself()
     y = torch.randn(3, K)
     model.gate_proj(x)
     assert torch.equal(model.up_proj(y), model.up_proj(y.clone()))
+
+
+def test_a_write_to_x_between_projections_makes_what_the_first_one_left_stale() -> None:
+    """Also where autograd is off, as long as torch counts the writes."""
+    model, x = MLP(bias=False), torch.randn(3, K)
+    freeze(model, (x,))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            model.gate_proj(x)
+            x.mul_(2)
+            assert torch.equal(model.up_proj(x), model.up_proj(x.clone()))
+    with torch.inference_mode():
+        model.gate_proj(x)
+        x.mul_(2)
+        assert torch.equal(model.up_proj(x), model.up_proj(x.clone()))
 
 
 def test_a_frozen_model_is_copied_moved_and_cast() -> None:

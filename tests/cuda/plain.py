@@ -1,14 +1,18 @@
 """The functions of csrc/cuda/cuda.h on numpy arrays, without torch: every buffer is known, and a sanitizer sees it all.
 
-As a program, ``python -m cuda.plain library.so arrays.npz results.npz``, it makes every call for one weight: the work
+As a program, ``python -m cuda.plain library.so arrays.npz results.npz``, it makes every call for some weights: the work
 of the tests with sanitizers, which need a process of their own.
+
+numpy has no bfloat16: arrays of uint16 hold its bits.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,11 @@ from emulation.emulator import Emulator
 
 # As the enumerations of csrc number them. kDense is not one launch: its caller multiplies.
 ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}
-FLOAT16 = 0
+DTYPES = (np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32))
+
+ARRAYS = ("qweight", "qzeros", "scales", "rows")
+SIZES = ("K", "N", "G", "group_size", "bits")
+FLAGS = ("shuffled", "zeros_v2")
 
 Array = np.ndarray[Any, Any]
 
@@ -54,22 +62,29 @@ def fresh(*shape: int, dtype: Any) -> Array:
     return array
 
 
+def sparse(*shape: int, dtype: Any) -> Array:
+    """Zeros that take memory where they are written, or read, only."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize, flags), dtype).reshape(shape)
+
+
 class PlainOps:
-    """The ops of an emulated device on arrays of float16 and int32.
+    """The ops of an emulated device on arrays.
 
     Args:
         device: of a library that has plain_calls.cpp.
-        weight: qweight, qzeros, scales and rows (empty: none); K, N, G, group_size, bits, shuffled and zeros_v2.
+        parts: of a product; a weight is one. Each has qweight, qzeros, scales and rows (empty: none); K, N, G,
+            group_size, bits, shuffled and zeros_v2.
+        allocate: the memory of results.
     """
 
-    def __init__(self, device: Emulator, weight: Mapping[str, Any]) -> None:
+    def __init__(
+        self, device: Emulator, parts: Sequence[Mapping[str, Any]], allocate: Callable[..., Array] = fresh
+    ) -> None:
         self.device = device
-        self.arrays = {name: weight[name] for name in ("qweight", "qzeros", "scales", "rows")}
-        sizes = {name: int(weight[name]) for name in ("K", "N", "G", "group_size", "bits")}
-        flags = {name: bool(weight[name]) for name in ("shuffled", "zeros_v2")}
-        pointers = {name: array.ctypes.data if array.size else None for name, array in self.arrays.items()}
-        self.K, self.N, self.bits = sizes["K"], sizes["N"], sizes["bits"]
-        self.weight = _Weight(**pointers, scales_dtype=FLOAT16, **sizes, **flags)
+        self.allocate = allocate
+        self.parts = parts
+        self.weights = (_Weight * len(parts))(*map(_as_weight, parts))
         # What the calls have written, and what a recording of them may write again.
         self.kept: list[Array] = []
 
@@ -78,83 +93,139 @@ class PlainOps:
         function.restype = ctypes.c_char_p
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         self.kept += arrays
-        ranges = [(a.ctypes.data, a.nbytes) for a in (*self.arrays.values(), *arrays) if a.size]
+        of_parts = [part[array] for part in self.parts for array in ARRAYS]
+        ranges = [(a.ctypes.data, a.nbytes) for a in (*of_parts, *arrays) if a.size]
         with self.device.only(ranges):
             error = function(*(_as_c(arg) for arg in args))
             self.device.check()
         assert error is None, error
 
-    def can(self, algorithm: str, M: int) -> bool:
-        return self._config(algorithm, M)[1] >= 0
+    def can(self, algorithm: str, x: Array) -> bool:
+        """Whether it can multiply x and all parts."""
+        return self._config(algorithm, x, len(self.parts))[1] >= 0
 
-    def _config(self, algorithm: str, M: int) -> tuple[_Config, int]:
+    def _config(self, algorithm: str, x: Array, count: int) -> tuple[_Config, int]:
         config = _Config()
         function = self.device.library.plain_config
         function.restype = ctypes.c_int64
-        arguments = (ctypes.byref(self.weight), FLOAT16, ctypes.c_int64(M), ALGORITHMS[algorithm], ctypes.byref(config))
-        return config, function(*arguments)
+        sizes = (ctypes.c_int64(count), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
+        return config, function(self.weights, *sizes, ALGORITHMS[algorithm], ctypes.byref(config))
 
-    def gemm(self, x: Array, algorithm: str, out: Array | None = None, *, split: bool = True) -> Array:
-        """By an algorithm; with all rows of W in one thread block, unless they may be split among several."""
-        config, workspace_bytes = self._config(algorithm, len(x))
-        if not split:
-            config.split_k, config.k_per_split = 1, config.split_k * config.k_per_split
+    def gemm(
+        self,
+        x: Array,
+        algorithm: str,
+        out: Array | None = None,
+        *,
+        count: int = 1,
+        splits: int | None = None,
+        workspace: Array | None = None,
+    ) -> Array:
+        """By an algorithm, of the first `count` parts.
+
+        Args:
+            splits: thread blocks that share the rows of W, among which these divide evenly; by default as many as
+                select_gemm says.
+            workspace: of splits that it does not say.
+        """
+        config, workspace_bytes = self._config(algorithm, x, count)
+        if splits is not None:
+            config.split_k, config.k_per_split = splits, config.split_k * config.k_per_split // splits
+        if workspace is None:
+            workspace = fresh(0 if splits == 1 else workspace_bytes, dtype=np.uint8)
         if out is None:
-            out = fresh(len(x), self.N, dtype=np.float16)
-        workspace = fresh(workspace_bytes, dtype=np.uint8)
-        self._call("gemm", self.weight, x, FLOAT16, len(x), out, config, workspace)
+            out = self.allocate(len(x), sum(weight.N for weight in self.weights[:count]), dtype=x.dtype)
+        self._call("gemm", self.weights, count, x, DTYPES.index(x.dtype), len(x), out, config, workspace)
         return out
 
     def gemm_dx(self, grad: Array, dx: Array | None = None) -> Array:
         if dx is None:
-            dx = fresh(len(grad), self.K, dtype=np.float16)
-        self._call("gemm_dx", self.weight, grad, FLOAT16, len(grad), dx)
+            dx = self.allocate(len(grad), self.weights[0].K, dtype=grad.dtype)
+        self._call("gemm_dx", self.weights, grad, DTYPES.index(grad.dtype), len(grad), dx)
         return dx
 
-    def dequantize(self, first: int = 0, columns: int | None = None) -> Array:
-        out = fresh(self.K, self.N if columns is None else columns, dtype=np.float16)
-        self._call("dequantize", self.weight, first, out.shape[1], out, FLOAT16)
+    def dequantize(self, first: int = 0, columns: int | None = None, out: Array | None = None) -> Array:
+        """Of the first part, in the dtype of its scales."""
+        weight = self.weights[0]
+        if out is None:
+            dtype = self.parts[0]["scales"].dtype
+            out = self.allocate(weight.K, weight.N if columns is None else columns, dtype=dtype)
+        self._call("dequantize", self.weights, first, out.shape[1], out, DTYPES.index(out.dtype))
         return out
 
     def shuffle(self, words: Array, perm: Array) -> None:
-        """In place."""
+        """Words of the first part's shape, in place."""
+        weight = self.weights[0]
         count = self.device.library.plain_shuffle_workspace_bytes
         count.restype = ctypes.c_int64
-        needed = count(ctypes.c_int64(self.K), ctypes.c_int64(self.N), self.bits, ctypes.c_bool(perm.size > 0))
-        self._call("shuffle", words, perm, self.K, self.N, self.bits, fresh(needed, dtype=np.uint8))
+        needed = count(ctypes.c_int64(weight.K), ctypes.c_int64(weight.N), weight.bits, ctypes.c_bool(perm.size > 0))
+        workspace = fresh(needed, dtype=np.uint8)
+        self._call("shuffle", words, perm, weight.K, weight.N, weight.bits, workspace)
 
-    def unshuffle(self, words: Array, perm: Array) -> Array:
+    def unshuffle(self, words: Array, perm: Array, out: Array | None = None) -> Array:
+        weight = self.weights[0]
         count = self.device.library.plain_unshuffle_workspace_bytes
         count.restype = ctypes.c_int64
-        workspace = fresh(count(ctypes.c_int64(self.K), ctypes.c_bool(perm.size > 0)), dtype=np.uint8)
-        out = fresh(*words.shape, dtype=np.int32)
-        self._call("unshuffle", words, perm, self.K, self.N, self.bits, out, workspace)
+        workspace = fresh(count(ctypes.c_int64(weight.K), ctypes.c_bool(perm.size > 0)), dtype=np.uint8)
+        if out is None:
+            out = self.allocate(*words.shape, dtype=np.int32)
+        self._call("unshuffle", words, perm, weight.K, weight.N, weight.bits, out, workspace)
         return out
+
+
+def _as_weight(part: Mapping[str, Any]) -> _Weight:
+    pointers = {name: part[name].ctypes.data if part[name].size else None for name in ARRAYS}
+    sizes = {name: int(part[name]) for name in SIZES}
+    flags = {name: bool(part[name]) for name in FLAGS}
+    return _Weight(**pointers, scales_dtype=DTYPES.index(part["scales"].dtype), **sizes, **flags)
 
 
 def _as_c(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data if value.size else None)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else ctypes.c_int64(value)
+    is_memory = isinstance(value, ctypes.Structure | ctypes.Array)
+    return ctypes.byref(value) if is_memory else ctypes.c_int64(value)
 
 
-def every_call(ops: PlainOps, x: Array, grad: Array, algorithms: list[str]) -> dict[str, Array]:
-    """The results of all ops: products by each of the algorithms, for one row of x and for all."""
-    results = {"dequantize": ops.dequantize(), "gemm_dx": ops.gemm_dx(grad)}
-    for algorithm in algorithms:
+def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tuple[str, str]]) -> dict[str, Array]:
+    """The results of all ops; products for one row of x and for all, of one part and of all.
+
+    Args:
+        ops: of the weights.
+        inputs: "x" and "grad" of each dtype, such as "x float16".
+        products: algorithms and dtypes.
+    """
+    results = {"dequantize": ops.dequantize()}
+    for name, array in inputs.items():
+        if name.startswith("grad "):
+            results[name] = ops.gemm_dx(array)
+    for (algorithm, dtype), count in itertools.product(products, sorted({1, len(ops.parts)})):
+        x = inputs[f"x {dtype}"]
         for M in (1, len(x)):
-            results[f"{algorithm} {M}"] = ops.gemm(x[:M], algorithm)
-    if ops.weight.shuffled:
-        results["unshuffle"] = ops.unshuffle(ops.arrays["qweight"], ops.arrays["rows"])
+            results[f"{algorithm} {dtype} {M} {count}"] = ops.gemm(x[:M], algorithm, count=count)
+    if ops.weights[0].shuffled:
+        results["unshuffle"] = ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["rows"])
         results["shuffle"] = results["unshuffle"].copy()
-        ops.shuffle(results["shuffle"], ops.arrays["rows"])
+        ops.shuffle(results["shuffle"], ops.parts[0]["rows"])
     return results
+
+
+def save(
+    path: Path, parts: Sequence[Mapping[str, Any]], inputs: Mapping[str, Array], products: Sequence[tuple[str, str]]
+) -> None:
+    """The arrays of a run of this file as a program."""
+    of_parts = {f"{i} {name}": value for i, part in enumerate(parts) for name, value in part.items()}
+    np.savez(path, **of_parts, **inputs, products=np.array(products))
 
 
 def main(library: str, arrays: str, results: str) -> None:
     given = dict(np.load(arrays))
-    ops = PlainOps(Emulator(Path(library)), given)
-    np.savez(results, **every_call(ops, given["x"], given["grad"], [str(name) for name in given["algorithms"]]))
+    products = [(str(algorithm), str(dtype)) for algorithm, dtype in given.pop("products")]
+    parts: dict[str, dict[str, Array]] = {}
+    for key in [key for key in given if key[0].isdigit()]:
+        index, name = key.split()
+        parts.setdefault(index, {})[name] = given.pop(key)
+    np.savez(results, **every_call(PlainOps(Emulator(Path(library)), list(parts.values())), given, products))
 
 
 if __name__ == "__main__":

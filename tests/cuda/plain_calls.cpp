@@ -25,17 +25,17 @@ const char* error_of(const F& f) {
 extern "C" {
 
 // The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
-int64_t plain_config(const Weight* weight, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
+int64_t plain_config(const Weight* parts, int64_t count, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
   const auto chosen = static_cast<Algorithm>(algorithm);
-  const Problem problem = problem_of(weight, 1, static_cast<DType>(dtype), M, device_properties(0), false);
+  const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
   if (!can(problem, chosen)) return -1;
   *config = config_of(problem, chosen);
   return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
 }
 
-const char* plain_gemm(const Weight* weight, const void* x, int32_t dtype, int64_t M, void* out, const Config* config,
-                       void* workspace) {
-  return error_of([&] { gemm(weight, 1, x, static_cast<DType>(dtype), M, out, *config, workspace, nullptr); });
+const char* plain_gemm(const Weight* parts, int64_t count, const void* x, int32_t dtype, int64_t M, void* out,
+                       const Config* config, void* workspace) {
+  return error_of([&] { gemm(parts, count, x, static_cast<DType>(dtype), M, out, *config, workspace, nullptr); });
 }
 
 const char* plain_gemm_dx(const Weight* weight, const void* grad, int32_t dtype, int64_t M, void* dx) {

@@ -5,9 +5,11 @@ What is slow are other widths, and to compile the kernels again for a sanitizer.
 
 from __future__ import annotations
 
-import mmap
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ import pytest
 import torch
 
 from conformance.bounds import assert_within_bound
-from conformance.weights import Case, Weight, build
+from conformance.weights import DTYPES, Case, Weight, build
 from cuda import bounds, emulated
-from cuda.plain import Array, PlainOps, every_call, fresh
-from emulation.emulator import DEVICES, Emulator, reasons_against, sanitizer_environment
+from cuda.plain import Array, PlainOps, every_call, fresh, save, sparse
+from emulation.emulator import DEVICES, EmulationError, Emulator, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
@@ -29,6 +31,7 @@ SHAPES = {2: (336, 80), 3: (288, 96), 4: (296, 72), 8: (292, 68)}
 M = 11
 ON = [pytest.param(80, 4, id="sm_80-4b"), pytest.param(75, 4, id="sm_75-4b"), pytest.param(90, 4, id="sm_90-4b")]
 ON += [pytest.param(arch, bits, id=f"sm_{arch}-{bits}b", marks=SLOW) for arch in (75, 80, 90) for bits in (2, 3, 8)]
+NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def device(arch: int) -> Emulator:
@@ -39,48 +42,80 @@ def case_of(bits: int, order: str = "perm", seed: int = 0) -> Case:
     return Case(bits, *SHAPES[bits], 128, order, shuffled=order != "raw", seed=seed)
 
 
+def parts_of(case: Case) -> list[Weight]:
+    """A weight and others that a product may have beside it: of N and scales_dtype of their own."""
+    columns = ((case.N, torch.float16), (32, torch.bfloat16), (160, torch.float32))
+    return [build(replace(case, N=N, scales_dtype=dtype)) for N, dtype in columns]
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The same memory."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
 def described(weight: Weight) -> dict[str, Any]:
     case = weight.case
-    arrays = {name: getattr(weight, name).numpy() for name in ("qweight", "qzeros", "scales", "rows")}
+    arrays = {name: as_array(getattr(weight, name)) for name in ("qweight", "qzeros", "scales", "rows")}
     return {**arrays, "K": case.K, "N": case.N, "G": len(weight.scales), "group_size": case.group_size,
             "bits": case.bits, "shuffled": case.shuffled, "zeros_v2": case.v2}  # fmt: skip
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[Array, Array]:
+def inputs(case: Case, seed: int = 0) -> dict[str, Array]:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(M, case.K, generator=generator).half().numpy(),
-            torch.randn(M, case.N, generator=generator).half().numpy())  # fmt: skip
+    sizes = {"x": case.K, "grad": case.N}
+    return {
+        f"{name} {NAMES[dtype]}": as_array(torch.randn(M, size, generator=generator).to(dtype))
+        for name, size in sizes.items()
+        for dtype in DTYPES
+    }
 
 
-def algorithms_for(case: Case) -> list[str]:
-    return ["scalar", "mma", "tiled"] if case.shuffled else ["scalar", "tiled"]
+def products(case: Case, arch: int) -> list[tuple[str, str]]:
+    """Algorithms and dtypes."""
+    found = [(algorithm, name) for algorithm in ("scalar", "tiled") for name in NAMES.values()]
+    if case.shuffled:
+        found += [("mma", "float16"), ("mma", "bfloat16")][: 2 if arch >= 80 else 1]
+    return found
 
 
 def check(
-    results: dict[str, Array], weight: Weight, x: Array, grad: Array, algorithms: list[str] | None = None
+    results: dict[str, Array], parts: list[Weight], given: dict[str, Array], expected: list[tuple[str, str]]
 ) -> None:
-    """Every result of `every_call` is what it should be."""
-    case, dense = weight.case, weight.dense
-    assert torch.equal(torch.from_numpy(results.pop("dequantize")), dense.float().half())
-    dx = torch.from_numpy(results.pop("gemm_dx"))
-    assert_within_bound(dx, torch.from_numpy(grad), dense.t(), bounds.dx_error(case.N))
+    """Every result of `every_call`, with the products that are expected, is what it should be."""
+    first = parts[0]
+    case = first.case
+    assert torch.equal(as_tensor(results.pop("dequantize")), first.dense.float().to(case.scales_dtype))
+    for name in NAMES.values():
+        grad, dx = as_tensor(given[f"grad {name}"]), as_tensor(results.pop(f"grad {name}"))
+        assert_within_bound(dx, grad, first.dense.t(), bounds.dx_error(case.N))
     if case.shuffled:
-        checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight.numpy()
+        checkpoint = build(replace(case, shuffled=False)).qweight.numpy()
         assert np.array_equal(results.pop("unshuffle"), checkpoint)
-        assert np.array_equal(results.pop("shuffle"), weight.qweight.numpy())
-    assert len(results) == 2 * len(algorithms or algorithms_for(case))
-    for name, result in results.items():
-        error = bounds.gemm_error(name.split()[0], weight, torch.float16)
-        out = torch.from_numpy(result)
-        assert_within_bound(out, torch.from_numpy(x[: len(out)]), dense, error)
+        assert np.array_equal(results.pop("shuffle"), first.qweight.numpy())
+    assert set(results) == {
+        f"{algorithm} {name} {rows} {count}"
+        for algorithm, name in expected
+        for rows in (1, M)
+        for count in (1, len(parts))
+    }
+    for key, result in results.items():
+        algorithm, name, rows, count = key.split()
+        x, dense = as_tensor(given[f"x {name}"][: int(rows)]), torch.cat([p.dense for p in parts[: int(count)]], 1)
+        assert_within_bound(as_tensor(result), x, dense, bounds.gemm_error(algorithm, first, x.dtype))
 
 
 @pytest.mark.parametrize(("arch", "bits"), ON)
 @pytest.mark.parametrize("order", ["perm", "raw"])
 def test_no_kernel_touches_what_is_not_an_argument(arch: int, bits: int, order: str) -> None:
-    weight = build(case_of(bits, order))
-    x, grad = inputs(weight.case)
-    check(every_call(PlainOps(device(arch), described(weight)), x, grad, algorithms_for(weight.case)), weight, x, grad)
+    parts = parts_of(case_of(bits, order))
+    given, all_products = inputs(parts[0].case), products(parts[0].case, arch)
+    results = every_call(PlainOps(device(arch), [described(part) for part in parts]), given, all_products)
+    check(results, parts, given, all_products)
 
 
 @pytest.mark.parametrize(
@@ -89,64 +124,131 @@ def test_no_kernel_touches_what_is_not_an_argument(arch: int, bits: int, order: 
 def test_a_thread_block_that_has_many_rows_of_W(order: str, group_size: int) -> None:
     """Stage after stage of x, which replace one another in shared memory; select_gemm would split these rows."""
     weight = build(Case(4, 1096, 72, group_size, order, shuffled=order != "raw"))
-    x, _ = inputs(weight.case)
-    ops = PlainOps(device(80), described(weight))
-    for algorithm in algorithms_for(weight.case):
-        if not ops.can(algorithm, M):
+    x = inputs(weight.case)["x float16"]
+    ops = PlainOps(device(80), [described(weight)])
+    for algorithm in ("scalar", "mma", "tiled"):
+        if not ops.can(algorithm, x):
             continue
         for rows in (1, M):
-            out = torch.from_numpy(ops.gemm(x[:rows], algorithm, split=False))
+            out = as_tensor(ops.gemm(x[:rows], algorithm, splits=1))
             error = bounds.gemm_error(algorithm, weight, torch.float16)
-            assert_within_bound(out, torch.from_numpy(x[:rows]), weight.dense, error)
+            assert_within_bound(out, as_tensor(x[:rows]), weight.dense, error)
 
 
-@pytest.mark.parametrize("name", ["qweight", "scales"])
-def test_arrays_that_begin_anywhere(name: str) -> None:
+def fresh_at(offset: int, *shape: int, dtype: Any) -> Array:
+    """Fresh memory so many bytes after an address that is aligned for every load."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = fresh(count + 16 + offset, dtype=np.uint8)
+    first = -memory.ctypes.data % 16 + offset
+    return memory[first : first + count].view(dtype).reshape(shape)
+
+
+def moved(array: Array, offset: int) -> Array:
+    copied = fresh_at(offset, *array.shape, dtype=array.dtype)
+    copied[:] = array
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "offset"),
+    [
+        ("qweight", "perm", 4),
+        ("qzeros", "perm", 4),
+        ("scales", "perm", 2),
+        ("float32 scales", "perm", 8),  # where four numbers of 16 bits might begin
+        ("rows", "perm", 4),
+        ("rows", "raw", 4),
+        ("x", "sorted", 2),  # without a permutation x is read 16 bytes at a time, if it can be
+        ("x", "perm", 2),
+        ("results", "perm", 2),
+    ],
+)
+def test_arrays_that_begin_anywhere(name: str, order: str, offset: int) -> None:
     """Where a tensor is a view, loads of several numbers may not be aligned; the emulator refuses them."""
-    weight = build(case_of(4))
-    arrays = described(weight)
-    array = arrays[name]
-    memory = fresh(array.nbytes + 16 + array.itemsize, dtype=np.uint8)
-    first = -memory.ctypes.data % 16 + array.itemsize
-    arrays[name] = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-    arrays[name][:] = array
-    ops = PlainOps(device(80), arrays)
-    assert not ops.can("mma", M)
-    x, grad = inputs(weight.case)
-    results = every_call(ops, x, grad, ["scalar", "tiled"])
-    check(results, weight, x, grad, ["scalar", "tiled"])
+    case = case_of(4, order)
+    weight = build(replace(case, scales_dtype=torch.float32) if name == "float32 scales" else case)
+    arrays, given = described(weight), inputs(case)
+    if name == "x":
+        given = {key: moved(array, max(offset, array.itemsize)) for key, array in given.items()}
+    elif name != "results":
+        array = name.split()[-1]
+        arrays[array] = moved(arrays[array], offset)
+
+    def allocate(*shape: int, dtype: Any) -> Array:
+        return fresh_at(max(offset, np.dtype(dtype).itemsize) if name == "results" else 0, *shape, dtype=dtype)
+
+    ops = PlainOps(device(80), [arrays], allocate)
+    aligned_for_mma = name not in ("qweight", "scales", "float32 scales")
+    all_products = [p for p in products(case, 80) if p[0] != "mma" or aligned_for_mma]
+    assert ops.can("mma", given["x float16"]) == (aligned_for_mma and case.shuffled)
+    check(every_call(ops, given, all_products), [weight], given, all_products)
+
+
+INDEXED = [
+    ("perm", "scalar-1", lambda ops, x, grad: ops.gemm(x[:1], "scalar")),
+    ("perm", "scalar", lambda ops, x, grad: ops.gemm(x, "scalar")),
+    ("perm", "mma", lambda ops, x, grad: ops.gemm(x, "mma")),
+    ("perm", "tiled", lambda ops, x, grad: ops.gemm(x, "tiled")),
+    ("perm", "gemm_dx", lambda ops, x, grad: ops.gemm_dx(grad)),
+    ("perm", "dequantize", lambda ops, x, grad: ops.dequantize()),
+    ("perm", "shuffle", lambda ops, x, grad: ops.shuffle(ops.parts[0]["qweight"].copy(), ops.parts[0]["rows"])),
+    ("perm", "unshuffle", lambda ops, x, grad: ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["rows"])),
+    ("raw", "scalar", lambda ops, x, grad: ops.gemm(x, "scalar")),
+    ("raw", "tiled", lambda ops, x, grad: ops.gemm(x, "tiled")),
+    ("raw", "gemm_dx", lambda ops, x, grad: ops.gemm_dx(grad)),
+    ("raw", "dequantize", lambda ops, x, grad: ops.dequantize()),
+]
+
+
+@pytest.mark.parametrize(("order", "call"), [(o, c) for o, _, c in INDEXED], ids=[f"{o}-{n}" for o, n, _ in INDEXED])
+def test_an_index_that_leads_outside_stops_the_kernel(
+    order: str, call: Callable[[PlainOps, Array, Array], Any]
+) -> None:
+    """By its own check: the emulator's, of the memory that the kernel may touch, says something else."""
+    weight = build(case_of(4, order))
+    ops = PlainOps(device(80), [described(weight)])
+    given = inputs(weight.case)
+    limit = weight.case.K if order == "perm" else len(weight.scales)
+    for row, index in itertools.product((0, weight.case.K - 1), (-1, limit)):
+        right = int(weight.rows[row])
+        weight.rows[row] = index
+        with pytest.raises(EmulationError, match=r"^trap at line"):
+            call(ops, given["x float16"], given["grad float16"])
+        weight.rows[row] = right
+    call(ops, given["x float16"], given["grad float16"])
 
 
 @pytest.mark.parametrize(("arch", "bits"), ON)
 @pytest.mark.parametrize("order", ["perm", "raw"])
 def test_every_op_replays_with_new_data(arch: int, bits: int, order: str) -> None:
     """As a CUDA graph does: the same calls, workspaces and permuted copies too, on what then lies in the buffers."""
-    weight, other = build(case_of(bits, order)), build(case_of(bits, order, seed=1))
-    x, grad = inputs(weight.case)
+    parts, others = parts_of(case_of(bits, order)), parts_of(case_of(bits, order, seed=1))
+    given, all_products = inputs(parts[0].case), products(parts[0].case, arch)
     emulator = device(arch)
-    ops = PlainOps(emulator, described(weight))
-    algorithms = algorithms_for(weight.case)
+    ops = PlainOps(emulator, [described(part) for part in parts])
     with emulator.record() as recording:
-        results = every_call(ops, x, grad, algorithms)
+        results = every_call(ops, given, all_products)
     assert {call["call"] for call in recording.calls} <= {"launch", "memcpy", "memset"}
     assert any("add_splits" in call.get("kernel", "") for call in recording.calls)
-    for name in ("qweight", "qzeros", "scales", "rows"):
-        getattr(weight, name).copy_(getattr(other, name))
-    x[:], grad[:] = inputs(weight.case, seed=1)
+    for part, other in zip(parts, others, strict=True):
+        for name in ("qweight", "qzeros", "scales", "rows"):
+            getattr(part, name).copy_(getattr(other, name))
+    for name, array in inputs(parts[0].case, seed=1).items():
+        given[name][:] = array
     for array in ops.kept:
         if any(array is result for name, result in results.items() if name != "shuffle"):
             array.view(np.uint8).fill(0xFF)
-    if weight.case.shuffled:
-        results["shuffle"][:] = build(Case(**{**vars(other.case), "shuffled": False})).qweight.numpy()
+    if parts[0].case.shuffled:
+        results["shuffle"][:] = build(replace(others[0].case, shuffled=False)).qweight.numpy()
     emulator.replay(recording)
-    check(results, other, x, grad)
+    check(results, others, given, all_products)
 
 
-def run_under(sanitize: str, arch: int, weight: Weight, folder: Path) -> None:
+def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: list[tuple[str, str]]) -> None:
     """Every call in a process of its own, which must be silent, and right."""
-    x, grad = inputs(weight.case)
+    parts, given = parts_of(case), inputs(case)
     arrays, results = folder / "arrays.npz", folder / "results.npz"
-    np.savez(arrays, x=x, grad=grad, algorithms=np.array(algorithms_for(weight.case)), **described(weight))
+    save(arrays, [described(part) for part in parts], given, all_products)
     library = emulated.plain_library(arch, sanitize)
     environment = {
         **sanitizer_environment(sanitize),
@@ -157,7 +259,7 @@ def run_under(sanitize: str, arch: int, weight: Weight, folder: Path) -> None:
     command = [sys.executable, "-m", "cuda.plain", str(library), str(arrays), str(results)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr[:6000]) == (0, "")
-    check(dict(np.load(results)), weight, x, grad)
+    check(dict(np.load(results)), parts, given, all_products)
 
 
 @pytest.mark.parametrize(
@@ -169,17 +271,13 @@ def run_under(sanitize: str, arch: int, weight: Weight, folder: Path) -> None:
     ],
 )
 def test_thread_sanitizer_is_silent(bits: int, order: str, tmp_path: Path) -> None:
-    """No missing barrier, and no blocks that meet in memory. (For AddressSanitizer g++ takes minutes a kernel.)"""
-    run_under("thread", 80, build(case_of(bits, order)), tmp_path)
+    """No missing barrier, and no blocks that meet in memory."""
+    case = case_of(bits, order)
+    # bfloat16 takes mma kernels of its own, whose barriers are the same.
+    run_under("thread", 80, case, tmp_path, [p for p in products(case, 80) if p != ("mma", "bfloat16")])
 
 
 # --- offsets
-
-
-def sparse(*shape: int, dtype: Any) -> Array:
-    """Zeros that take memory where they are written, or read, only."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize, flags), dtype).reshape(shape)
 
 
 @pytest.fixture
@@ -190,45 +288,68 @@ def last_block() -> Any:
     emulator.set_only_last_block(False)
 
 
-WIDE = 2**26  # columns: 2**33 words
+WIDE = 2**28  # columns: 2**36 words, 2**30 bits of zero points in a row
+LONG = 2**30  # rows of W: 2**33 words of 64 columns, and 2**36 numbers
 TALL = 2**26  # rows of x and out: 2**33 numbers of each
+
+
+def within(described_weight: dict[str, Any], **sizes: int) -> dict[str, Any]:
+    """A weight in the last rows and columns of a larger one, of the same number of groups."""
+    larger = {**described_weight, **sizes}
+    K, N, G, bits = (larger[name] for name in ("K", "N", "G", "bits"))
+    for name, rows, columns in (
+        ("qweight", K * bits // 32, N), ("qzeros", G, N * bits // 32), ("scales", G, N),
+    ):  # fmt: skip
+        small = larger[name]
+        larger[name] = sparse(rows, columns, dtype=small.dtype)
+        larger[name][-small.shape[0] :, -small.shape[1] :] = small
+    return larger
 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
 def test_a_weight_of_more_than_2_to_the_32_words(last_block: Emulator, algorithm: str) -> None:
     """The last 64 columns, of which the others are zeros. There are more than 2**32 scales and bytes of zero points."""
-    weight = build(Case(4, 8192, 64, 32))
-    wide = wide_weight(weight)
-    x = inputs(weight.case)[0][:1]
-    ops = PlainOps(last_block, wide)
-    out = ops.gemm(x, algorithm, out=sparse(1, WIDE, dtype=np.float16))[:, -64:].copy()
-    assert_within_bound(
-        torch.from_numpy(out), torch.from_numpy(x), weight.dense, bounds.gemm_error(algorithm, weight, torch.float16)
-    )
-
-
-def wide_weight(weight: Weight) -> dict[str, Any]:
-    """A weight in the last columns of one with WIDE columns."""
-    described_weight = {**described(weight), "N": WIDE}
-    for name, columns in (("qweight", WIDE), ("qzeros", WIDE // 8), ("scales", WIDE)):
-        small = described_weight[name]
-        described_weight[name] = sparse(len(small), columns, dtype=small.dtype)
-        described_weight[name][:, -small.shape[1] :] = small
-    return described_weight
+    weight = build(Case(4, 2048, 64, 32))
+    x = inputs(weight.case)["x float16"][:1]
+    ops = PlainOps(last_block, [within(described(weight), N=WIDE)])
+    out = ops.gemm(x, algorithm, sparse(1, WIDE, dtype=np.float16))[:, -64:].copy()
+    error = bounds.gemm_error(algorithm, weight, torch.float16)
+    assert_within_bound(as_tensor(out), as_tensor(x), weight.dense, error)
 
 
 def test_dequantizing_columns_beyond_2_to_the_32_words(last_block: Emulator) -> None:
     weight = build(Case(4, 1024, 64, 128))
     last_block.set_only_last_block(False)
-    out = PlainOps(last_block, wide_weight(weight)).dequantize(WIDE - 64, 64)
-    assert torch.equal(torch.from_numpy(out), weight.dense.float().half())
+    out = PlainOps(last_block, [within(described(weight), N=WIDE)]).dequantize(WIDE - 64, 64)
+    assert torch.equal(as_tensor(out), weight.dense.float().half())
+
+
+def test_rows_of_W_beyond_2_to_the_32_words(last_block: Emulator) -> None:
+    """The last of them, by every op that divides them among thread blocks."""
+    weight = build(Case(4, 64, 64, 64))
+    checkpoint = build(replace(weight.case, shuffled=False)).qweight.numpy()
+    ops = PlainOps(last_block, [within(described(weight), K=LONG, group_size=LONG)])
+    none = np.empty(0, np.int32)
+
+    dense = ops.dequantize(out=sparse(LONG, 64, dtype=np.float16))
+    assert torch.equal(as_tensor(dense[-32:].copy()), weight.dense[-32:].float().half())
+
+    grad = inputs(weight.case)["grad float16"][:1]
+    dx = ops.gemm_dx(grad, sparse(1, LONG, dtype=np.float16))[:, -64:].copy()
+    assert_within_bound(as_tensor(dx), as_tensor(grad), weight.dense.t(), bounds.dx_error(64))
+
+    words = ops.parts[0]["qweight"]
+    plain = ops.unshuffle(words, none, out=sparse(*words.shape, dtype=np.int32))
+    assert np.array_equal(plain[-2:], checkpoint[-2:])
+    ops.shuffle(plain, none)
+    assert np.array_equal(plain[-2:], weight.qweight.numpy()[-2:])
 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled", "gemm_dx"])
 def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algorithm: str) -> None:
     """The last row, and its last 64 columns: beyond 2**32 numbers of both, signed or not."""
     weight = build(Case(4, 128, 128, 128))
-    ops = PlainOps(last_block, described(weight))
+    ops = PlainOps(last_block, [described(weight)])
     K, N, dense = 128, 128, weight.dense
     if algorithm == "gemm_dx":
         K, N, dense = N, K, dense.t()
@@ -240,5 +361,17 @@ def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algo
     else:
         error = bounds.gemm_error(algorithm, weight, torch.float16)
         ops.gemm(x, algorithm, out)
-    last_x, last = torch.from_numpy(x[-1:].copy()), torch.from_numpy(out[-1:, -64:].copy())
+    last_x, last = as_tensor(x[-1:].copy()), as_tensor(out[-1:, -64:].copy())
     assert_within_bound(last, last_x, dense[:, -64:], error)
+
+
+@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+def test_more_than_2_to_the_32_sums_of_a_split_K(last_block: Emulator, algorithm: str) -> None:
+    """Of two splits the last thread block has the second one, which is all that x is not 0 for."""
+    weight = build(Case(4, 512, 64, 128))
+    x, out = sparse(TALL, 512, dtype=np.float16), sparse(TALL, 64, dtype=np.float16)
+    x[-1, 256:] = np.linspace(-1, 1, 256)
+    ops = PlainOps(last_block, [described(weight)])
+    ops.gemm(x, algorithm, out, splits=2, workspace=sparse(2, TALL, 64, dtype=np.float32))
+    error = bounds.gemm_error(algorithm, weight, torch.float16)
+    assert_within_bound(as_tensor(out[-1:].copy()), as_tensor(x[-1:].copy()), weight.dense, error)

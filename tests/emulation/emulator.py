@@ -66,8 +66,8 @@ DEVICES = {
 class Recording:
     """The runtime calls between the begin and the end of `Emulator.record`, in order.
 
-    Each is a dict with `call` (launch, memset or memcpy) and `stream`; a launch has `kernel`, `grid`, `block` and
-    `shared_bytes`, the others `to`, `bytes` and `value` or `from`.
+    Each is a dict with `call` (launch, memset or memcpy), `stream` and `device`; a launch has `kernel`, `grid`, `block`
+    and `shared_bytes`, the others `to`, `bytes` and `value` or `from`.
     """
 
     index: int
@@ -142,6 +142,18 @@ class Emulator:
         """What aoti_torch_get_current_cuda_stream and cudaStreamIsCapturing say."""
         self._set("current_stream", stream)
         self._set("is_capturing", is_capturing)
+
+    def set_current_device(self, index: int) -> None:
+        """As the host thread would by cudaSetDevice; there are two devices, alike."""
+        self.library.cudaSetDevice(ctypes.c_int(index))
+        self.check()
+
+    @property
+    def current_device(self) -> int:
+        """By cudaGetDevice."""
+        index = ctypes.c_int()
+        self.library.cudaGetDevice(ctypes.byref(index))
+        return index.value
 
     @contextmanager
     def only(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:

@@ -104,6 +104,8 @@ def test_a_fault_does_not_outlive_its_report(kernels: Kernels) -> None:
 CAUGHT = [
     ("copy_float4_from", 1, r"faults.cu:\d+: a global access of 16 bytes at 0x\w+ is misaligned"),
     ("shared_beyond_end", 64, r"faults.cu:\d+: a shared access of 1 bytes at 0x440 is out of bounds"),
+    ("shared_next", 1, r"faults.cu:\d+: a shared access of 4 bytes at 0x\w+ leads out of its array"),
+    ("shared_next", 65, r"faults.cu:\d+: a shared access of 4 bytes at 0x\w+ leads out of its array"),
     ("deadlock", 0, r"deadlock: .*16 at a barrier at line \d+, 16 at a barrier at line \d+"),
     ("returned_early", 33, "deadlock: threads wait for each other: 33 at a barrier at line .*, 31 at its end"),
     ("shuffle_returned", 0, "lane 5 of the mask 0xffffffff has returned"),
@@ -132,6 +134,7 @@ def test_what_is_within_the_limits_is_not_caught(kernels: Kernels) -> None:
     kernels.run("bounded_launch", 64)
     kernels.run("shared_beyond_end", 63)
     kernels.run("returned_early", 64)
+    assert kernels.run("shared_next", 0)[:64] == [float(i + (i ^ 1)) for i in range(64)]
 
 
 def test_dynamic_shared_memory_beyond_48_kib_needs_the_opt_in(kernels: Kernels) -> None:
@@ -159,9 +162,10 @@ def test_the_record_names_every_call_and_replays_on_new_data(kernels: Kernels) -
         kernels.run("memset_then_copy", 5)
     memset, launch = recording.calls
     target = ctypes.addressof(kernels.target)
-    assert memset == {"call": "memset", "stream": STREAM, "to": target, "bytes": 256, "value": 0}
+    assert memset == {"call": "memset", "stream": STREAM, "device": 0, "to": target, "bytes": 256, "value": 0}
     assert "copy" in launch.pop("kernel")
-    assert launch == {"call": "launch", "stream": STREAM, "grid": [1, 1, 1], "block": [32, 1, 1], "shared_bytes": 0}
+    where = {"stream": STREAM, "device": 0}
+    assert launch == {"call": "launch", **where, "grid": [1, 1, 1], "block": [32, 1, 1], "shared_bytes": 0}
     kernels.source[5] = 1000.0
     kernels.emulator.replay(recording)
     assert kernels.target[0] == 1000.0

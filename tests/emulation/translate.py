@@ -221,8 +221,34 @@ class Emitter:
             yield f"    {self.statement(statement)}"
 
 
-def _alignment(variable: Variable, offset: int) -> int:
-    return -(-offset // variable.alignment) * variable.alignment
+# Bytes between two arrays of shared memory: more than an index that is one row off leads over.
+SHARED_GAP = 1024
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+class SharedMemory:
+    """The arrays of a kernel, one after another as a device has them, but for a gap between any two.
+
+    Attributes:
+        bytes: of shared memory that a device has.
+        end: of the last array, with the gaps.
+        gaps: their begins and ends.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = self.end = 0
+        self.gaps: list[tuple[int, int]] = []
+
+    def place(self, count: int, alignment: int) -> Place:
+        self.bytes = _aligned(self.bytes, alignment) + count
+        begin = _aligned(self.end + SHARED_GAP, alignment) if self.end else 0
+        if self.end:
+            self.gaps.append((self.end, begin))
+        self.end = begin + count
+        return Place("shared", f"(kSharedBase + {begin}u)")
 
 
 class Translation:
@@ -287,21 +313,18 @@ class Translation:
         entry = self.functions[name]
         functions = self.reachable(entry)
         shared: dict[str, Place] = {}
-        offset = 0
+        memory = SharedMemory()
         dynamic = [v for v in self.module.variables if v.space == "shared" and v.bytes is None]
         static = [v for v in self.module.variables if v.space == "shared" and v.bytes is not None]
         used = {o.name for f in functions for s in f.body if isinstance(s, Instruction) for o in _symbols(s.operands)}
         static = [v for v in static if v.name in used]
         for variable in static + [v for f in functions for v in f.variables if v.space == "shared"]:
             assert variable.bytes is not None
-            offset = _alignment(variable, offset)
-            shared[variable.name] = Place("shared", f"(kSharedBase + {offset}u)")
-            offset += variable.bytes
-        for variable in dynamic:
-            if variable.name in used:
-                offset = -(-offset // max(variable.alignment, 16)) * max(variable.alignment, 16)
-        for variable in dynamic:
-            shared[variable.name] = Place("shared", f"(kSharedBase + {offset}u)")
+            shared[variable.name] = memory.place(variable.bytes, variable.alignment)
+        dynamic = [v for v in dynamic if v.name in used]
+        if dynamic:  # all of them are one array
+            place = memory.place(0, max(16, *(v.alignment for v in dynamic)))
+            shared |= {v.name: place for v in dynamic}
 
         lines = ['#include "device.h"', "", "namespace emu {", ""]
         lines += [
@@ -313,7 +336,7 @@ class Translation:
         table, parameter_offset = [], 0
         for parameter in entry.parameters:
             assert parameter.bytes is not None
-            parameter_offset = _alignment(parameter, parameter_offset)
+            parameter_offset = _aligned(parameter_offset, parameter.alignment)
             table.append(f"{{{parameter_offset}, {parameter.bytes}}}")
             parameter_offset += parameter.bytes
         threads = 0
@@ -324,8 +347,10 @@ class Translation:
                     threads *= extent
         lines += [
             f"const Parameter parameters[] = {{{', '.join([*table, '{0, 0}'])}}};",
+            f"const Gap gaps[] = {{{', '.join(f'{{{begin}, {end}}}' for begin, end in [*memory.gaps, (0, 0)])}}};",
             f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, '
-            f"parameters, {len(table)}, {offset}, {threads}}};",
+            f"parameters, {len(table)}, {memory.bytes}, {threads}, "
+            f"gaps, {len(memory.gaps)}, {memory.end - memory.bytes}}};",
             "[[gnu::constructor]] void add() { add_kernel(&kernel); }",
             "}",
             "}  // namespace emu",
@@ -342,7 +367,7 @@ class Translation:
             places[parameter.name] = Place("param", f"reinterpret_cast<u64>({name})")
             if function.is_entry:
                 assert parameter.bytes is not None
-                offset = _alignment(parameter, offset)
+                offset = _aligned(offset, parameter.alignment)
                 setup.append(f"    const unsigned char* const {name} = running.parameters + {offset};")
                 offset += parameter.bytes
         for variable in function.variables:

@@ -21,7 +21,7 @@ class Picky:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return ["no compiler", "no device"]
 
-    def detail(self) -> str:
+    def detail(self, dispatch_key: str) -> str:
         return ""
 
     def kernel(

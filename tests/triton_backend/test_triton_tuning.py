@@ -21,11 +21,17 @@ import torch, exllama_ops
 from conformance.weights import Case, build
 from exllama_ops.backends.triton import gemm, gemm_dx, tiles, tune, tuned_tiles
 from exllama_ops.backends.triton.weight import Weight
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 
 weight = build(Case(4, 488, 96, 32))
 inputs = {"gptq_gemm": torch.randn(9, 488).half(), "gptq_gemm_dx": torch.randn(9, 96).half()}
 launched, timed, partials = [], [], []
+unfit = {
+    4: OutOfResources(2, 1, "shared memory"),
+    5: PTXASError("no registers"),
+    6: CompileTimeAssertionFailure(None, None, "no layout"),
+}
 launch = gemm.launch
 
 def record(kernel, grid, tensors, sizes, constants, **options):
@@ -41,8 +47,8 @@ def time_ms(run):
     run()
     op = launched[-1][0]
     timed.append(op)
-    if timed.count(op) == 4:
-        raise OutOfResources(2, 1, "shared memory")
+    if timed.count(op) in unfit:
+        raise unfit[timed.count(op)]
     return abs(timed.count(op) - 3)  # the third is the fastest
 
 def product(op):
@@ -110,6 +116,16 @@ refusal(lambda: make_fx(lambda x: (warmup(), x)[1])(inputs["gptq_gemm"]))
 with mock.patch("torch.compiler.is_compiling", lambda: True):
     refusal(warmup)
 assert not timed
+unfit = dict.fromkeys(range(9), OutOfResources(2, 1, "shared memory"))
+refusal(warmup)
+"""
+
+# A process that reads its choices anew has them as a new one would.
+KEPT = """
+warmup()
+tuned_tiles.choices_of.cache_clear()
+[product(op) for op in inputs]
+warmup()
 """
 
 UNUSABLE = """
@@ -136,10 +152,19 @@ def run(code: str, cache: Path) -> tuple[list[str], list[str]]:
     return result.stdout.splitlines(), [line for line in result.stderr.splitlines() if "tuned tiles" in line]
 
 
+def counts_of_candidates() -> str:
+    table = {"dot": tiles.tile_of("dot", "host", 4, 9, "tile"), "dx": tiles.plan_dx(4, tiles.HOST).tile}
+    return " ".join(str(len(tuned_tiles.candidates(form, "host", tile))) for form, tile in table.items())
+
+
+def test_the_fastest_tile_is_kept_on_disk(tmp_path: Path) -> None:
+    timed = f"{counts_of_candidates()} timed"
+    assert run(KEPT, tmp_path) == ([timed, *FASTEST, timed], [])
+
+
 @pytest.mark.slow
 def test_the_fastest_tile_serves_from_then_on_and_in_a_new_process(tmp_path: Path) -> None:
-    table = {"dot": tiles.tile_of("dot", "host", 4, 9, "tile"), "dx": tiles.plan_dx(4, tiles.HOST).tile}
-    counts = " ".join(str(len(tuned_tiles.candidates(form, "host", tile))) for form, tile in table.items())
+    counts = counts_of_candidates()
     lines, warned = run(TUNES, tmp_path)
     assert lines == [*TABLE, f"{counts} timed", *FASTEST, f"{counts} timed"]
     assert not warned
@@ -165,7 +190,10 @@ def test_no_candidate_changes_a_bit(tmp_path: Path) -> None:
 def test_nothing_is_timed_in_a_capture_or_a_traced_call(tmp_path: Path) -> None:
     traced = "exllama_ops: kernels cannot be tuned in a traced call"
     captured = "exllama_ops: kernels cannot be tuned while a CUDA graph is being captured"
-    assert run(REFUSALS, tmp_path)[0] == [captured, traced, traced, traced]
+    *refusals, no_tile = run(REFUSALS, tmp_path)[0]
+    assert refusals == [captured, traced, traced, traced]
+    assert no_tile.startswith("exllama_ops: no tile of Problem(form='dot', ")
+    assert "out of resource: shared memory" in no_tile
 
 
 def test_choices_that_cannot_be_kept_serve_their_process(tmp_path: Path) -> None:

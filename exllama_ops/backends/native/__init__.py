@@ -66,7 +66,7 @@ class NativeBackend(Generic[L]):
         self.find()
         return self.failure
 
-    def detail(self) -> str:
+    def detail(self, dispatch_key: str) -> str:
         """Where the library is and what it uses, or that it will be built."""
         if self.library is None:
             return "its library is built at the first call"
@@ -89,7 +89,7 @@ class NativeBackend(Generic[L]):
         return self._first_use(op, dispatch_key, next_best)
 
     def find(self) -> None:
-        """Load the library if it is there already; the first call decides."""
+        """Load the library if it is there already; if it can be built, the first call decides."""
         if self._searched:
             return
         self._searched = True
@@ -105,10 +105,12 @@ class NativeBackend(Generic[L]):
             if path is not None:
                 self._load(path)
         except OSError:
-            return  # an unreadable cache is as good as an empty one; building says what is wrong with it
+            pass  # an unreadable cache is as good as an empty one; building says what is wrong with it
         except LoadError as error:
             if packaged is not None:
                 self.failure = [f"its packaged library cannot be loaded: {error}"]
+        if self.library is None and not self.failure:
+            self.failure = cache.reasons_against_building(self.recipe)
 
     def build(self) -> None:
         """Have a library, or a `failure`; builds at most once, whichever thread comes first."""

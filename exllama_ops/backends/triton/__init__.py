@@ -55,8 +55,18 @@ class TritonBackend:
             return ["torch was installed without CUDA and ROCm"]
         return [] if torch.cuda.device_count() > 0 else ["there is no CUDA or ROCm device"]
 
-    def detail(self) -> str:
-        return "interpreted" if _is_interpreting() else "compiled by Triton at the first call of each kind"
+    def detail(self, dispatch_key: str) -> str:
+        if _is_interpreting():
+            return "interpreted"
+        if dispatch_key == "XPU":
+            tested = "no Intel GPU has run its kernels, nor were they compiled for one"
+        elif torch.version.hip is not None:
+            tested = "no AMD GPU has run its kernels: they were only compiled, for gfx942 and gfx1100"
+        else:
+            tested = (
+                "no NVIDIA GPU has run its kernels: they were emulated as compiled for 8.0, for others only compiled"
+            )
+        return f"compiled by Triton at the first call of each kind; {tested}"
 
     def kernel(
         self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest

@@ -12,7 +12,7 @@ from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_dequantize
 from exllama_ops.layout.formats import FORMATS
 
-_BLOCK_B, _BLOCK_N = 8, 64
+BLOCK_B, BLOCK_N = 8, 64
 
 
 @triton.jit(do_not_specialize=["G", "group_size"])
@@ -66,8 +66,8 @@ def gptq_dequantize(
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     out = scales.new_empty(weight.K, weight.N, dtype=kernel_dtype(scales.dtype))
     values = FORMATS[bit].block_values
-    tiles = triton.cdiv(weight.K // values, _BLOCK_B) * triton.cdiv(weight.N, _BLOCK_N)
-    constants = {"GROUPS_OF": weight.groups_of(_BLOCK_B * values), "BLOCK_B": _BLOCK_B, "BLOCK_N": _BLOCK_N}
+    tiles = triton.cdiv(weight.K // values, BLOCK_B) * triton.cdiv(weight.N, BLOCK_N)
+    constants = {"GROUPS_OF": weight.groups_of(BLOCK_B * values), "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N}
     launch(
         dequantize_kernel, (tiles,), {**weight.tensors, "out_ptr": out}, weight.sizes, {**weight.constants, **constants}
     )

@@ -28,7 +28,7 @@ from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
 
 # Parts of a gptq_gemm_multi in one launch: q, k and v, or gate and up. The kernels' arguments are counted by it.
 PARTS = 4
-_ADD_BLOCK = 256
+ADD_BLOCK = 256
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -285,10 +285,10 @@ def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weig
     if most > 1:
         launch(
             add_splits_kernel,
-            (triton.cdiv(out.numel(), _ADD_BLOCK),),
+            (triton.cdiv(out.numel(), ADD_BLOCK),),
             {"partials_ptr": target, "out_ptr": out},
             {"elements": out.numel(), "N": N, **_numbered("splits", [plan.splits for plan in plans])},
-            {"BLOCK": _ADD_BLOCK},
+            {"BLOCK": ADD_BLOCK},
         )
     return out.to(x.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 # Integers that Triton compiles kernels for by their divisibility, which is what wide loads need. The others are
 # named in each kernel's do_not_specialize.
 _SPECIALIZED = ("K", "N")
+_MAX_INT32 = 2**31 - 1
 
 _launched: set[Any] = set()
 
@@ -38,8 +39,47 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def compile_options(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """What Triton is told of every kernel, beside the warps and stages of its tile."""
+    return {
+        # Sums are written as fma where they are to be fused: their bits do not depend on the compiler's choice.
+        "enable_fp_fusion": False,
+        # The assertions in `checked_rows`, and no others: Triton would add its own for integer overflow.
+        "debug": bool(constants.get("HAS_ROWS")),
+        "sanitize_overflow": False,
+    }
+
+
 def _each(argument: T | tuple[T, ...]) -> tuple[T, ...]:
     return argument if isinstance(argument, tuple) else (argument,)
+
+
+def variant_of(
+    kernel: Any,
+    tensors: Mapping[str, Tensor | tuple[Tensor, ...]],
+    sizes: Mapping[str, int | tuple[int, ...]],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> tuple[Any, ...]:
+    """Equal for launches of a kernel that Triton compiles once: all that it looks at in their arguments."""
+    pointers = [tensor for of_name in tensors.values() for tensor in _each(of_name)]
+    integers = [size for of_name in sizes.values() for size in _each(of_name)]
+    return (
+        kernel.__name__,
+        pointers[0].device,
+        num_warps,
+        num_stages,
+        *((tensor.dtype, tensor.data_ptr() % 16 == 0, _has_32_bit_offsets(tensor)) for tensor in pointers),
+        *(size <= _MAX_INT32 for size in integers),
+        *(size % 16 == 0 for name in _SPECIALIZED if name in sizes for size in _each(sizes[name])),
+        *constants.values(),
+    )
+
+
+def _has_32_bit_offsets(tensor: Tensor) -> bool:
+    """Whether Triton compiles AMD's buffer instructions for a tensor, which reach that far."""
+    return torch.version.hip is not None and tensor.untyped_storage().nbytes() <= _MAX_INT32
 
 
 def launch(
@@ -58,17 +98,8 @@ def launch(
         RuntimeError: a CUDA graph is being captured, and this variant of the kernel was not launched before: it would
             be compiled and loaded, which a capture does not survive.
     """
-    pointers = [tensor for of_name in tensors.values() for tensor in _each(of_name)]
-    device = pointers[0].device
-    variant = (
-        kernel.__name__,
-        device,
-        num_warps,
-        num_stages,
-        *((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in pointers),
-        *(size % 16 == 0 for name in _SPECIALIZED if name in sizes for size in _each(sizes[name])),
-        *constants.values(),
-    )
+    device = _each(next(iter(tensors.values())))[0].device
+    variant = variant_of(kernel, tensors, sizes, constants, num_warps, num_stages)
     if variant not in _launched and is_capturing(device):
         raise RuntimeError(
             f"exllama_ops: the Triton kernel {kernel.__name__} for {constants} is not compiled yet, and a CUDA graph "
@@ -81,10 +112,6 @@ def launch(
             **constants,
             num_warps=num_warps,
             num_stages=num_stages,
-            # Sums are written as fma where they are to be fused: their bits do not depend on the compiler's choice.
-            enable_fp_fusion=False,
-            # The assertions in `checked_rows`, and no others: Triton would add its own for integer overflow.
-            debug=bool(constants.get("HAS_ROWS")),
-            sanitize_overflow=False,
+            **compile_options(constants),
         )
     _launched.add(variant)

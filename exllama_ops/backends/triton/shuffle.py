@@ -23,7 +23,7 @@ from exllama_ops.layout.checks import check_gptq_shuffle
 from exllama_ops.layout.formats import FORMATS
 from exllama_ops.layout.shuffle import inverse_permutation
 
-_BLOCK_B, _BLOCK_N = 2, 64
+BLOCK_B, BLOCK_N = 2, 64
 
 
 @triton.jit
@@ -103,11 +103,11 @@ def _reorder(words: Tensor, rows: Tensor, out: Tensor, bits: int, *, from_shuffl
     blocks = words.shape[0] // FORMATS[bits].block_words
     constants = {
         "BITS": bits, "FROM_SHUFFLED": from_shuffled, "TO_SHUFFLED": to_shuffled, "HAS_ROWS": rows.shape[0] > 0,
-        "BLOCK_B": _BLOCK_B, "BLOCK_N": _BLOCK_N,
+        "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N,
     }  # fmt: skip
     launch(
         reorder_kernel,
-        (triton.cdiv(blocks, _BLOCK_B) * triton.cdiv(N, _BLOCK_N),),
+        (triton.cdiv(blocks, BLOCK_B) * triton.cdiv(N, BLOCK_N),),
         {"in_ptr": words, "rows_ptr": rows, "out_ptr": out},
         {"K": blocks * FORMATS[bits].block_values, "N": N},
         constants,

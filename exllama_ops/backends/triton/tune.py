@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
@@ -21,6 +22,9 @@ from exllama_ops.backends.triton.launch import is_capturing
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, device_of, plan_dx, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import Problem, candidates, choices_of, keep
 from exllama_ops.backends.triton.weight import Weight
+
+# What a device may have too little of for a tile, said by its driver or by a compiler.
+_UNFIT = (OutOfResources, PTXASError, CompileTimeAssertionFailure)
 
 
 def time_ms(run: Callable[[], object]) -> float:
@@ -34,7 +38,7 @@ def tune_gemm(x: Tensor, *weight: Any) -> None:
     The arguments are those of a call that was made before, M > 0.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed.
+        RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed; or no tile fits.
     """
     _refuse_unless_timeable(x)
     packed = Weight.of(*weight)
@@ -63,9 +67,12 @@ def _tune(plan: Plan | DxPlan, x: Tensor, weight: Weight, run: Callable[[Tile], 
     if problem in choices_of(x.device):
         return
     times: dict[Tile, float] = {}
+    errors: dict[Tile, str] = {}
     for tile in candidates(plan.form, device_of(x.device).arch, plan.tile):
         try:
             times[tile] = time_ms(functools.partial(run, tile))
-        except OutOfResources:  # more shared memory or registers than the device has
-            continue
+        except _UNFIT as error:
+            errors[tile] = str(error)
+    if not times:
+        raise RuntimeError(f"exllama_ops: no tile of {problem} can be timed: {errors}")
     keep(x.device, problem, min(times, key=times.__getitem__))

@@ -39,6 +39,14 @@ __global__ void shared_beyond(float* to, int bytes) {
     __syncthreads();
     to[0] = s_bytes[bytes - 1];
 }
+// From one array into the next, where a device does not notice.
+__global__ void shared_into_next(const float* from, float* to, int first) {
+    __shared__ float s_first[64], s_second[64];
+    s_first[threadIdx.x] = from[threadIdx.x];
+    s_second[threadIdx.x] = from[threadIdx.x];
+    __syncthreads();
+    to[threadIdx.x] = s_first[(threadIdx.x + first) % 128] + s_second[threadIdx.x ^ 1];
+}
 __global__ void uninitialized_shared(float* to) {
     extern __shared__ float s_floats[];
     to[threadIdx.x] = s_floats[threadIdx.x];
@@ -132,6 +140,7 @@ COPY(staged_without_barrier, (staged_copy<1, false>), 32)
 LAUNCH(copy_from, (copy<<<1, 64, 0, stream>>>(from, to, value)), 64)
 LAUNCH(copy_float4_from, (copy_float4<<<1, 16, 0, stream>>>(from, to, value)), 16)
 LAUNCH(shared_beyond_end, (shared_beyond<<<1, 2, 64, stream>>>(to, value)), 2)
+LAUNCH(shared_next, (shared_into_next<<<1, 64, 0, stream>>>(from, to, value)), 64)
 LAUNCH(uninitialized, (uninitialized_shared<<<1, 32, 128, stream>>>(to)), 32)
 LAUNCH(deadlock, (half_barrier<<<1, 32, 0, stream>>>(to)), 32)
 LAUNCH(returned_early, (returned_before_barrier<<<1, 64, 0, stream>>>(to, value)), 64)

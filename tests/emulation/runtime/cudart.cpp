@@ -35,6 +35,7 @@ struct Call {
     Extent grid{}, block{};
     u32 dynamic_shared_bytes = 0;
     cudaStream_t stream = nullptr;
+    int device = 0;
     std::vector<unsigned char> parameters;
     u64 to = 0, from = 0, bytes = 0;
     int value = 0;
@@ -57,6 +58,10 @@ bool is_recording = false;
 std::string registration_fault;  // found while the library was loaded: no launch can be trusted
 std::string returned_text;
 std::mutex one_at_a_time;
+
+// All are alike: which one is current is all that tells them apart.
+constexpr int kDevices = 2;
+int current_device = 0;
 
 struct Configuration {
     dim3 grid, block;
@@ -128,6 +133,7 @@ cudaError_t perform(const Call& call) {
     return status();
 }
 cudaError_t enqueue(Call call) {
+    call.device = current_device;
     const std::lock_guard lock(one_at_a_time);
     if (is_recording) recordings.back().push_back(call);
     return perform(call);
@@ -155,7 +161,8 @@ std::string as_json(const std::vector<Call>& calls) {
     out << "[";
     for (size_t i = 0; i < calls.size(); ++i) {
         const Call& c = calls[i];
-        out << (i ? ", " : "") << "{\"call\": \"" << c.kind << "\", \"stream\": " << reinterpret_cast<u64>(c.stream);
+        out << (i ? ", " : "") << "{\"call\": \"" << c.kind << "\", \"stream\": " << reinterpret_cast<u64>(c.stream)
+            << ", \"device\": " << c.device;
         if (c.kind == "launch") {
             out << ", \"kernel\": \"" << c.kernel->name << "\", \"grid\": [" << c.grid.x << ", " << c.grid.y << ", "
                 << c.grid.z << "], \"block\": [" << c.block.x << ", " << c.block.y << ", " << c.block.z
@@ -267,15 +274,17 @@ const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaSuccess ? "cudaSuccess" : "cudaErrorLaunchFailure";
 }
 cudaError_t cudaGetDevice(int* index) {
-    *index = 0;
+    *index = current_device;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = kDevices;
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int index) {
-    return index == 0 ? cudaSuccess : refuse("cudaSetDevice of a device that is not there");
+    if (index < 0 || index >= kDevices) return refuse("cudaSetDevice of a device that is not there");
+    current_device = index;
+    return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* capturing) {
     *capturing = device["is_capturing"] ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
@@ -415,6 +424,7 @@ void emu_reset() {
     settings = {};
     check_ranges = false;
     dynamic_shared_allowed.clear();
+    current_device = 0;
     fault_text = registration_fault;
 }
 void emu_set_ranges(const u64* begin_and_end, u64 count) {

@@ -19,6 +19,7 @@ template <u32 Bytes> EMU_INLINE unsigned char* shared_at(u64 address, EMU_WHERE)
     if (__builtin_expect(address < kSharedBase || address + Bytes > kSharedBase + running.shared_bytes, 0)) {
         bad_address("is out of bounds", "shared", address, Bytes, file, line);
     }
+    if (running.kernel->gap_count) check_gaps(address, Bytes, file, line);
     return running.shared + (address - kSharedBase);
 }
 void set_where(const char* file, int line);

@@ -135,7 +135,6 @@ std::vector<Warp> warps;
 u64 block_serial;
 Fiber* current;
 void* main_stack_pointer;
-const Kernel* running_kernel;
 char fence_address;
 #ifdef EMU_TSAN
 void* main_tsan;
@@ -237,7 +236,7 @@ void next_fiber() {
 }
 
 void fiber_main() {
-    running_kernel->run(current->thread);
+    running.kernel->run(current->thread);
 #ifdef EMU_TSAN
     __tsan_release(&end_address);
 #endif
@@ -276,8 +275,8 @@ void prepare(Fiber& fiber, u32 index, Extent block) {
 #endif
 }
 
-std::vector<u32> in_order(u32 count, u64 salt) {
-    std::vector<u32> order(count);
+std::vector<u64> in_order(u64 count, u64 salt) {
+    std::vector<u64> order(count);
     std::iota(order.begin(), order.end(), 0);
     if (settings.order == Order::descending) std::reverse(order.begin(), order.end());
     if (settings.order == Order::random) {
@@ -287,7 +286,7 @@ std::vector<u32> in_order(u32 count, u64 salt) {
     return order;
 }
 
-void run_block(Extent block, u32 salt) {
+void run_block(Extent block, u64 salt) {
     fiber_count = block.x * block.y * block.z;
     done_count = 0;
     while (fibers.size() < fiber_count) fibers.push_back(std::make_unique<Fiber>());
@@ -301,7 +300,7 @@ void run_block(Extent block, u32 salt) {
     warps.assign((fiber_count + kWarp - 1) / kWarp, {});
     for (u32 i = 0; i < warps.size(); ++i) warps[i].sync.index = kBarriers + i;
     for (u32 i = 0; i < fiber_count; ++i) prepare(*fibers[i], i, block);
-    for (u32 i : in_order(fiber_count, salt)) push_ready(fibers[i].get());
+    for (u64 i : in_order(fiber_count, salt)) push_ready(fibers[i].get());
     Fiber start;  // stands for the host's stack in the first switch
     start.state = State::done;
     current = &start;
@@ -326,7 +325,7 @@ std::string describe_thread() {
     const u32* b = running.ctaid;
     char text[200];
     snprintf(text, sizeof text, " in block (%u, %u, %u), thread (%u, %u, %u) of ", b[0], b[1], b[2], t[0], t[1], t[2]);
-    return text + std::string(running.kernel);
+    return std::string(text) + running.kernel->name;
 }
 
 }  // namespace
@@ -365,6 +364,13 @@ void check_global(u64 address, u32 bytes) {
         }
     }
     bad_address("is outside of all registered memory", "global", address, bytes, where_file, where_line);
+}
+void check_gaps(u64 address, u32 bytes, const char* file, int line) {
+    for (u32 i = 0; i < running.kernel->gap_count; ++i) {
+        const Gap& gap = running.kernel->gaps[i];
+        if (address < kSharedBase + gap.end && address + bytes > kSharedBase + gap.begin)
+            bad_address("leads out of its array", "shared", address, bytes, file, line);
+    }
 }
 bool in_local(u64 address, u32 bytes) {
     const u64 stack = reinterpret_cast<u64>(current->stack);
@@ -549,14 +555,13 @@ const unsigned char* in_low_memory(const Kernel& kernel, const unsigned char* pa
 }
 
 void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters) {
-    running_kernel = &kernel;
     parameters = in_low_memory(kernel, parameters);
-    const u32 blocks = grid.x * grid.y * grid.z;
+    const u64 blocks = u64(grid.x) * grid.y * grid.z;
+    shared_bytes += kernel.gap_bytes;
     // Fresh pages for each launch under a detector of races: it forgets what it knows of an address that is mapped
     // anew.
     const size_t capacity = (shared_bytes + 4095) / 4096 * 4096 + 4096;
-    for (u32 index : in_order(blocks, blocks)) {
-        if (settings.only_last_block && index + 1 != blocks) continue;
+    for (const u64 block_index : settings.only_last_block ? std::vector<u64>{blocks - 1} : in_order(blocks, blocks)) {
         static unsigned char* shared = nullptr;
         static size_t shared_capacity = 0;
 #ifdef EMU_TSAN
@@ -572,12 +577,12 @@ void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes,
         memset(shared, 0xff, shared_bytes);
         running = {{block.x, block.y, block.z},
                    {grid.x, grid.y, grid.z},
-                   {index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y)},
+                   {u32(block_index % grid.x), u32(block_index / grid.x % grid.y), u32(block_index / grid.x / grid.y)},
                    shared_bytes,
                    shared,
                    parameters,
-                   kernel.name};
-        run_block(block, index);
+                   &kernel};
+        run_block(block, block_index);
         if (!fault_text.empty()) break;
     }
 #ifdef EMU_TSAN

@@ -23,10 +23,10 @@ struct Running {
     u32 ntid[3];
     u32 nctaid[3];
     u32 ctaid[3];
-    u32 shared_bytes;
+    u32 shared_bytes;  // with the gaps
     unsigned char* shared;
     const unsigned char* parameters;
-    const char* kernel;
+    const struct Kernel* kernel;
 };
 extern Running running;
 
@@ -35,6 +35,10 @@ struct Parameter {
     u32 offset;
     u32 bytes;
 };
+// Of shared memory between two arrays, where no device has any: what leads out of an array must not meet the next one.
+struct Gap {
+    u32 begin, end;
+};
 struct Kernel {
     const char* name;
     void (*run)(Thread&);
@@ -42,6 +46,9 @@ struct Kernel {
     u32 parameter_count;
     u32 static_shared_bytes;
     u32 max_threads;  // of .maxntid or .reqntid; 0 when the kernel has none
+    const Gap* gaps;
+    u32 gap_count;
+    u32 gap_bytes;
 };
 struct ModuleVariable {
     const char* name;
@@ -53,6 +60,7 @@ void add_variable(const ModuleVariable& variable);
 
 // --- memory (scheduler.cpp): the slow path of a checked access; returns when the range is allowed
 void check_global(u64 address, u32 bytes);
+void check_gaps(u64 address, u32 bytes, const char* file, int line);
 extern bool check_ranges;
 bool in_local(u64 address, u32 bytes);
 
