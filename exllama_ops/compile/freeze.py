@@ -55,8 +55,8 @@ def freeze(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
 
     Results are the same numbers (on a CPU the same bits). Freeze before compiling, training adapters or wrapping
     layers. A frozen model's state_dict fits a model that was frozen likewise: fused layers have ``NAME.fused.*`` (one
-    tensor under the name of each of the group) and keep ``NAME.bias``; folded ones have an empty ``perm``, and their
-    producers other columns.
+    tensor under the name of each of the group, so safetensors keeps it by ``save_model`` and ``load_model``) and keep
+    ``NAME.bias``; folded ones have an empty ``perm``, and their producers other columns.
 
     Args:
         model: with its weights loaded; its dense layers stay as they are.

@@ -154,7 +154,8 @@ def one_process() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def test_fsdp2_shards_what_is_trained_and_leaves_the_buffers(one_process: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fsdp2_shards_what_is_trained_and_leaves_the_buffers(compiled: bool, one_process: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     class Adapted(nn.Module):
@@ -165,11 +166,15 @@ def test_fsdp2_shards_what_is_trained_and_leaves_the_buffers(one_process: Any) -
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.base(x) + self.adapter(x)
 
-    model, x = Adapted(), torch.randn(3, K)
+    model, x, recorder = Adapted(), torch.randn(3, K), Recorder()
     expected = model(x)
     fully_shard(model, mesh=one_process)
-    assert torch.equal(model(x), expected)
-    model(x).sum().backward()
+    # FSDP's hooks are not compiled: they break the graph before and after ours.
+    run = torch.compile(model, backend=recorder) if compiled else model
+    result = run(x)
+    assert torch.equal(result, expected)
+    assert recorder.after == ([FUSED] if compiled else [])
+    result.sum().backward()
     assert model.adapter.weight.grad is not None
     assert all(type(buffer) is torch.Tensor for buffer in model.buffers())
 
@@ -179,6 +184,11 @@ def test_a_dtensor_is_refused_by_name(one_process: Any) -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     layer = ExllamaLinear.from_weight(Block().q.to_weight())
-    layer.qweight = distribute_tensor(layer.qweight, one_process, [Replicate()])
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"exllama.*gptq_gemm"):
-        layer(torch.randn(3, K))
+    for name, buffer in list(layer.named_buffers()):
+        setattr(layer, name, distribute_tensor(buffer, one_process, [Replicate()]))
+    x = distribute_tensor(torch.randn(3, K), one_process, [Replicate()])
+    rule = "exllama._gptq_gemm.default does not have a sharding strategy registered"
+    with pytest.raises(NotImplementedError, match=rule):
+        layer(x)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=rule):
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x)

@@ -185,10 +185,12 @@ def test_no_op_keeps_a_graph_from_being_captured(name: str) -> None:
 
 @pytest.mark.gpu
 def test_reduce_overhead_replays_cuda_graphs_of_a_block() -> None:
+    """To the bit what the same kernels compute without a graph."""
     block = Block(act_order=True).half().cuda()
-    compiled = torch.compile(block, backend="exllama", mode="reduce-overhead", fullgraph=True)
+    graphs = torch.compile(block, backend="exllama", mode="reduce-overhead", fullgraph=True)
+    kernels = torch.compile(block, backend="exllama", fullgraph=True)
     with torch.inference_mode():
         for seed in range(5):
             x = torch.randn(1, K, generator=torch.Generator().manual_seed(seed)).half().cuda()
             torch.compiler.cudagraph_mark_step_begin()
-            torch.testing.assert_close(compiled(x).clone(), block(x), rtol=4e-3, atol=0.05)
+            assert torch.equal(graphs(x).clone(), kernels(x))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conformance.bounds import error_bound, gamma
+from conformance.bounds import assert_within_bound, error_bound, gamma
+from conformance.weights import Case, build_parts, multi_args
 from exllama_ops import ExllamaLinear, quantize
 from exllama_ops.compile.decompositions import decompositions
 
@@ -70,6 +72,42 @@ def test_the_decompositions_cover_every_op_that_writes_nothing() -> None:
     from exllama_ops.ops import _library
 
     assert {names(overload) for overload in decompositions()} == set(_library.schemas()) - {"gptq_shuffle"}
+
+
+class Op(nn.Module):
+    """One of our ops as a forward."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.op(*args)
+
+
+def decomposed(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    program = torch.export.export(Op(op), args)
+    assert len(ours(program)) == 1
+    plain = program.run_decompositions(decompositions())
+    assert ours(plain) == []
+    return plain.module()(*args)
+
+
+@pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
+def test_decomposed_the_ops_on_whole_weights_have_the_values_of_the_ops(order: str) -> None:
+    exllama = torch.ops.exllama
+    case = Case(4, K, HIDDEN, 32, order, shuffled=order != "raw")
+    parts = build_parts(case, (HIDDEN, 32))
+    x = torch.randn(5, K)
+    dense = torch.cat([part.dense for part in parts], 1)
+    assert_within_bound(decomposed(exllama.gptq_gemm_multi.default, x, *multi_args(parts)), x, dense, gamma(1))
+    weight = parts[0]
+    assert torch.equal(decomposed(exllama.gptq_dequantize.default, *weight.args), weight.dense.to(weight.args[2].dtype))
+    if case.shuffled:
+        words = (weight.args[0], weight.args[3], 4)
+        unshuffled = decomposed(exllama.gptq_unshuffle.default, *words)
+        exllama.gptq_shuffle(unshuffled, *words[1:])
+        assert torch.equal(unshuffled, weight.args[0])
 
 
 def test_a_program_for_training_decomposes_in_both_directions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile.blocks import Recorder
-from exllama_ops import ExllamaLinear, freeze, layout, quantize
+from exllama_ops import ExllamaLinear, freeze, layout, quantize, set_cpu_matmul_precision
 from exllama_ops.layout.weight import PackedWeight
 
 K, N, GROUP = 96, 160, 32
@@ -159,7 +160,9 @@ def test_layers_of_different_formats_are_not_fused(changed: Callable[[MLP], Exll
     assert_same_bits(model, torch.randn(2, K), fused=(), folded={"down_proj": ("gate_proj", "up_proj")})
 
 
-def test_a_block_keeps_its_numbers_and_lists_every_layer() -> None:
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_block_keeps_its_numbers_and_lists_every_layer(precision: str) -> None:
+    set_cpu_matmul_precision(precision)
     model = Block()
     report = freeze(copy.deepcopy(model), (torch.randn(2, K),))
     assert report.fused == (
@@ -408,6 +411,21 @@ def test_a_frozen_state_dict_fits_a_model_frozen_likewise_and_no_other() -> None
     assert torch.equal(second(x), first(x))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         MLP().load_state_dict(first.state_dict())
+
+
+def test_a_frozen_model_is_kept_by_safetensors_as_a_model(tmp_path: Path) -> None:
+    """One tensor has several names in its state_dict, which `save_file` refuses and `save_model` knows about."""
+    safetensors = pytest.importorskip("safetensors.torch", reason='needs the extra "hf"')
+    first, second, x = MLP(), MLP(), torch.randn(3, K)
+    for layer in second.children():
+        layer.scales *= 2
+    for model in (first, second):
+        freeze(model, (x,))
+    with pytest.raises(RuntimeError, match="share memory"):
+        safetensors.save_file(first.state_dict(), tmp_path / "state.safetensors")
+    safetensors.save_model(first, tmp_path / "model.safetensors")
+    assert safetensors.load_model(second, tmp_path / "model.safetensors") == (set(), [])
+    assert torch.equal(second(x), first(x))
 
 
 @pytest.mark.parametrize("grad", [False, True])

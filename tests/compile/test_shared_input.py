@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from compile.blocks import FUSED, FUSED_AOT, Block, K, Recorder, ops, run_pass
 from conformance.weights import DTYPES, Case, build, build_parts
-from exllama_ops import backends
+from exllama_ops import backends, set_cpu_matmul_precision
 from exllama_ops.compile import FuseSharedInput
 
 gemm = torch.ops.exllama.gptq_gemm
@@ -41,10 +42,16 @@ def fused(function: Callable[..., Any], *args: Any) -> Counter[str]:
     return count
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [*((dtype, "highest") for dtype in DTYPES), (torch.float32, "high")],
+)
 @pytest.mark.parametrize("act_order", [False, True])
-def test_a_block_has_one_op_for_qkv_and_one_for_gate_and_up(act_order: bool, dtype: torch.dtype) -> None:
+def test_a_block_has_one_op_for_qkv_and_one_for_gate_and_up(
+    act_order: bool, dtype: torch.dtype, precision: str
+) -> None:
     """The public op in the graph of Dynamo, the private one after AOTAutograd; the bits of eager."""
+    set_cpu_matmul_precision(precision)
     block, recorder = Block(act_order).to(dtype), Recorder()
     compiled = torch.compile(block, backend=recorder, fullgraph=True)
     with torch.no_grad():
@@ -238,3 +245,31 @@ def test_a_graph_of_export_holds_its_weights_as_attributes_that_move() -> None:
     run_pass(graph)
     assert ops(graph) == FUSED
     assert torch.equal(graph(x), block(x))
+
+
+def test_meta_of_the_new_nodes_is_that_of_their_results() -> None:
+    """Of Dynamo's graphs and of export's, which keep it under another name."""
+    block, x, graphs = Block(), torch.randn(5, K), []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(("example_value", graph))
+        return graph
+
+    torch.compile(block, backend=keep, fullgraph=True)(x)
+    graphs.append(("val", torch.export.export(block, (x,)).module()))
+    for name, graph in graphs:
+        run_pass(graph)
+        shapes: dict[str, list[Any]] = {}
+        for node in graph.graph.nodes:
+            value = node.meta.get(name)
+            if node.target is torch.split_with_sizes:
+                shapes.setdefault("split", []).append([tuple(part.shape) for part in value])
+            elif node.target is torch.ops.exllama.gptq_gemm_multi:
+                shapes.setdefault("multi", []).append(tuple(value.shape))
+            elif node.target is operator.getitem and node.args[0].target is torch.split_with_sizes:
+                (part,) = node.users
+                shapes.setdefault("parts", []).append((tuple(value.shape), tuple(part.meta[name].shape)))
+        sizes = [[K, 32, 32], [64, 64]]
+        assert shapes["multi"] == [(5, sum(columns)) for columns in sizes]
+        assert shapes["split"] == [[(5, N) for N in columns] for columns in sizes]
+        assert shapes["parts"] == [((5, N), (5, N)) for columns in sizes for N in columns]

@@ -86,8 +86,9 @@ def perplexity(model: Any, tokens: list[int]) -> float:
 
 
 @pytest.mark.demo
+@pytest.mark.parametrize("backend", ["inductor", pytest.param("exllama", marks=pytest.mark.slow)])
 def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
-    quantized: Any, dequantized: Any, tokens: list[int]
+    backend: str, quantized: Any, dequantized: Any, tokens: list[int]
 ) -> None:
     """Greedy tokens agree up to the first step that rounding may decide.
 
@@ -96,7 +97,7 @@ def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
     tokens that it chose; a and b are the errors found at that step. b may not be large because the compiled model is
     wrong: it is held against the error that the dequantized model has itself.
     """
-    generator = CompiledGenerator(quantized)
+    generator = CompiledGenerator(quantized, backend=backend)
     steps: list[tuple[list[int], list[int], list[torch.Tensor]]] = []
     for length in PROMPT_LENGTHS:
         prompt = tokens[length : 2 * length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from compile.blocks import Recorder
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
+from exllama_ops.integrations import generation  # noqa: E402 (it needs transformers)
 from exllama_ops.integrations.generation import (  # noqa: E402 (it needs transformers)
     CompiledGenerator,
     CompilerUnavailableError,
@@ -42,14 +44,18 @@ def random_model(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 100, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 200}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **changes)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, **changes})
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
+    return quantized_llama(2)
+
+
+def quantized_llama(layers: int) -> Any:
     """A random Llama, its decoder quantized to 4 bits."""
-    dense = random_model("Llama")
+    dense = random_model("Llama", num_hidden_layers=layers)
     names = [name for name, module in dense.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
     convert(dense, {name: quantize(dense.get_submodule(name).weight, 4, 32) for name in names})
     return dense
@@ -96,6 +102,41 @@ def test_prompts_of_any_length_need_no_graph_after_one_prefill_and_one_decode(mo
     layers = model.config.num_hidden_layers
     expected = Counter({"gptq_gemm_multi/3": layers, "gptq_gemm_multi/2": layers, "gptq_gemm": 2 * layers})
     assert recorder.after == 2 * [expected]
+
+
+def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are checked in each step: what grew with the square of the layers, or was added to one, would show."""
+    kept: list[tuple[str, str]] = []
+
+    def keep(guards: Any) -> list[bool]:
+        choice = without_registry(guards)
+        kept[:] = [(guard.guard_type, guard.name) for guard, chosen in zip(guards, choice, strict=True) if chosen]
+        return choice
+
+    without_registry = generation._without_registry
+    monkeypatch.setattr(generation, "_without_registry", keep)
+    of_models, of_projections = [], {}
+    for layers in (1, 2, 3):
+        CompiledGenerator(quantized_llama(layers), backend=TRACE_ONLY).prefill([0], 2)
+        of_models.append(Counter(kind for kind, _ in kept))
+        for kind, name in set(kept):
+            if found := re.search(r"\['layers'\]\._modules\['(\d)'\].*\['(\w+_proj)'\]", name):
+                of_projections.setdefault((layers, *found.groups()), Counter())[kind] += 1
+    one, two, three = of_models
+    assert one <= two <= three
+    assert three - two == two - one
+    assert len(of_projections) == 7 * (1 + 2 + 3)
+    for projection in of_projections.values():
+        # Of the first layer: that forward and its helpers are the functions that were traced.
+        del projection["CLOSURE_MATCH"]
+        assert projection == {
+            "TENSOR_MATCH": 4,  # qweight, qzeros, scales, perm
+            "CONSTANT_MATCH": 6,  # no bias, the sizes and the options
+            "EQUALS_MATCH": 4,
+            "TYPE_MATCH": 2,
+            "NOT_PRESENT_IN_GENERIC_DICT": 1,
+            "EMPTY_NN_MODULE_HOOKS_DICT": 6,
+        }
 
 
 def test_a_first_prompt_of_one_token_compiles_decode_alone(model: Any) -> None:

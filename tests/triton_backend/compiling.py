@@ -21,6 +21,8 @@ from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Of mma.sync, wgmma and tcgen05 in machine code.
+MATRIX_INSTRUCTIONS = r"(HMMA|HGMMA|UTC\w*MMA)"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
