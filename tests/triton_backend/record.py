@@ -30,7 +30,8 @@ def main() -> None:
                     code = DeviceCode.of(compile_variant(variant, "cuda", capability, 32), Path(folder))
                     cells = (
                         capability, bits, variant.name, code.registers, code.shared_bytes,
-                        f"{len(code.loop) / variant.weights:.1f}", code.count_in_loop(MATRIX_INSTRUCTIONS), code.count(r"(STL|LDL)"),
+                        f"{len(code.loop) / variant.weights:.1f}", code.count_in_loop(MATRIX_INSTRUCTIONS),
+                        code.count(r"(STL|LDL)"),
                     )  # fmt: skip
                     print("|", *(f"{cell} |" for cell in cells), flush=True)
 
