@@ -101,6 +101,8 @@ for _arch in TENSOR_CORES:
         }
         if _arch == "rdna":  # which holds a matrix instruction's operands twice, and spills in the tiles above
             _DOT_TILES |= {(_arch, _bits, bucket): Tile(32, 64, 8, 3) for bucket in BUCKETS[1:]}
+# Triton gives four warps of sm100 168 registers each, in which the 32 weights of a block of 3 bits spill.
+_DOT_TILES["sm100", 3, 32] = Tile(32, 64, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
     if arch == "host":
         return Tile(64, 128, 4, 1)
     if form == "float_dot":
-        return Tile(32, 64, 8 if bits == 3 else 4, 1 if arch == "rdna" else 2)
+        has_registers = arch != "rdna" and not (bits == 3 and groups_of == "row")
+        return Tile(32, 64, 8 if bits == 3 else 4, 2 if has_registers else 1)
     return _DOT_TILES[arch, bits, bucket_of(M)]
 
 
