@@ -97,10 +97,8 @@ torch::stable::Tensor new_reference(const Tensor& tensor) {
 // a @ b, summed in float32, whatever the user allows BLAS to reduce in.
 torch::stable::Tensor float32_product(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   using torch::stable::detail::from;
-  StableIValue stack[3] = {from(a), from(b), kOnCpu ? 0 : from(torch::headeronly::ScalarType::Float)};
-  // aten has the product with a wider result for CUDA alone; a CPU sums in float32 anyway.
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", kOnCpu ? "" : "dtype", stack, TORCH_ABI_VERSION));
+  StableIValue stack[3] = {from(a), from(b), from(torch::headeronly::ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack, TORCH_ABI_VERSION));
   return to<torch::stable::Tensor>(stack[0]);
 }
 

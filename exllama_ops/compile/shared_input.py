@@ -7,6 +7,7 @@ import logging
 import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 
-from exllama_ops import backends
+from exllama_ops import backends, ops
 from exllama_ops.ops import gptq_gemm
 
 _log = logging.getLogger(__name__)
+
+# The pass, and the ops: what their fakes and gradients were is in cached graphs, by whose keys they are only names.
+_SOURCES = (__file__, *(str(path) for path in sorted(Path(ops.__file__).parent.glob("*.py"))))
 
 # What stands between the input of a block and the x of its projections, and what autocast puts there.
 _RESHAPES_AND_CASTS = frozenset(
@@ -54,9 +58,9 @@ class FuseSharedInput(CustomGraphPass):
                 _fuse(graph, calls)
 
     def uuid(self) -> bytes:
-        """What the pass depends on beside the graph, for the keys of Inductor's caches."""
+        """What a compiled graph depends on beside the graph, for the keys of Inductor's caches."""
         served = {key: _serves_multi(key) for key in backends.PRIORITY}
-        return get_hash_for_files((__file__,), extra=repr(served))
+        return get_hash_for_files(_SOURCES, extra=repr(served))
 
 
 @dataclass(frozen=True)

@@ -539,6 +539,17 @@ def test_a_write_to_x_between_projections_makes_what_the_first_one_left_stale() 
         assert torch.equal(model.up_proj(x), model.up_proj(x.clone()))
 
 
+def test_nothing_is_left_on_x_once_every_projection_was_called() -> None:
+    """Of a tensor of inference mode no writes are counted."""
+    model = MLP(bias=False)
+    freeze(model, (torch.randn(2, K),))
+    with torch.inference_mode():
+        x = torch.randn(3, K)
+        model(x)
+        x.mul_(2)
+        assert torch.equal(model.up_proj(x), model.up_proj(x.clone()))
+
+
 def test_a_frozen_model_is_copied_moved_and_cast() -> None:
     model = MLP()
     freeze(model, (torch.randn(2, K),))

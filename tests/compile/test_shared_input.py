@@ -6,6 +6,7 @@ import operator
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from compile.blocks import FUSED, FUSED_AOT, Block, K, Recorder, ops, run_pass
 from conformance.weights import DTYPES, Case, build, build_parts
 from exllama_ops import backends, set_cpu_matmul_precision
-from exllama_ops.compile import FuseSharedInput
+from exllama_ops.compile import FuseSharedInput, shared_input
 
 gemm = torch.ops.exllama.gptq_gemm
 CASE = Case(4, K, 64, 32, "perm")
@@ -235,6 +236,17 @@ def test_a_device_without_the_op_keeps_the_products(monkeypatch: pytest.MonkeyPa
 def test_uuid_is_a_key_of_a_cache() -> None:
     uuid = FuseSharedInput().uuid()
     assert uuid == FuseSharedInput().uuid() == pickle.loads(pickle.dumps(uuid))
+
+
+def test_uuid_changes_with_the_ops_whose_gradients_are_in_cached_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "_linear.py"
+    sources = {Path(source).name: source for source in shared_input._SOURCES}
+    changed.write_text(Path(sources["_linear.py"]).read_text() + "# another gradient")
+    before = FuseSharedInput().uuid()
+    monkeypatch.setattr(shared_input, "_SOURCES", tuple({**sources, "_linear.py": str(changed)}.values()))
+    assert FuseSharedInput().uuid() != before
 
 
 def test_a_graph_of_export_holds_its_weights_as_attributes_that_move() -> None:
