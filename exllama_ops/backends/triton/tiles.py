@@ -135,7 +135,7 @@ def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
         # groups, the 32 weights of a block of 3 bits and what rdna holds of a block spill in four warps.
         is_row = groups_of == "row"
         num_warps = 8 if arch == "rdna" or is_row or (bits == 3 and M > 1) else 4
-        block_n = 32 if arch == "rdna" and bits == 3 and is_row else 64
+        block_n = 32 if bits == 3 and is_row else 64
         return Tile(1 if M == 1 else GEMV_ROWS, block_n, num_warps, 1)
     if arch == "host":
         return Tile(64, 128, 4, 1)
