@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.sass import Code, kernels
 
@@ -35,17 +35,52 @@ GROUP = 128
 # Instructions a weight on sm_80 that a 4-bit weight in groups of 128 may take, and one multiply-add at 8 tokens.
 BUDGETS = {"mma": (1.8, 0.25), "scalar": (2.5, 1.3)}
 # Of the original kernels on sm_80, counted in their disassembly in the same way: a weight at M = 1 and at M = 8.
+# And their registers at M = 1 and M = 8: one number where they are the same.
+ORIGINAL_REGISTERS = {2: "94", 3: "124", 4: "56 / 91", 8: "128"}
 ORIGINAL = {2: (3.14, 7.72), 3: (2.98, 7.16), 4: (3.17, 10.41), 8: (6.37, 18.2)}
 
-# Name, SMs, clock in GHz, GB/s of DRAM, multiply-adds of an SM and cycle with float32 sums: data sheets, boost clocks.
-# The last is what mma.sync reaches: H100 and B200 have more through instructions of their own, which need another
-# layout of W; GeForce cards halve the rate of float32 sums.
+
+class Gpu(NamedTuple):
+    """One GPU of a compute capability, by data sheets and boost clocks. csrc/cuda/select.h chooses by these figures.
+
+    Attributes:
+        lanes: instructions of a lane that an SM issues in a cycle.
+        floats: multiply-adds or sums of float32 of an SM in a cycle.
+        mma: multiply-adds of 16 bits with float32 sums of an SM in a cycle by mma.sync; GeForce cards have half the
+            rate of workstation cards.
+        blas: the same by the chip's own instructions, which need another layout of W on H100 and B200.
+    """
+
+    arch: int
+    name: str
+    sms: int
+    ghz: float
+    dram_gb_per_s: float
+    l2_mib: int
+    lanes: int
+    floats: int
+    mma: int
+    blas: int
+
+    @property
+    def dram_bytes_per_cycle(self) -> float:
+        """Of one SM."""
+        return self.dram_gb_per_s / (self.sms * self.ghz)
+
+
 GPUS = (
-    ("A100 80 GB", 108, 1.41, 2039, 1024),
-    ("H100 SXM", 132, 1.83, 3350, 1024),
-    ("RTX 4090", 128, 2.52, 1008, 256),
-    ("B200", 148, 1.85, 8000, 1024),
+    Gpu(60, "P100", 56, 1.48, 732, 4, 64, 64, 0, 64),
+    Gpu(61, "P40", 30, 1.53, 346, 3, 128, 128, 0, 128),
+    Gpu(70, "V100", 80, 1.53, 900, 6, 128, 64, 0, 512),
+    Gpu(75, "T4", 40, 1.59, 320, 4, 128, 64, 512, 512),
+    Gpu(80, "A100 80 GB", 108, 1.41, 2039, 40, 128, 64, 1024, 1024),
+    Gpu(86, "RTX 3090", 82, 1.70, 936, 6, 128, 128, 256, 256),
+    Gpu(89, "RTX 4090", 128, 2.52, 1008, 72, 128, 128, 256, 256),
+    Gpu(90, "H100 SXM", 132, 1.83, 3350, 50, 128, 128, 1024, 2048),
+    Gpu(100, "B200", 148, 1.85, 8000, 126, 128, 128, 1024, 4096),
+    Gpu(120, "RTX 5090", 170, 2.41, 1792, 96, 128, 128, 256, 256),
 )
+ROOFLINE = ("A100 80 GB", "H100 SXM", "RTX 4090", "B200")
 
 
 def main() -> None:
@@ -181,7 +216,9 @@ def _report(measured: dict[str, Any]) -> str:
         ("mma float16, 17 to 32", {"kernel": "mma", "dtype": "float16", "tokens": 32, "unit": GROUP}),
         ("mma float16, 1 to 8, groups of 32", {"kernel": "mma", "dtype": "float16", "tokens": 8, "unit": 32}),
         ("scalar, 1 token", {"kernel": "scalar", "tokens": 1}),
-        ("scalar, 2 to 8", {"kernel": "scalar", "tokens": 8}),
+        ("scalar, 2", {"kernel": "scalar", "tokens": 2}),
+        ("scalar, 3 to 4", {"kernel": "scalar", "tokens": 4}),
+        ("scalar, 5 to 8", {"kernel": "scalar", "tokens": 8}),
     ]
     for bits in (2, 3, 4, 8):
         head = ["", *(f"sm_{arch}" for arch in archs), "a MAC at 8 tokens, sm_80"]
@@ -225,7 +262,7 @@ def _table(head: list[str], body: list[list[str]]) -> list[str]:
 
 
 def _budget_lines(all_kernels: list[dict[str, Any]]) -> list[str]:
-    """Derived, not fitted: what each weight needs at least, and a quarter more for addresses and the loop."""
+    """The issue's budgets for 4 bits, moved to other widths by `derived_budgets`, beside what was counted."""
     lines = ["## Budgets", "", *BUDGET_TEXT.strip().splitlines(), ""]
     body = []
     for bits in (2, 3, 4, 8):
@@ -259,7 +296,8 @@ For other widths the same budget is moved by what the width changes and nothing 
   zero point, and an FFMA a row; its share of a shift for the upper half of a word (4 bits 0.125, 2 bits 0.06, 3 bits
   0.22 and 0.06 LOP3 for the values in three words; PRMT for 8 bits needs none), of loads of words, bits / 128, and of x
   for four columns, 1 / 16 a row: "least" below. The FADD can only be spared by fields as subnormal floats, with z
-  times the sum of x taken off at the group's end: 2.3 at M = 1, where outliers cost. Eight columns a lane would share
+  times the sum of x taken off at the group's end: 2.3 at M = 1, where outliers cost, and where an infinite x makes
+  inf - inf = NaN of a product that is inf. Eight columns a lane would share
   loads of x (1.30 a MAC for 1.33), with 64 more sums in registers and half the warps. Up to sm_80 neither would be
   faster: an SM adds and multiplies in 64 lanes, so that FADD and FFMA take longer than all takes to issue.
 """
@@ -282,11 +320,10 @@ def _roofline_lines(all_kernels: list[dict[str, Any]]) -> list[str]:
     lines = ["## Roofline", "", *ROOFLINE_TEXT.strip().splitlines(), ""]
     head = ["GPU", "DRAM, bytes an SM and cycle", *(f"{bits} bits" for bits in (2, 3, 4, 8))]
     body = []
-    for name, sms, clock, dram, macs in GPUS:
-        bytes_per_cycle = dram / (sms * clock)
-        body.append(
-            [name, f"{bytes_per_cycle:.1f}", *(_bound(all_kernels, b, bytes_per_cycle, macs) for b in (2, 3, 4, 8))]
-        )
+    for gpu in GPUS:
+        if gpu.name in ROOFLINE:
+            bounds = (_bound(all_kernels, bits, gpu) for bits in (2, 3, 4, 8))
+            body.append([gpu.name, f"{gpu.dram_bytes_per_cycle:.1f}", *bounds])
     return [*lines, *_table(head, body), ""]
 
 
@@ -298,15 +335,15 @@ later ones find W in L2 if it fits there.
 """
 
 
-def _bound(all_kernels: list[dict[str, Any]], bits: int, bytes_per_cycle: float, macs: int) -> str:
-    dram = 1000 * (bits / 8 + (2 + bits / 8) / GROUP) / bytes_per_cycle
+def _bound(all_kernels: list[dict[str, Any]], bits: int, gpu: Gpu) -> str:
+    dram = 1000 * (bits / 8 + (2 + bits / 8) / GROUP) / gpu.dram_bytes_per_cycle
     cells = []
     for tokens, tile in ((1, 8), (16, 16), (32, 32)):
         wanted = {"kernel": "mma", "dtype": "float16", "tokens": tile, "unit": GROUP, "bits": bits, "arch": 80}
         per_weight = _value(all_kernels, wanted)
         if per_weight is None:
             return ""
-        times = {"DRAM": dram, "issue": 1000 * per_weight / 128, "tensor": 1000 * tile / macs}
+        times = {"DRAM": dram, "issue": 1000 * per_weight / gpu.lanes, "tensor": 1000 * tile / gpu.mma}
         slowest = max(times, key=lambda name: times[name])
         numbers = " / ".join(f"**{t:.0f}**" if name == slowest else f"{t:.0f}" for name, t in times.items())
         cells.append(f"{tokens}: {numbers} {slowest}")
@@ -331,8 +368,16 @@ def _resource_lines(all_kernels: list[dict[str, Any]], archs: list[int]) -> list
             registers = _value(all_kernels, {**fields, "arch": arch}, "registers")
             cells.append("" if registers is None else f"{registers:.0f}")
         shared = _value(all_kernels, {**fields, "arch": archs[0]}, "shared_bytes") or 0
-        body.append([label, *cells, f"{shared:.0f}"])
-    return [*lines, *_table(["kernel", *(f"sm_{a}" for a in archs), "shared bytes"], body)]
+        # The original has kernels for one to eight tokens of float16.
+        same = fields["kernel"] == "mma" and (fields["dtype"], fields["tokens"], fields["unit"]) == (
+            "float16",
+            8,
+            GROUP,
+        )
+        original = ORIGINAL_REGISTERS[fields["bits"]] if same else ""
+        body.append([label, *cells, original, f"{shared:.0f}"])
+    head = ["kernel", *(f"sm_{a}" for a in archs), "the original, sm_80, M = 1 / 8", "shared bytes"]
+    return [*lines, *_table(head, body)]
 
 
 def _words(fields: dict[str, Any]) -> Iterator[str]:

@@ -177,12 +177,14 @@ def main() -> int:
         "graph nodes",
         "tracing, s",
         "weights taken as written",
-        "kernels",
-        "of Inductor",
+        "scheduled",
+        "of them Inductor's",
     )
     emit(
         f"x + silu(op(rms_norm(x))), {SIZE} x {SIZE}, 4 bits, groups of {GROUP}, float16, the plans of an A100; "
         f"torch {torch.__version__}, Triton {triton.__version__}. Never run on a GPU.\n\n"
+        "torch cannot analyse a kernel with tuples of pointers, as gptq_gemm's is, and takes every tensor beside them "
+        "for written: even a sorted weight's empty permutation. In gptq_gemm_dx a permutation is, by its assertion.\n\n"
     )
     emit("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n")
     with traceable():

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -63,12 +64,12 @@ void log_choice(const cuda::Problem& problem, const cuda::Config& config) {
   if (log == nullptr || std::strcmp(log, "1") != 0) return;
   std::fprintf(stderr,
                "exllama_ops: gptq_gemm M=%lld K=%lld N=%lld bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
-               "rows=%d split_k=%lld chunk=%lld\n",
+               "rows=%lld split_k=%lld chunk=%lld\n",
                static_cast<long long>(problem.M), static_cast<long long>(problem.K), static_cast<long long>(problem.N),
                problem.bits, static_cast<long long>(problem.group_size), name_of(problem.x_dtype),
                name_of(problem.scales_dtype),
                problem.raw_g_idx ? "g_idx" : problem.has_perm ? "perm" : problem.shuffled ? "shuffled" : "unshuffled",
-               problem.device.arch, cuda::name_of(config.algorithm), config.rows,
+               problem.device.arch, cuda::name_of(config.algorithm), static_cast<long long>(config.rows),
                static_cast<long long>(config.split_k), static_cast<long long>(config.chunk));
 }
 
@@ -96,25 +97,29 @@ torch::stable::Tensor new_reference(const Tensor& tensor) {
 // a @ b, summed in float32, whatever the user allows BLAS to reduce in.
 torch::stable::Tensor float32_product(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   using torch::stable::detail::from;
-  StableIValue stack[3] = {from(a), from(b), kOnCpu ? 0 : from(torch::headeronly::ScalarType::Float)};
-  // aten has the product with a wider result for CUDA alone; a CPU sums in float32 anyway.
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", kOnCpu ? "" : "dtype", stack, TORCH_ABI_VERSION));
+  StableIValue stack[3] = {from(a), from(b), from(torch::headeronly::ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack, TORCH_ABI_VERSION));
   return to<torch::stable::Tensor>(stack[0]);
 }
 
-// The columns of out from first_column on = x @ W, by chunks of columns that are rounded to x's dtype.
-void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column, int64_t chunk,
-                const Place& place) {
-  const torch::stable::Tensor whole_x = new_reference(x);
-  torch::stable::Tensor whole_out = new_reference(out);
-  for (int64_t first = 0; first < weight.N; first += chunk) {
-    const int64_t columns = chunk < weight.N - first ? chunk : weight.N - first;
+// The columns of out from first_column on = x @ W, by chunks of columns that are rounded to x's dtype, and of them by
+// rows of x.
+void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column,
+                const cuda::Config& config, const Place& place) {
+  using torch::stable::narrow;
+  torch::stable::Tensor whole_x = new_reference(x), whole_out = new_reference(out);
+  const int64_t M = x.size(0);
+  for (int64_t first = 0; first < weight.N; first += config.chunk) {
+    const int64_t columns = std::min(config.chunk, weight.N - first);
     const int64_t sizes[] = {weight.K, columns};
-    Tensor dense = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
+    const Tensor dense = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
     cuda::dequantize(weight, first, columns, dense.data<void>(), dtype_of(x), place.stream());
-    torch::stable::Tensor part = torch::stable::narrow(whole_out, 1, first_column + first, columns);
-    torch::stable::copy_(part, float32_product(whole_x, new_reference(dense)));
+    for (int64_t m = 0; m < M; m += config.rows) {
+      const int64_t rows = std::min(config.rows, M - m);
+      torch::stable::Tensor rows_of_out = narrow(whole_out, 0, m, rows);
+      torch::stable::Tensor part = narrow(rows_of_out, 1, first_column + first, columns);
+      torch::stable::copy_(part, float32_product(narrow(whole_x, 0, m, rows), new_reference(dense)));
+    }
   }
 }
 
@@ -132,7 +137,7 @@ Tensor product(const layout::Weight* parts, int64_t count, const Tensor& x) {
   if (config.algorithm == cuda::Algorithm::kDense) {
     int64_t first_column = 0;
     for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
-      gemm_dense(*part, x, out, first_column, config.chunk, place);
+      gemm_dense(*part, x, out, first_column, config, place);
     }
     return out;
   }

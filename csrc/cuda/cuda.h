@@ -31,7 +31,7 @@ class DeviceGuard {
   bool changed_;
 };
 
-// Device memory that the caller lends until the work is done, aligned to 256 bytes.
+// Device memory that the caller lends until the work is done, aligned to 64 bytes.
 size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 size_t unshuffle_workspace_bytes(int64_t K, bool permuted);

@@ -7,6 +7,24 @@ namespace exllama::cuda {
 
 inline constexpr int kDequantizeThreads = 256;
 
+// The values of a block of words of one column of out (K, columns): its dtype, and whether rows are permuted, are looked
+// at once for all of them.
+template <int bits, typename T>
+__device__ void store_block(const Weight& weight, const float (&values)[layout::block_values(bits)], int64_t block,
+                            int64_t column, int64_t columns, T* out) {
+  constexpr int kValues = layout::block_values(bits);
+  if (weight.shuffled && weight.rows) {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      out[source_row(weight, block * kValues + j) * columns + column] = rounded<T>(values[j]);
+    }
+  } else {
+    out += block * kValues * columns + column;
+#pragma unroll
+    for (int j = 0; j < kValues; ++j, out += columns) *out = rounded<T>(values[j]);
+  }
+}
+
 // out (K, columns) = scale * (q - z) of the columns from first_column on, rounded once from float32, where the product
 // is exact for scales of 16 bits. Row k of the words goes to row source_row(k).
 template <int bits, bool shuffled>
@@ -15,9 +33,16 @@ __global__ void dequantize_columns(Weight weight, int64_t first_column, int64_t 
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads + threadIdx.x;
   if (thread >= weight.K / kValues * columns) return;
   const int64_t block = thread / columns, column = thread % columns;
-  visit_block<bits, shuffled>(weight, block, first_column + column, [&](int j, float value) {
-    store_number(value, out, out_dtype, source_row(weight, block * kValues + j) * columns + column);
-  });
+  float values[kValues];
+  visit_block<bits, shuffled>(weight, block, first_column + column, [&](int j, float value) { values[j] = value; });
+  switch (out_dtype) {
+    case DType::kFloat16:
+      return store_block<bits>(weight, values, block, column, columns, static_cast<__half*>(out));
+    case DType::kBFloat16:
+      return store_block<bits>(weight, values, block, column, columns, static_cast<__nv_bfloat16*>(out));
+    case DType::kFloat32:
+      return store_block<bits>(weight, values, block, column, columns, static_cast<float*>(out));
+  }
 }
 
 }  // namespace exllama::cuda

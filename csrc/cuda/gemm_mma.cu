@@ -8,15 +8,16 @@ namespace exllama::cuda {
 namespace {
 
 template <typename F>
-void with_tiles(int32_t rows, const F& f) {
+void with_tiles(int64_t rows, const F& f) {
   switch (rows / kMmaTokens) {
     case 1:
       return f(std::integral_constant<int, 1>{});
     case 2:
       return f(std::integral_constant<int, 2>{});
-    default:
-      return f(std::integral_constant<int, kMmaMaxTiles>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
   }
+  throw std::logic_error("exllama_ops: gemm_mma: no kernel for " + std::to_string(rows) + " rows");
 }
 
 template <typename F>

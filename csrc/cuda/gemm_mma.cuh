@@ -148,8 +148,8 @@ struct MmaStage {
 // partials (split_k, M, columns) if there are several splits, else out (M, columns). tiles: of eight tokens, in a thread
 // block.
 template <int bits, typename T, int tiles, int unit_k>
-__global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
-    gemm_mma(Parts parts, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
+__device__ __forceinline__ void multiply(const Parts& parts, const T* x, int64_t M, const MmaShape& shape,
+                                         float* partials, T* out) {
   using Stage = MmaStage<bits, T, tiles, unit_k>;
   using Lane = typename Stage::Lane;
   constexpr int step_k = mma_step_k(bits, unit_k);
@@ -169,12 +169,12 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
   const int warp_n = warp % kMmaWarpsN, warp_k = warp / kMmaWarpsN;
-  const Tile of_block(parts, blockIdx.x % parts.column_tiles, kMmaColumns);
+  const Tile of_block(parts, kMmaColumns, Stage::kTokens);
   const Weight& weight = of_block.weight;
   const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
   const auto first_column = static_cast<int32_t>(of_block.first_column);
   const int32_t column = first_column + warp_n * 32 + 4 * g;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * Stage::kTokens;
+  const int64_t first_token = of_block.first_row;
   const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
   if (threadIdx.x == 0) block = mma_block<bits>(weight, x + first_token * K, tokens, first_column);
 
@@ -309,6 +309,16 @@ __global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
     } else {
       out[token * parts.columns + n] = rounded<T>(sum);
     }
+  }
+}
+
+template <int bits, typename T, int tiles, int unit_k>
+__global__ void __launch_bounds__(kMmaThreads, mma_blocks_per_sm(bits, tiles))
+    gemm_mma(Parts parts, const T* x, int64_t M, MmaShape shape, float* partials, T* out) {
+  if constexpr (has_mma<T>()) {
+    multiply<bits, T, tiles, unit_k>(parts, x, M, shape, partials, out);
+  } else {
+    __trap();  // select_gemm knows the archs
   }
 }
 

@@ -6,9 +6,18 @@ namespace exllama::cuda {
 namespace {
 
 template <typename F>
-void with_rows(int32_t rows, const F& f) {
-  if (rows == 1) return f(std::integral_constant<int, 1>{});
-  f(std::integral_constant<int, kScalarMaxRows>{});
+void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+  }
+  throw std::logic_error("exllama_ops: gemm_scalar: no kernel for " + std::to_string(rows) + " rows");
 }
 
 }  // namespace

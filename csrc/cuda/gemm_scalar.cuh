@@ -140,7 +140,7 @@ struct ScalarSums {
 // of K.
 // Thread blocks of an SM are named because ptxas otherwise aims at 80 registers for one row, and spills for it.
 template <int bits, bool shuffled, int rows>
-__global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
+__global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
@@ -149,10 +149,9 @@ __global__ void __launch_bounds__(kScalarThreads, rows == 1 ? 4 : 3)
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Tile tile(parts, blockIdx.x % parts.column_tiles, kScalarColumns);
+  const Tile tile(parts, kScalarColumns, rows);
   const Weight& weight = tile.weight;
-  const int64_t first_column = tile.first_column;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * rows;
+  const int64_t first_column = tile.first_column, first_row = tile.first_row;
   const int64_t column = first_column + 4 * lane;
   const bool active = column < weight.N;  // N is a multiple of 4
   const size_t four_scales = weight.scales_dtype == DType::kFloat32 ? 16 : 8;

@@ -20,12 +20,11 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
   __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
   __shared__ __align__(16) float s_w[kTiledTerms][kPitch];
-  const Tile tile(parts, blockIdx.x % parts.column_tiles, kTiledColumns);
+  const Tile tile(parts, kTiledColumns, kTiledRows);
   const Weight& weight = tile.weight;
   const int64_t K = weight.K, N = weight.N;
   const int64_t columns = transposed ? K : N, terms = transposed ? N : K;
-  const int64_t first_column = tile.first_column;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts.column_tiles) * kTiledRows;
+  const int64_t first_column = tile.first_column, first_row = tile.first_row;
   const int across = threadIdx.x % 16, down = threadIdx.x / 16;
 
   float sums[4][4] = {};

@@ -11,7 +11,7 @@
 
 namespace exllama::cuda {
 
-// f(constant of 2, 3, 4 or 8).
+// f(bits as a constant).
 template <typename F>
 void with_bits(int32_t bits, const F& f) {
   switch (bits) {
@@ -21,9 +21,10 @@ void with_bits(int32_t bits, const F& f) {
       return f(std::integral_constant<int, 3>{});
     case 4:
       return f(std::integral_constant<int, 4>{});
-    default:
+    case 8:
       return f(std::integral_constant<int, 8>{});
   }
+  throw std::logic_error("exllama_ops: no kernel for " + std::to_string(bits) + " bits");
 }
 
 // f(true or false as a constant).

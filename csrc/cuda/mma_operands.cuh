@@ -13,6 +13,28 @@
 
 namespace exllama::cuda {
 
+// kMmaArch: of which the tensor cores have `mma` below.
+template <typename T>
+struct Format16;
+template <>
+struct Format16<__half> {
+  static constexpr int kMantissa = 10, kBias = 15, kMmaArch = 750;
+};
+template <>
+struct Format16<__nv_bfloat16> {
+  static constexpr int kMantissa = 7, kBias = 127, kMmaArch = 800;
+};
+
+// Whether the device code that is being compiled can have it.
+template <typename T>
+__device__ constexpr bool has_mma() {
+#ifdef __CUDA_ARCH__
+  return __CUDA_ARCH__ >= Format16<T>::kMmaArch;
+#else
+  return false;
+#endif
+}
+
 // d += a * b. On sm_75 the m16n8k16 is two m16n8k8, whose fragments are its halves.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high);
@@ -23,31 +45,24 @@ __device__ inline void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-#elif __CUDA_ARCH__ >= 750
+#else
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b_low));
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[2]), "r"(a[3]), "r"(b_high));
-#else
-  __trap();  // select_gemm knows the archs
 #endif
 }
 
 template <>
 __device__ inline void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
-#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-#else
-  __trap();  // select_gemm knows the archs
-#endif
 }
 
-// q & bits of `fields` with the exponent under which they are an integer plus 2**10 (float16) or 2**7 (bfloat16): one
-// a * factor + b, element by element, in one rounding.
+// a * factor + b of both halves of a register, in one rounding.
 template <typename T>
 __device__ inline uint32_t fma_pair(uint32_t a, uint32_t factor, uint32_t b);
 template <>
@@ -58,25 +73,10 @@ __device__ inline uint32_t fma_pair<__half>(uint32_t a, uint32_t factor, uint32_
 }
 template <>
 __device__ inline uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t factor, uint32_t b) {
-  uint32_t result = 0;
-#if __CUDA_ARCH__ >= 800
+  uint32_t result;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(factor), "r"(b));
-#else
-  __trap();  // select_gemm knows the archs
-#endif
   return result;
 }
-
-template <typename T>
-struct Format16;
-template <>
-struct Format16<__half> {
-  static constexpr int kMantissa = 10, kBias = 15;
-};
-template <>
-struct Format16<__nv_bfloat16> {
-  static constexpr int kMantissa = 7, kBias = 127;
-};
 
 // How a pair of values, 16 bits apart in a word, becomes q - z in the two halves of a register.
 //

@@ -25,6 +25,11 @@ __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+template <>
+__device__ inline float rounded<float>(float value) {
+  return value;
+}
+
 // One number of an array whose dtype is known at run time. Scales, and x and the results of all but gemm_mma, go through
 // these: a branch at the ends of a kernel costs less than three times the kernels.
 __device__ inline float load_number(const void* array, DType dtype, int64_t index) {

@@ -29,14 +29,18 @@ struct Parts {
 };
 
 #ifdef __CUDACC__
-// The columns of a thread block.
+// The columns and rows of a thread block of a grid (column tiles * row tiles, splits). Blocks that follow one another
+// have the same columns and other rows of x: together they read W from DRAM once, however many rows there are.
 struct Tile {
   Weight weight;  // that they belong to
   int64_t first_column;
   int64_t columns_before;  // in out: those of the weights before this one
+  int64_t first_row;       // of x and out
 
-  // tile: below parts.column_tiles, each of `columns` columns.
-  __device__ Tile(const Parts& parts, uint32_t tile, int columns) : weight(parts.weight) {
+  // Each of `columns` columns and `rows` rows.
+  __device__ Tile(const Parts& parts, int columns, int rows) : weight(parts.weight) {
+    const uint32_t row_tiles = gridDim.x / parts.column_tiles, tile = blockIdx.x / row_tiles;
+    first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * rows;
     uint32_t first_tile = 0;
     int i = 0;
     while (tile >= parts.part[i].end_tile) first_tile = parts.part[i++].end_tile;

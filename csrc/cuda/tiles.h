@@ -11,7 +11,7 @@ inline constexpr int kScalarThreads = 32 * kScalarWarps;
 inline constexpr int kScalarColumns = 128;
 inline constexpr int kScalarWarpK = 64;  // rows of W that a warp has of a stage
 inline constexpr int kScalarStageK = kScalarWarps * kScalarWarpK;  // for which x lies in shared memory at a time
-inline constexpr int kScalarMaxRows = 8;   // rows of x for which a word is read once
+inline constexpr int kScalarRows[] = {1, 2, 4, 8};  // of x, for which a word is read once
 
 // gemm_mma: a warp has 32 columns; the warps along K share the runs of a split.
 inline constexpr int kMmaWarpsN = 2, kMmaWarpsK = 4;
@@ -19,7 +19,7 @@ inline constexpr int kMmaThreads = 32 * kMmaWarpsN * kMmaWarpsK;
 inline constexpr int kMmaColumns = 32 * kMmaWarpsN;
 inline constexpr int kMmaRunK = 128;  // rows of W that a warp has of those that warps along K share
 inline constexpr int kMmaTokens = 8;  // of a tile
-inline constexpr int kMmaMaxTiles = 4;
+inline constexpr int kMmaRows[] = {kMmaTokens, 2 * kMmaTokens, 4 * kMmaTokens};  // of x, for which a word is read once
 inline constexpr int kMmaStageBytes = 32 * 1024;
 
 inline constexpr int kMmaMinUnitK = 32;
@@ -51,7 +51,7 @@ EXLLAMA_HOST_DEVICE constexpr int mma_stage_k(int unit_k, int tiles) {
   return unit_k == kMmaRunK ? kMmaStageBytes / (2 * kMmaTokens * tiles) : kMmaWarpsK * kMmaRunK;
 }
 
-// gemm_tiled: 64 by 64 outputs of a thread block, 16 terms of their sums in shared memory at a time.
+// gemm_tiled: 64 by 64 outputs of a thread block, 32 terms of their sums in shared memory at a time.
 inline constexpr int kTiledThreads = 256;
 inline constexpr int kTiledRows = 64, kTiledColumns = 64, kTiledTerms = 32;
 

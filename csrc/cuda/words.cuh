@@ -170,22 +170,17 @@ __device__ inline void visit_block(const Weight& weight, int64_t block, int64_t 
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = weight.qweight[(block * kWords + w) * weight.N + column];
   const bool raw = !weight.shuffled && weight.rows;
-  int64_t group = -1, left_in_group = 0;
-  float scale = 0;
-  int zero = 0;
+  const int64_t first = block * kValues;
+  int64_t group = group_of(weight, first);
+  // Where the next group begins, counted from the block's first row: with a raw g_idx, perhaps at every row.
+  auto next = static_cast<int>(raw ? 1 : min((group + 1) * weight.group_size - first, static_cast<int64_t>(kValues)));
+  float scale = scale_of(weight, group, column);
+  auto zero = static_cast<int>(zero_of<bits>(weight, group, column));
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
-    const int64_t k = block * kValues + j;
-    const int64_t last = group;
-    if (raw || j == 0) {
-      group = group_of(weight, k);
-      left_in_group = raw ? 0 : weight.group_size - k % weight.group_size;
-    } else if (left_in_group == 0) {
-      ++group;
-      left_in_group = weight.group_size;
-    }
-    --left_in_group;
-    if (group != last) {
+    if (j > 0 && j == next) {
+      group = raw ? group_of(weight, first + j) : group + 1;
+      next = raw ? j + 1 : static_cast<int>(min(j + weight.group_size, static_cast<int64_t>(kValues)));
       scale = scale_of(weight, group, column);
       zero = static_cast<int>(zero_of<bits>(weight, group, column));
     }

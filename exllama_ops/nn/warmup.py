@@ -28,8 +28,10 @@ def warmup(
 ) -> None:
     """Call gptq_gemm once for every weight, dtype and number of tokens that decides which kernel runs.
 
-    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there. A
-    compiled model's `gptq_gemm_multi` has kernels of its own: run that model once before its capture.
+    Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there.
+    `gptq_gemm_multi` has kernels of its own, and so have `gptq_dequantize` and `gptq_shuffle`, none of which is called
+    here: which layers a model that is compiled with the backend "exllama" takes together, its graph alone knows. Call
+    such a model once, with as many tokens as are captured, before the capture.
     Results are thrown away; the device is not waited for.
 
     Args:

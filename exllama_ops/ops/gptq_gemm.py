@@ -43,7 +43,8 @@ def gptq_gemm(
             G = ceil(K / group_size), must say it. Not looked at where a raw g_idx gives the groups.
 
     Returns:
-        (M, N) in x's dtype, contiguous, new memory. A float16 result beyond 65504 is inf; nothing overflows before.
+        (M, N) in x's dtype, contiguous, new memory. A float16 result beyond 65504 is inf; nothing overflows before,
+        while a group's sum of ``abs(x) * 2**bit`` is below 2**127, as it always is of float16.
 
     Raises:
         ValueError: a shape, dtype, device, stride or option is wrong.

@@ -219,6 +219,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Native:
     op = Native()
     monkeypatch.setattr(session, "TorchGpu", FakeGpu)
     monkeypatch.setattr(exllama_cuda, "reasons_against_native", list)
+    monkeypatch.setattr(exllama_cuda, "reasons_against_triton", lambda: ["the host is no GPU"])
     monkeypatch.setattr(torch.ops.exllama, "gptq_gemm", op)
     monkeypatch.setattr(cuda_limits, "_MATMUL_SIZE", 32)
     monkeypatch.setattr(cuda_limits, "_MEMORY_BYTES", 1 << 12)
@@ -248,7 +249,7 @@ def test_a_run_measures_every_algorithm_and_says_what_is_missing(
     assert all(kernel["relative_error"] < 1e-3 for name, kernel in gemm.items() if name in ours)
     missing = {(kernel["name"], kernel["M"]): kernel["error"] for kernel in result["missing"]}
     assert missing["exllama_ops mma", 1].endswith("EXLLAMA_OPS_CUDA_ALGORITHM=mma cannot compute these arguments")
-    assert missing["exllama_ops triton", None].startswith("Unsupported: the Triton kernels do not run: ")
+    assert missing["exllama_ops triton", None] == "Unsupported: the Triton kernels do not run: the host is no GPU"
     assert {"torch tinygemm bf16", "vLLM Marlin fp16", "gemlite fp16"} <= {name for name, _ in missing}
     table = (tmp_path / f"{stem}.md").read_text()
     assert table.startswith(capsys.readouterr().out)
@@ -318,11 +319,11 @@ def test_without_a_gpu_nothing_is_measured(
 
 
 def test_a_gpu_without_any_of_our_kernels_is_refused(
-    native: Native, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(exllama_cuda, "reasons_against_native", lambda: ["no nvcc"])
     monkeypatch.setattr(exllama_cuda, "reasons_against_triton", lambda: ["no gcc"])
-    assert main(OPTIONS) == 1
+    assert main([*OPTIONS, "--out", str(tmp_path)]) == 1
     assert "error: no kernel of ours runs here: native: no nvcc; Triton: no gcc" in capsys.readouterr().err
 
 

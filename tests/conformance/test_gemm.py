@@ -213,6 +213,20 @@ def test_nothing_overflows_before_the_final_rounding(backend: BackendUnderTest, 
     assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_sums_are_finite_up_to_the_promised_range(backend: BackendUnderTest, bits: int, dtype: torch.dtype) -> None:
+    """A group's sum of |x| * 2**bits just below 2**127, before its scale makes less of it."""
+    K, N = SMALL_SHAPES[bits]
+    weight = build(Case(bits, K, N, K), q=torch.full((K, N), 2**bits - 1))
+    weight.scales.fill_(2.0**-14)
+    x = torch.full((2, K), 0.99 * 2.0**127 / (2**bits * K)).to(dtype)
+    assert 0.98 * 2.0**127 < float(x[0].double().sum()) * 2**bits < 2.0**127
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
+    assert out.isfinite().all()
+    assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
+
+
 def test_a_sum_beyond_float16_is_inf_with_its_sign(backend: BackendUnderTest) -> None:
     K, N = SMALL_SHAPES[4]
     weight = build(Case(4, K, N, K), q=torch.full((K, N), 15))

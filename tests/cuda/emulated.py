@@ -43,6 +43,19 @@ def _build(arch: int, bindings: list[Path], *, link: tuple[str, ...] = (), sanit
     )
 
 
+@functools.cache
+def _aten_for_cpu() -> torch.library.Library:
+    """The matmul with a wider result, which gemm_dense calls and aten has for CUDA alone."""
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        assert out_dtype == torch.float32, "the result is rounded once, from float32"
+        return a.float() @ b.float()
+
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("mm.dtype", multiply, "CPU")
+    return aten
+
+
 class EmulatedOps:
     """The ops of an emulated device, each call checked for faults.
 
@@ -56,6 +69,7 @@ class EmulatedOps:
         self.arch = arch
         self.device = Emulator(library(arch), DEVICES[arch])
         self.calls: list[dict[str, Any]] = []
+        _aten_for_cpu()
         namespace = f"exllama_sm_{arch}"
         self._schemas = torch.library.Library(namespace, "DEF")
         for schema in _library.schemas().values():

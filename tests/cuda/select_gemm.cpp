@@ -33,9 +33,19 @@ extern "C" void select(const int64_t* problem, int64_t* config, double* algorith
   }
 }
 
+// Of an SM in a clock cycle, in the order of the fields.
+extern "C" void rates(int64_t arch, double* out) {
+  const selection::Rates of_arch = selection::rates_of(static_cast<int32_t>(arch));
+  out[0] = of_arch.dram_bytes;
+  out[1] = of_arch.issues;
+  out[2] = of_arch.floats;
+  out[3] = of_arch.mma;
+  out[4] = of_arch.blas;
+}
+
 // What the model takes for the instructions of a weight, by a kernel for so many rows of x.
 extern "C" double instructions(const int64_t* problem, int64_t algorithm, int64_t rows) {
   const auto count = static_cast<Algorithm>(algorithm) == Algorithm::kScalar ? selection::scalar_instructions
                                                                              : selection::mma_instructions;
-  return count(problem_of(problem), static_cast<int32_t>(rows));
+  return count(problem_of(problem), rows);
 }

@@ -30,6 +30,10 @@ using namespace exllama::cuda;
 #define INSTANTIATE(bits, shuffled) \\
   template __global__ void gemm_scalar<bits, shuffled, 1>( \\
       Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+  template __global__ void gemm_scalar<bits, shuffled, 2>( \\
+      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+  template __global__ void gemm_scalar<bits, shuffled, 4>( \\
+      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 8>( \\
       Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
   template __global__ void gemm_tiled<bits, shuffled, false>(Parts, const void*, DType, int64_t, void*); \\

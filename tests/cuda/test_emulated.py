@@ -1,13 +1,20 @@
 """The CUDA kernels, as nvcc compiles them, on an emulated device: every algorithm against the declared bounds.
 
 Without --slow, what costs minutes on one core from an empty cache: the PTX for sm_80, 4 and 3 bits, every algorithm,
-and the PTX for sm_75 where it differs. With it, every width, order and group size, for sm_90 too.
+2 and 8 bits by the kernels that have code of their own, and the PTX for sm_75 where it differs. With it, every width,
+order and group size, for sm_90 too.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,8 +37,7 @@ SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
 
 def on(arch: int, *values: Any, quick: bool) -> Any:
     """A parameter set for `ops` and others, slow unless it is quick."""
-    names = [value for value in values if isinstance(value, Case | str | int)]
-    name = "-".join([f"sm_{arch}", *map(str, names)])
+    name = "-".join([f"sm_{arch}", *(str(value).removeprefix("torch.") for value in values)])
     return pytest.param(arch, *values, id=name, marks=[] if quick else [pytest.mark.slow])
 
 
@@ -43,12 +49,13 @@ def ops(request: pytest.FixtureRequest) -> Iterator[emulated.EmulatedOps]:
     torch.use_deterministic_algorithms(False)
     emulated_ops.device.set_order("ascending")
     emulated_ops.device.set_mma()
+    emulated_ops.device.set_current_device(0)
 
 
 def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
     """Which algorithms can compute a case, as README and select.h say."""
     if algorithm == "mma":
-        tensor_cores = dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
+        tensor_cores = arch >= {torch.float16: 75, torch.bfloat16: 80}.get(dtype, math.inf)
         one_group = case.group_size >= case.K
         return tensor_cores and case.shuffled and (case.group_size % MMA_UNIT == 0 or one_group)
     return algorithm != "dense" or dtype != torch.float32
@@ -76,18 +83,22 @@ def is_quick(case: Case) -> bool:
     return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
 
 
+def is_quick_product(algorithm: str, arch: int, case: Case) -> bool:
+    if arch == 75:
+        return algorithm == "mma" and case.bits == 4 and is_quick(case)
+    if arch == 80 and case.bits in (2, 8) and case.order == "perm":
+        return (case.group_size == 128 and algorithm in ("scalar", "mma")) or (
+            case.group_size == 32 and algorithm == "mma" and case.bits == 2
+        )
+    return arch == 80 and is_quick(case)
+
+
 EVERY_WEIGHT = [
     on(arch, case, quick=case == EVERYWHERE or (arch == 80 and is_quick(case))) for arch in ARCHS for case in ALL_CASES
 ]
 EVERY_WIDTH = [on(arch, bits, quick=arch == 80 and bits in (3, 4)) for arch in ARCHS for bits in SHAPES]
 EVERY_PRODUCT = [
-    on(
-        arch,
-        algorithm,
-        case,
-        quick=case == EVERYWHERE
-        or (is_quick(case) and (arch == 80 or (arch == 75 and algorithm == "mma" and case.bits == 4))),
-    )
+    on(arch, algorithm, case, quick=case == EVERYWHERE or is_quick_product(algorithm, arch, case))
     for arch in ARCHS
     for algorithm in ALGORITHMS
     for case in ALL_CASES
@@ -143,18 +154,32 @@ def test_parts_are_within_the_bound(ops: emulated.EmulatedOps, bits: int, monkey
                 check_parts(ops, algorithm, parts, M)
 
 
+@pytest.mark.parametrize("ops", [on(75, quick=True)], indirect=True)
+def test_dense_goes_by_chunks_of_columns(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the L2 of a T4 holds 64 columns of so many rows, for whatever part they belong to."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    parts = build_parts(Case(4, 8200, 136, 128), [136, 72])
+    kernels = check_parts(ops, "dense", parts, 2)
+    assert [("dequantize" in kernel) for kernel in kernels] == [True] * (3 + 2)
+
+
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
 def test_dequantize_is_exact_up_to_one_rounding(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(case.scales_dtype))
 
 
+def check_dx(ops: emulated.EmulatedOps, weight: Weight, M: int, dtype: torch.dtype = torch.float16) -> None:
+    grad = activations(M, weight.case.N, dtype)
+    dx = ops.gptq_gemm_dx(grad, *weight.args)
+    assert_within_bound(dx, grad, weight.dense.t(), bounds.dx_error(weight.case.N))
+
+
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
 def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     for dtype in DTYPES:
-        grad = activations(5, case.N, dtype)
-        assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
+        check_dx(ops, weight, 5, dtype)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +201,21 @@ def test_many_tokens_in_any_order_of_blocks(
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         for M in (33, 300):
             check_gemm(ops, algorithm, weight, M, torch.float16)
+        check_parts(ops, algorithm, build_parts(weight.case, [N, 160]), 33)
+
+
+@pytest.mark.parametrize("order", ["descending", "random"])
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_the_other_ops_in_any_order_of_blocks(ops: emulated.EmulatedOps, bits: int, order: str) -> None:
+    weight = build(Case(bits, *SHAPES[bits], 128, "perm"))
+    ops.device.set_order(order, seed=bits)
+    assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().half())
+    check_dx(ops, weight, 200)
+    checkpoint = build(replace(weight.case, shuffled=False)).qweight
+    words = checkpoint.clone()
+    ops.gptq_shuffle(words, weight.rows, bits)
+    assert torch.equal(words, weight.qweight)
+    assert torch.equal(ops.gptq_unshuffle(words, weight.rows, bits), checkpoint)
 
 
 @pytest.mark.parametrize("scales_dtype", DTYPES, ids=str)
@@ -194,10 +234,7 @@ def test_scales_of_any_dtype_are_taken_exactly(
 def test_dx_of_many_tokens_is_within_the_bound(ops: emulated.EmulatedOps, bits: int) -> None:
     weight = build(Case(bits, *SHAPES[bits], 128, "perm"))
     for M in (64, 130):
-        grad = activations(M, weight.case.N, torch.float16)
-        assert_within_bound(
-            ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(weight.case.N)
-        )
+        check_dx(ops, weight, M)
 
 
 @pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
@@ -268,12 +305,22 @@ def test_outliers_where_q_equals_z_leave_no_trace(
         assert torch.equal(ops.gptq_gemm(with_outlier, *weight.args), ops.gptq_gemm(x, *weight.args))
 
 
-@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
-@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
-def test_batch_invariant_rows_do_not_depend_on_M(ops: emulated.EmulatedOps, bits: int, algorithm: str) -> None:
-    case = Case(bits, *SHAPES[bits], 128 if algorithm == "mma" else 24)
+@pytest.mark.parametrize(
+    ("ops", "algorithm", "bits", "group_size", "dtype"),
+    [
+        on(arch, algorithm, bits, group_size, dtype, quick=arch == 80 and bits in (3, 4) and dtype == torch.float16)
+        for arch, bits, dtype in itertools.product(ARCHS, SHAPES, (torch.float16, torch.bfloat16))
+        for algorithm, group_size in (("scalar", 24), ("mma", 128), ("mma", 32))
+        if can(algorithm, arch, Case(bits, *SHAPES[bits], group_size), dtype)
+    ],
+    indirect=["ops"],
+)
+def test_batch_invariant_rows_do_not_depend_on_M(
+    ops: emulated.EmulatedOps, algorithm: str, bits: int, group_size: int, dtype: torch.dtype
+) -> None:
+    case = Case(bits, *SHAPES[bits], group_size)
     parts = build_parts(case, [case.N, 32])
-    x = activations(40, case.K, torch.float16)
+    x = activations(40, case.K, dtype)
     ops.set_batch_invariant(True)
     try:
         for product, args in ((ops.gptq_gemm, parts[0].args), (ops.gptq_gemm_multi, multi_args(parts))):
@@ -398,3 +445,80 @@ def test_a_replay_computes_with_the_new_data(ops: emulated.EmulatedOps) -> None:
     ops.device.replay(recording)
     assert torch.equal(dense, other.dense.to(torch.float16))
     assert_within_bound(out, x, other.dense, bounds.gemm_error("mma", weight, torch.float16))
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_work_is_on_the_device_of_the_tensors_and_the_current_device_stays(ops: emulated.EmulatedOps) -> None:
+    weight = build(Case(4, *SHAPES[4], 128, "perm"))
+    x, grad = activations(3, weight.case.K, torch.float16), activations(3, weight.case.N, torch.float16)
+    ops.device.set_current_device(1)
+    for op, *args in (
+        (ops.gptq_gemm, x, *weight.args),
+        (ops.gptq_gemm_multi, x, *multi_args([weight, weight])),
+        (ops.gptq_gemm_dx, grad, *weight.args),
+        (ops.gptq_dequantize, *weight.args),
+        (ops.gptq_unshuffle, weight.qweight, weight.rows, 4),
+        (ops.gptq_shuffle, weight.qweight.clone(), weight.rows, 4),
+    ):
+        op(*args)
+        assert {call["device"] for call in ops.calls} == {0}
+        assert ops.device.current_device == 1
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_the_current_device_stays_where_an_op_fails(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = build(Case(4, *SHAPES[4], 128))
+    ops.device.set_current_device(1)
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "fast")
+    message = "gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of mma, scalar, tiled, dense; got fast"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args)
+    assert ops.device.current_device == 1
+
+
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_the_log_has_a_line_for_every_choice(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_LOG", "1")
+    K, N = SHAPES[4]
+    for order, shuffled, dtype, algorithm, said in (
+        ("perm", True, torch.float16, "mma", "perm sm_80: mma rows=8 split_k=1 chunk=0"),
+        ("sorted", True, torch.bfloat16, "scalar", "shuffled sm_80: scalar rows=8 split_k=3 chunk=0"),
+        ("sorted", False, torch.float32, "tiled", "unshuffled sm_80: tiled rows=64 split_k=1 chunk=0"),
+        ("raw", False, torch.float16, "dense", f"g_idx sm_80: dense rows=0 split_k=1 chunk={N}"),
+    ):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        ops.gptq_gemm(activations(3, K, dtype), *build(Case(4, K, N, 128, order, shuffled)).args)
+        x = str(dtype).removeprefix("torch.")
+        expected = f"exllama_ops: gptq_gemm M=3 K={K} N={N} bits=4 group_size=128 x={x} scales=float16 {said}\n"
+        assert capfd.readouterr().err == expected
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_LOG", "0")
+    ops.gptq_gemm(activations(3, K, torch.float16), *build(Case(4, K, N, 128)).args)
+    assert capfd.readouterr().err == ""
+
+
+BATCH_INVARIANT = """
+import sys
+from pathlib import Path
+
+import exllama_ops
+from exllama_ops.backends.cuda import BACKEND
+from exllama_ops.backends.cuda.library import CudaLibrary
+
+library = CudaLibrary(Path(sys.argv[1]))
+BACKEND.prepare(library)
+said = [library.batch_invariant()]
+for enabled in (False, True):
+    exllama_ops.set_batch_invariant(enabled)
+    said.append(library.batch_invariant())
+print(*said, BACKEND.settings(library))
+"""
+
+
+def test_batch_invariance_reaches_the_library() -> None:
+    """By the environment, when the library is loaded, and by the function from then on."""
+    environment = {**os.environ, "EXLLAMA_OPS_BATCH_INVARIANT": "1"}
+    command = [sys.executable, "-c", BATCH_INVARIANT, str(emulated.library(80))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "True False True , batch-invariant\n"

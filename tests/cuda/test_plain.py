@@ -324,25 +324,26 @@ def test_dequantizing_columns_beyond_2_to_the_32_words(last_block: Emulator) -> 
     assert torch.equal(as_tensor(out), weight.dense.float().half())
 
 
-def test_rows_of_W_beyond_2_to_the_32_words(last_block: Emulator) -> None:
+@pytest.mark.parametrize("op", ["dequantize", "gemm_dx", "shuffle", "unshuffle"])
+def test_rows_of_W_beyond_2_to_the_32_words(last_block: Emulator, op: str) -> None:
     """The last of them, by every op that divides them among thread blocks."""
-    weight = build(Case(4, 64, 64, 64))
-    checkpoint = build(replace(weight.case, shuffled=False)).qweight.numpy()
+    weight = build(Case(4, 64, 64, 64, shuffled=op != "shuffle"))
+    other_order = build(replace(weight.case, shuffled=op == "shuffle")).qweight.numpy()
     ops = PlainOps(last_block, [within(described(weight), K=LONG, group_size=LONG)])
-    none = np.empty(0, np.int32)
-
-    dense = ops.dequantize(out=sparse(LONG, 64, dtype=np.float16))
-    assert torch.equal(as_tensor(dense[-32:].copy()), weight.dense[-32:].float().half())
-
-    grad = inputs(weight.case)["grad float16"][:1]
-    dx = ops.gemm_dx(grad, sparse(1, LONG, dtype=np.float16))[:, -64:].copy()
-    assert_within_bound(as_tensor(dx), as_tensor(grad), weight.dense.t(), bounds.dx_error(64))
-
-    words = ops.parts[0]["qweight"]
-    plain = ops.unshuffle(words, none, out=sparse(*words.shape, dtype=np.int32))
-    assert np.array_equal(plain[-2:], checkpoint[-2:])
-    ops.shuffle(plain, none)
-    assert np.array_equal(plain[-2:], weight.qweight.numpy()[-2:])
+    words, no_perm = ops.parts[0]["qweight"], np.empty(0, np.int32)
+    if op == "dequantize":
+        dense = ops.dequantize(out=sparse(LONG, 64, dtype=np.float16))
+        assert torch.equal(as_tensor(dense[-32:].copy()), weight.dense[-32:].float().half())
+    elif op == "gemm_dx":
+        grad = inputs(weight.case)["grad float16"][:1]
+        dx = ops.gemm_dx(grad, sparse(1, LONG, dtype=np.float16))[:, -64:].copy()
+        assert_within_bound(as_tensor(dx), as_tensor(grad), weight.dense.t(), bounds.dx_error(64))
+    elif op == "unshuffle":
+        plain = ops.unshuffle(words, no_perm, out=sparse(*words.shape, dtype=np.int32))
+        assert np.array_equal(plain[-2:], other_order[-2:])
+    else:
+        ops.shuffle(words, no_perm)
+        assert np.array_equal(words[-2:], other_order[-2:])
 
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled", "gemm_dx"])

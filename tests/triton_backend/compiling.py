@@ -21,6 +21,8 @@ from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Of mma.sync, wgmma and tcgen05 in machine code.
+MATRIX_INSTRUCTIONS = r"(HMMA|HGMMA|UTC\w*MMA)"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -233,7 +235,8 @@ class DeviceCode:
         registers: of a thread.
         shared_bytes: of a program, as Triton asks for them.
         instructions: all of them.
-        loop: those of its longest loop.
+        loop: those of its longest loop, of those with matrix instructions if there are any: code that the compiler puts
+            behind the kernel to wait in, and that jumps back, looks like a loop too.
     """
 
     registers: int
@@ -249,7 +252,9 @@ class DeviceCode:
         usage = _run(str(BINARIES / "cuobjdump"), "-res-usage", str(path))
         (registers,) = re.findall(r"REG:(\d+)", usage)
         instructions, loops = _code(_run(str(BINARIES / "nvdisasm"), "-c", str(path)))
-        return cls(int(registers), compiled.metadata.shared, instructions, max(loops, key=len, default=[]))
+        multiplying = [loop for loop in loops if count(MATRIX_INSTRUCTIONS, loop)]
+        longest: list[str] = max(multiplying or loops, key=len, default=[])
+        return cls(int(registers), compiled.metadata.shared, instructions, longest)
 
     def count(self, pattern: str) -> int:
         """Instructions of the kernel that match."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import triton
 
 from exllama_ops.backends.triton import tiles
-from triton_backend.compiling import DeviceCode, compile_variant, variants
+from triton_backend.compiling import MATRIX_INSTRUCTIONS, DeviceCode, compile_variant, variants
 
-CAPABILITIES = (80,)
+CAPABILITIES = (75, 80, 90, 100, 120)
 NAMES = ("gemv-1-tile", "gemv-4-tile", "dot-16-fp16", "dot-65-fp16", "float_dot-tile", "dx-tile")
 
 
@@ -30,7 +30,8 @@ def main() -> None:
                     code = DeviceCode.of(compile_variant(variant, "cuda", capability, 32), Path(folder))
                     cells = (
                         capability, bits, variant.name, code.registers, code.shared_bytes,
-                        f"{len(code.loop) / variant.weights:.1f}", code.count_in_loop("HMMA"), code.count(r"(STL|LDL)"),
+                        f"{len(code.loop) / variant.weights:.1f}", code.count_in_loop(MATRIX_INSTRUCTIONS),
+                        code.count(r"(STL|LDL)"),
                     )  # fmt: skip
                     print("|", *(f"{cell} |" for cell in cells), flush=True)
 

@@ -38,6 +38,8 @@ class TritonBackend:
 
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         if not is_installed():
+            if torch.version.hip is not None or torch.version.xpu is not None:
+                return ["Triton is not installed, which PyTorch brings for this device, by another name than triton"]
             return ['Triton is not installed: pip install "exllama-ops[triton]"']
         return self.failure or self.reasons_against_device(dispatch_key)
 

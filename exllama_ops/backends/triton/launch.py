@@ -79,7 +79,9 @@ def variant_of(
 
 def _has_32_bit_offsets(tensor: Tensor) -> bool:
     """Whether Triton compiles AMD's buffer instructions for a tensor, which reach that far."""
-    return torch.version.hip is not None and tensor.untyped_storage().nbytes() <= _MAX_INT32
+    if torch.version.hip is None or not triton.knobs.amd.use_buffer_ops:
+        return False
+    return tensor.untyped_storage().nbytes() <= _MAX_INT32
 
 
 def launch(

@@ -1,7 +1,8 @@
 """Which kernel computes a gptq_gemm, with which tiles: pure functions of the problem, and a table.
 
 What could change a result's bits is never tuned: the form, the rows of a step and the split of K are functions of the
-problem alone, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps, stages.
+problem and the device, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps,
+stages. So bits repeat on GPUs of one kind; a GPU of another has other tensor cores, or fills with other splits.
 It was chosen by what the kernels compile to (no spills, instructions per weight), as no GPU has run them:
 benchmarks/results/triton-device-code.md.
 """
@@ -100,6 +101,8 @@ for _arch in TENSOR_CORES:
         }
         if _arch == "rdna":  # which holds a matrix instruction's operands twice, and spills in the tiles above
             _DOT_TILES |= {(_arch, _bits, bucket): Tile(32, 64, 8, 3) for bucket in BUCKETS[1:]}
+# Triton gives four warps of sm100 168 registers each, in which the 32 weights of a block of 3 bits spill.
+_DOT_TILES["sm100", 3, 32] = Tile(32, 64, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,13 @@ def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
         # groups, the 32 weights of a block of 3 bits and what rdna holds of a block spill in four warps.
         is_row = groups_of == "row"
         num_warps = 8 if arch == "rdna" or is_row or (bits == 3 and M > 1) else 4
-        block_n = 32 if arch == "rdna" and bits == 3 and is_row else 64
+        block_n = 32 if bits == 3 and is_row else 64
         return Tile(1 if M == 1 else GEMV_ROWS, block_n, num_warps, 1)
     if arch == "host":
         return Tile(64, 128, 4, 1)
     if form == "float_dot":
-        return Tile(32, 64, 8 if bits == 3 else 4, 1 if arch == "rdna" else 2)
+        has_registers = arch != "rdna" and not (bits == 3 and groups_of == "row")
+        return Tile(32, 64, 8 if bits == 3 else 4, 2 if has_registers else 1)
     return _DOT_TILES[arch, bits, bucket_of(M)]
 
 
