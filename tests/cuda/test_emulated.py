@@ -308,7 +308,14 @@ def test_outliers_where_q_equals_z_leave_no_trace(
 @pytest.mark.parametrize(
     ("ops", "algorithm", "bits", "group_size", "dtype"),
     [
-        on(arch, algorithm, bits, group_size, dtype, quick=arch == 80 and bits in (3, 4) and dtype == torch.float16)
+        on(
+            arch,
+            algorithm,
+            bits,
+            group_size,
+            dtype,
+            quick=arch == 80 and bits in (3, 4) and group_size != 32 and dtype == torch.float16,
+        )
         for arch, bits, dtype in itertools.product(ARCHS, SHAPES, (torch.float16, torch.bfloat16))
         for algorithm, group_size in (("scalar", 24), ("mma", 128), ("mma", 32))
         if can(algorithm, arch, Case(bits, *SHAPES[bits], group_size), dtype)

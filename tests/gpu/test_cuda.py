@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from conformance.bounds import assert_within_bound, error_bound, gamma
-from conformance.weights import DTYPES, Case, build
+from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from cuda import bounds
 from cuda.test_emulated import ALGORITHMS, can
 from exllama_ops import ExllamaLinear, quantize
@@ -32,22 +34,27 @@ def sync_debug_mode() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def can_here(algorithm: str, case: Case, dtype: torch.dtype) -> bool:
+    major, minor = torch.cuda.get_device_capability()
+    return can(algorithm, 10 * major + minor, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_op_syncs_with_the_host(case: Case) -> None:
-    weight = build(case).to("cuda")
-    x, grad = torch.randn(5, 256).cuda(), torch.randn(5, 128).cuda()
+def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, other = (part.to("cuda") for part in build_parts(case, [128, 64]))
+    x, grad = torch.randn(5, 256, dtype=dtype).cuda(), torch.randn(5, 128, dtype=dtype).cuda()
     perm = weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
-    torch.ops.exllama.gptq_gemm(x, *weight.args)
+    for algorithm in ALGORITHMS:
+        if can_here(algorithm, case, dtype):
+            monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+            torch.ops.exllama.gptq_gemm(x, *weight.args)
+            torch.ops.exllama.gptq_gemm_multi(x, *multi_args([weight, other]))
     torch.ops.exllama.gptq_gemm_dx(grad, *weight.args)
     torch.ops.exllama.gptq_dequantize(*weight.args)
     torch.ops.exllama.gptq_unshuffle(weight.qweight, perm, case.bits)
     torch.ops.exllama.gptq_shuffle(weight.qweight, perm, case.bits)
-
-
-def can_here(algorithm: str, case: Case, dtype: torch.dtype) -> bool:
-    major, minor = torch.cuda.get_device_capability()
-    return can(algorithm, 10 * major + minor, case, dtype)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -88,7 +95,8 @@ def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monk
     if not can_here(algorithm, case, torch.float16):
         pytest.skip(f"{algorithm} cannot compute {case} here")
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
-    weight = build(case).to("cuda")
+    parts = [part.to("cuda") for part in build_parts(case, [128, 64])]
+    weight = parts[0]
     perm = weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
     x = torch.randn(5, 256, dtype=torch.float16, device="cuda")
     grad = torch.randn(5, 128, dtype=torch.float16, device="cuda")
@@ -98,6 +106,7 @@ def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monk
         torch.ops.exllama.gptq_shuffle(words, perm, case.bits)
         return (
             torch.ops.exllama.gptq_gemm(x, *weight.args),
+            torch.ops.exllama.gptq_gemm_multi(x, *multi_args(parts)),
             torch.ops.exllama.gptq_gemm_dx(grad, *weight.args),
             torch.ops.exllama.gptq_dequantize(*weight.args),
             torch.ops.exllama.gptq_unshuffle(weight.qweight, perm, case.bits),
@@ -110,9 +119,9 @@ def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monk
     with torch.cuda.graph(graph):
         results = every_op()
     for seed in range(3):
-        other = build(Case(**{**vars(case), "seed": seed}))
-        for name in ("qweight", "qzeros", "scales", "rows"):
-            getattr(weight, name).copy_(getattr(other, name))
+        for part, other in zip(parts, build_parts(replace(case, seed=seed + 1), [128, 64]), strict=True):
+            for name in ("qweight", "qzeros", "scales", "rows"):
+                getattr(part, name).copy_(getattr(other, name))
         x.copy_(torch.randn(5, 256, generator=torch.Generator().manual_seed(seed)))
         grad.copy_(torch.randn(5, 128, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
@@ -153,6 +162,7 @@ def test_reduce_overhead_replays_cuda_graphs() -> None:
         ExllamaLinear.from_weight(quantize(torch.randn(256, 128), 3, 64)),
     ).cuda()
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
     with torch.inference_mode():
         for seed in range(5):
             x = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)).half().cuda()
@@ -164,6 +174,7 @@ def test_reduce_overhead_replays_cuda_graphs() -> None:
             weights = model[2].dequantize().t().double().abs()
             bound = (eps + 4 * torch.finfo(torch.float32).eps) * (hidden @ weights) + 4 * eps * (out.abs() + 1)
             assert ((compiled(x).double() - out).abs() <= bound).all()
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_results_on_gpu_and_cpu_agree_to_the_bounds_of_both() -> None:
