@@ -68,9 +68,9 @@ def dram_peak(properties: Any) -> float | None:
         properties: of `torch.cuda.get_device_properties`.
     """
     sheet = _DATA_SHEETS.get(properties.name)
-    for name, _, _, gigabytes, _ in GPUS:
-        if name == sheet:
-            return 1e9 * gigabytes
+    for gpu in GPUS:
+        if gpu.name == sheet:
+            return 1e9 * gpu.dram_gb_per_s
     clock_khz, width_bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
     # Two transfers a clock.
     return 2 * 1e3 * clock_khz * width_bits / 8 or None
