@@ -367,7 +367,7 @@ def _resource_lines(all_kernels: list[dict[str, Any]], archs: list[int]) -> list
         for arch in archs:
             registers = _value(all_kernels, {**fields, "arch": arch}, "registers")
             cells.append("" if registers is None else f"{registers:.0f}")
-        shared = _value(all_kernels, {**fields, "arch": archs[0]}, "shared_bytes") or 0
+        shared = _value(all_kernels, {**fields, "arch": archs[-1]}, "shared_bytes") or 0  # sm_75 has no bfloat16 mma
         # The original has kernels for one to eight tokens of float16.
         same = fields["kernel"] == "mma" and (fields["dtype"], fields["tokens"], fields["unit"]) == (
             "float16",

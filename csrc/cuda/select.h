@@ -154,7 +154,7 @@ constexpr double scalar_instructions(const Problem& p, int64_t rows) {
 constexpr double mma_instructions(const Problem& p, int64_t rows) {
   const bool wide = p.x_dtype == DType::kBFloat16 && p.bits == 8;
   const double tiles = static_cast<double>(rows) / kMmaTokens;
-  if (mma_unit_k(p.K, p.group_size) == kMmaRunK) return (wide ? 2.9 : 1.5) + 0.2 * tiles;
+  if (mma_unit_k(p.K, p.group_size) == kMmaRunK) return (wide ? 2.9 : 1.5) + 0.25 * tiles;
   return (wide ? 3.0 : p.bits == 3 ? 2.6 : 1.7) + 0.4 * tiles;
 }
 

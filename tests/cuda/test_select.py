@@ -199,7 +199,7 @@ def modelled_cycles(p: Problem, c: Candidate) -> float:
     wide = p.x_dtype == BFLOAT16 and p.bits == 8
     columns, a_weight = {
         "scalar": (128, max(((2.6 if p.bits == 3 else 2.4) + 1.1 * c.rows) / gpu.lanes, (1 + c.rows) / gpu.floats)),
-        "mma": (64, ((2.9 if wide else 1.5) + c.rows / 40) / gpu.lanes + c.rows / (gpu.mma or 1)),
+        "mma": (64, ((2.9 if wide else 1.5) + c.rows / 32) / gpu.lanes + c.rows / (gpu.mma or 1)),
         "tiled": (64, max(88.8 / gpu.lanes, 64 / gpu.floats)),
     }[c.algorithm]
     passes, tiles = -(-p.M // c.rows), -(-p.N // columns)
