@@ -34,9 +34,9 @@ SOURCES = ("gemm_mma", "gemm_scalar", "gemm_tiled", "dequantize", "shuffle")
 GROUP = 128
 # Instructions a weight on sm_80 that a 4-bit weight in groups of 128 may take, and one multiply-add at 8 tokens.
 BUDGETS = {"mma": (1.8, 0.25), "scalar": (2.5, 1.3)}
-# Of the original kernels on sm_80, counted in their disassembly in the same way: a weight at M = 1 and at M = 8.
-# And their registers at M = 1 and M = 8: one number where they are the same.
+# Registers of the original kernels on sm_80 at M = 1 and at M = 8: one number where they are the same.
 ORIGINAL_REGISTERS = {2: "94", 3: "124", 4: "56 / 91", 8: "128"}
+# And their instructions a weight, counted in their disassembly in the same way.
 ORIGINAL = {2: (3.14, 7.72), 3: (2.98, 7.16), 4: (3.17, 10.41), 8: (6.37, 18.2)}
 
 
@@ -262,7 +262,7 @@ def _table(head: list[str], body: list[list[str]]) -> list[str]:
 
 
 def _budget_lines(all_kernels: list[dict[str, Any]]) -> list[str]:
-    """The issue's budgets for 4 bits, moved to other widths by `derived_budgets`, beside what was counted."""
+    """The budgets for 4 bits, moved to other widths by `derived_budgets`, beside what was counted."""
     lines = ["## Budgets", "", *BUDGET_TEXT.strip().splitlines(), ""]
     body = []
     for bits in (2, 3, 4, 8):

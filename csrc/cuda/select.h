@@ -82,7 +82,7 @@ constexpr bool groups_fill_mma_units(const Problem& p) {
 
 constexpr bool mma_can(const Problem& p) {
   return has_tensor_cores_for(p.x_dtype, p.device.arch) && p.shuffled && p.aligned && groups_fill_mma_units(p) &&
-         p.K < (1 << 29) && p.N < (1 << 29);
+         p.M < (1 << 30) && p.K < (1 << 29) && p.N < (1 << 29);
 }
 
 // A row's sum must not depend on M: the tiles of gemm_tiled and of a BLAS are chosen by M. torch's matmul of float32 may

@@ -112,6 +112,7 @@ def select(compiled: ctypes.CDLL) -> Callable[[Problem], Config]:
         ("a partial last group", Problem(K=576), {"scalar", "mma", "tiled", "dense"}),
         ("too many units to number", Problem(K=2**24, group_size=2**23), {"scalar", "tiled", "dense"}),
         ("rows too long for 32 bits", Problem(N=2**29), {"scalar", "tiled", "dense"}),
+        ("tokens too many for 32 bits", Problem(M=2**30), {"scalar", "tiled", "dense"}),
         ("batch-invariant", Problem(batch_invariant=True), {"scalar", "mma"}),
     ],
 )
