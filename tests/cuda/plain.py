@@ -50,8 +50,7 @@ class _Config(ctypes.Structure):
 
     _fields_ = [
         ("algorithm", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("split_k", "k_per_split", "chunk")),
+        *((name, ctypes.c_int64) for name in ("rows", "split_k", "k_per_split", "chunk")),
     ]
 
 
