@@ -80,6 +80,7 @@ constexpr bool groups_fill_mma_units(const Problem& p) {
   return (p.group_size % unit == 0 || p.group_size >= p.K) && units * units_of_group < (1 << 30);
 }
 
+// So many tokens that M decides, in batch-invariant mode too, are an x of 64 GiB or more.
 constexpr bool mma_can(const Problem& p) {
   return has_tensor_cores_for(p.x_dtype, p.device.arch) && p.shuffled && p.aligned && groups_fill_mma_units(p) &&
          p.M < (1 << 30) && p.K < (1 << 29) && p.N < (1 << 29);

@@ -39,8 +39,8 @@ def test_tensor_core_loops_keep_their_budget(bits: int) -> None:
     assert derived_budgets(4)[:2] == BUDGETS["mma"] == (1.8, 0.25)
 
 
-# Counted, and no more than a few hundredths above `least_of_scalar` and the ends of groups: the budgets of the issue,
-# 2.5 and 1.3, cannot be met with exact q - z.
+# Counted, and no more than a few hundredths above `least_of_scalar` and the ends of groups: the budgets for 4 bits, 2.5
+# and 1.3, cannot be met with exact q - z.
 @pytest.mark.parametrize(("tokens", "most"), [(1, 3.8), (2, 4.9), (4, 7.1), (8, 11.6)])
 def test_scalar_loops_stay_where_they_are(tokens: int, most: float) -> None:
     for kernel in counted(kernel="scalar", shuffled=True, tokens=tokens):

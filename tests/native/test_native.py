@@ -25,7 +25,7 @@ class Build(NamedTuple):
 
 BUILDS = {
     "plain": Build("g++", ["-O2"], []),
-    # Ten times as slow, and what they look for does not depend on the numbers.
+    # Many times as slow; every kind of numbers still comes up with some shapes of each width.
     "address-undefined": Build(
         "g++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [], "sampled"
     ),
