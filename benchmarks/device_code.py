@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.sass import Code, kernels
+from exllama_ops.backends.native.compile import CUDA
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-device-code"
@@ -104,12 +105,18 @@ def _kernels_of(arch: int) -> Iterator[dict[str, Any]]:
         for source in SOURCES:
             sys.stderr.write(f"sm_{arch} {source}\n")
             cubin = Path(folder) / f"{source}.cubin"
-            flags = ("-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v")
+            flags = (*CUDA.compile_flags, "-gencode", f"arch={_ptx_for(arch)},code=sm_{arch}", "-cubin", "-Xptxas", "-v")
             said = _run("nvcc", *flags, str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin))
             codes = kernels(_run("nvdisasm", "-c", str(cubin)))
             for name, resources in _resources(said).items():
                 kernel = {"arch": arch, **_described(name), **resources}
                 yield kernel | _per_weight(kernel, codes[name])
+
+
+def _ptx_for(arch: int) -> str:
+    """The PTX of which the library has machine code for an architecture, or would have."""
+    known = (int(ptx.removeprefix("compute_")) for ptx in CUDA.device_code)
+    return f"compute_{max(ptx for ptx in known if ptx <= arch)}"
 
 
 def _resources(said: str) -> dict[str, dict[str, int]]:
@@ -200,7 +207,8 @@ def _report(measured: dict[str, Any]) -> str:
         f"By `python -m benchmarks.device_code`, with {measured['nvcc']}. Nothing here ran on a GPU.",
         "",
         f"{len(all_kernels)} kernels for {', '.join(f'sm_{arch}' for arch in archs)}; "
-        f"{len(spilled) or 'none'} with spilled registers.",
+        f"{len(spilled) or 'none'} with spilled registers. From the PTX of which the library has machine code, which for",
+        "sm_86 and sm_89 is that of sm_80.",
         "",
         "## Instructions a weight",
         "",

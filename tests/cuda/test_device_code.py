@@ -56,7 +56,7 @@ INSTANCES = {
     "device": 0,
     "gemm": 1,
     "gemm_mma": 4 * 2 * 3 * 2,
-    "gemm_scalar": 4 * 2 * 2,
+    "gemm_scalar": 4 * 2 * 4,
     "gemm_tiled": 4 * 2 * 2,
     "shuffle": 4 * 2 + 1,
 }

@@ -368,11 +368,14 @@ def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algo
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma"])
 def test_more_than_2_to_the_32_sums_of_a_split_K(last_block: Emulator, algorithm: str) -> None:
-    """Of two splits the last thread block has the second one, which is all that x is not 0 for."""
-    weight = build(Case(4, 512, 64, 128))
-    x, out = sparse(TALL, 512, dtype=np.float16), sparse(TALL, 64, dtype=np.float16)
+    """Of two splits the last thread block has the second one, which is all that x is not 0 for.
+
+    Its sums lie 2**32 numbers behind those of another row, not of the same row in the first split.
+    """
+    weight, rows = build(Case(4, 512, 64, 128)), TALL + 8
+    x, out = sparse(rows, 512, dtype=np.float16), sparse(rows, 64, dtype=np.float16)
     x[-1, 256:] = np.linspace(-1, 1, 256)
     ops = PlainOps(last_block, [described(weight)])
-    ops.gemm(x, algorithm, out, splits=2, workspace=sparse(2, TALL, 64, dtype=np.float32))
+    ops.gemm(x, algorithm, out, splits=2, workspace=sparse(2, rows, 64, dtype=np.float32))
     error = bounds.gemm_error(algorithm, weight, torch.float16)
     assert_within_bound(as_tensor(out[-1:].copy()), as_tensor(x[-1:].copy()), weight.dense, error)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from compile.blocks import Recorder
+from compile.blocks import ops
+from exllama_ops.compile import FuseSharedInput
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
@@ -64,18 +65,19 @@ def tokens(checkpoint: Path) -> list[int]:
     return tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
 
 
-@pytest.mark.demo
-def test_each_layer_has_one_op_for_qkv_and_one_for_gate_and_up(quantized: Any, tokens: list[int]) -> None:
-    """In the two graphs that the backend "exllama" makes of the demo model."""
-    recorder = Recorder()
-    generator = CompiledGenerator(quantized, backend=recorder)
-    generator.warm_up()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in PROMPT_LENGTHS:
-            list(generator.generate(tokens[:length], 2, stop=()))
-    layers = quantized.config.num_hidden_layers
-    expected = Counter({"gptq_gemm_multi/3": layers, "gptq_gemm_multi/2": layers, "gptq_gemm": 2 * layers})
-    assert recorder.after == 2 * [expected]
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """How often each of our public ops is in each graph, after the pass of the backend "exllama"."""
+    counts: list[Counter[str]] = []
+    run = FuseSharedInput.__call__
+
+    def recorded(self: FuseSharedInput, graph: torch.fx.Graph) -> None:
+        run(self, graph)
+        assert graph.owning_module is not None
+        counts.append(ops(graph.owning_module))
+
+    monkeypatch.setattr(FuseSharedInput, "__call__", recorded)
+    return counts
 
 
 def perplexity(model: Any, tokens: list[int]) -> float:
@@ -86,11 +88,11 @@ def perplexity(model: Any, tokens: list[int]) -> float:
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("backend", ["inductor", pytest.param("exllama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["exllama", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
-    backend: str, quantized: Any, dequantized: Any, tokens: list[int]
+    backend: str, quantized: Any, dequantized: Any, tokens: list[int], fused: list[Counter[str]]
 ) -> None:
-    """Greedy tokens agree up to the first step that rounding may decide.
+    """Greedy tokens agree up to the first step that rounding may decide; by "exllama" q, k and v of a layer are one op.
 
     Two computations whose logits err by at most a and b from the exact ones agree on the largest wherever the two
     largest differ by more than 2 (a + b). The exact logits are those of the dequantized model in float64, along the
@@ -110,6 +112,9 @@ def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
         steps.append((prompt, chosen, logits))
     assert (generator.graphs, generator.recompiles) == (2, 0)
     assert generator.op_calls == {"prefill": 210, "decode": 210}
+    layers = quantized.config.num_hidden_layers
+    expected = Counter({"gptq_gemm_multi/3": layers, "gptq_gemm_multi/2": layers, "gptq_gemm": 2 * layers})
+    assert fused == (2 * [expected] if backend == "exllama" else [])
 
     exact_model = deepcopy(dequantized).double()
     compared = 0
