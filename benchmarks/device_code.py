@@ -105,7 +105,8 @@ def _kernels_of(arch: int) -> Iterator[dict[str, Any]]:
         for source in SOURCES:
             sys.stderr.write(f"sm_{arch} {source}\n")
             cubin = Path(folder) / f"{source}.cubin"
-            flags = (*CUDA.compile_flags, "-gencode", f"arch={_ptx_for(arch)},code=sm_{arch}", "-cubin", "-Xptxas", "-v")
+            code = f"arch={_ptx_for(arch)},code=sm_{arch}"
+            flags = (*CUDA.compile_flags, "-gencode", code, "-cubin", "-Xptxas", "-v")
             said = _run("nvcc", *flags, str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin))
             codes = kernels(_run("nvdisasm", "-c", str(cubin)))
             for name, resources in _resources(said).items():
@@ -207,8 +208,8 @@ def _report(measured: dict[str, Any]) -> str:
         f"By `python -m benchmarks.device_code`, with {measured['nvcc']}. Nothing here ran on a GPU.",
         "",
         f"{len(all_kernels)} kernels for {', '.join(f'sm_{arch}' for arch in archs)}; "
-        f"{len(spilled) or 'none'} with spilled registers. From the PTX of which the library has machine code, which for",
-        "sm_86 and sm_89 is that of sm_80.",
+        f"{len(spilled) or 'none'} with spilled registers. From the PTX of the library, which has for sm_86 and sm_89",
+        "the machine code of sm_80.",
         "",
         "## Instructions a weight",
         "",
