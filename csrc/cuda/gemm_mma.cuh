@@ -5,6 +5,8 @@
 // lays into shared memory, a stage at a time; words go straight to the registers of the lane that unpacks them.
 #pragma once
 
+#include <type_traits>
+
 #include "mma_operands.cuh"
 #include "parts.h"
 #include "tiles.h"
@@ -176,13 +178,8 @@ __device__ __forceinline__ void multiply(const Parts& parts, const T* x, int64_t
   const int32_t column = first_column + warp_n * 32 + 4 * g;
   // For 3 bits in 32 bits, for which mma_can sees to M: a register less, without which bfloat16 spills on sm_90. With 4
   // bits it spills on sm_80 with it.
-  const auto first_token = [&] {
-    if constexpr (bits == 3) {
-      return static_cast<int32_t>(of_block.first_row);
-    } else {
-      return of_block.first_row;
-    }
-  }();
+  using Token = std::conditional_t<bits == 3, int32_t, int64_t>;
+  const auto first_token = static_cast<Token>(of_block.first_row);
   const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
   if (threadIdx.x == 0) block = mma_block<bits>(weight, x + static_cast<int64_t>(first_token) * K, tokens, first_column);
 

@@ -160,17 +160,17 @@ __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
   const bool by_row = (!weight.shuffled && weight.rows) || weight.group_size % kValues != 0 || !aligned;
 
   // A warp's rows of W follow one another, a part of them in each stage.
-  const int64_t warp_rows = stages_per_split * kScalarWarpK, split_k = blockIdx.y * stages_per_split * kScalarStageK;
-  int64_t k = split_k + warp * warp_rows;
+  const int64_t warp_rows = stages_per_split * kScalarWarpK;
+  int64_t stage_k = blockIdx.y * stages_per_split * kScalarStageK;  // of the first warp
+  const int64_t end_stage_k = min(stage_k + warp_rows, weight.K);
+  int64_t k = stage_k + warp * warp_rows;
   const uint32_t* qweight = weight.qweight + k / kValues * kWords * weight.N + column;
   int64_t group = k / weight.group_size;
   int64_t left_in_group = weight.group_size - (k - group * weight.group_size);
 
   ScalarSums<bits, shuffled, rows> sums;
   bool begins = true;
-  for (int64_t stage = 0; stage < stages_per_split; ++stage) {
-    const int64_t stage_k = split_k + stage * kScalarWarpK;
-    if (stage_k >= weight.K) break;
+  for (; stage_k < end_stage_k; stage_k += kScalarWarpK) {
     __syncthreads();  // the last stage has been read
     stage_x<rows>(weight, x, dtype, M, first_row, stage_k, warp_rows, s_floats);
     __syncthreads();

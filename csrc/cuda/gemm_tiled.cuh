@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   float sums[4][4] = {};
   for (int64_t first_term = 0; first_term < terms; first_term += kTiledTerms) {
     __syncthreads();  // the last tiles have been read
-    // All loads at once would be 8, for which the transposed kernel has too few registers on sm_120.
-#pragma unroll (transposed ? 2 : 8)
+    // Of 8 loads, which all at once need too many registers: transposed on sm_120, and before sm_75.
+#pragma unroll (transposed ? 2 : 4)
     for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;

@@ -18,6 +18,10 @@ typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef 
 typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned uint32_t;
 typedef unsigned long long uint64_t, uintptr_t;
 """,
+    "type_traits": """
+#include <cuda/std/type_traits>
+namespace std { using cuda::std::conditional_t; }
+""",
 }
 
 
