@@ -120,7 +120,8 @@ def plan_dx(bits: int, device: Device) -> DxPlan:
         return DxPlan(Tile(64, 256, 4, 1), 64)
     if device.arch == "rdna":
         return DxPlan(Tile(32, 32 if bits == 3 else 64, 4, 1), _DX_COLUMNS)
-    return DxPlan(Tile(32, 64, 4, 2), _DX_COLUMNS)
+    spills_with_two = device.arch == "sm90" and bits in (3, 4)
+    return DxPlan(Tile(32, 64, 4, 1 if spills_with_two else 2), _DX_COLUMNS)
 
 
 def bucket_of(M: int) -> int | None:
