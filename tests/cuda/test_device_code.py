@@ -64,7 +64,8 @@ INSTANCES = {
 
 def local_bytes(said: str) -> dict[str, int]:
     """What each kernel has in local memory, by what ptxas says: its stack frame, where spilled registers lie too."""
-    found = re.findall(r"Function properties for (\w+)\n[^\d\n]*(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    of_kernel = r"Function properties for (\w+)\n[^\d\n]*(\d+) bytes stack frame, (\d+) bytes spill stores"
+    found = re.findall(of_kernel, said)
     return {kernel: max(int(stack), int(stores)) for kernel, stack, stores in found}
 
 
