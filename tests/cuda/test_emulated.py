@@ -80,7 +80,7 @@ EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
 def is_quick(case: Case) -> bool:
     if case.bits == 4:
         return case.group_size in (24, 128, case.K) or (case.group_size in (32, 48, 96) and case.order == "perm")
-    return case.bits == 3 and case.group_size in (32, 128) and case.order == "perm"
+    return case.bits == 3 and case.group_size in (24, 32, 128) and case.order == "perm"
 
 
 def is_quick_product(algorithm: str, arch: int, case: Case) -> bool:
