@@ -308,8 +308,8 @@ def within(described_weight: dict[str, Any], **sizes: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
 def test_a_weight_of_more_than_2_to_the_32_words(last_block: Emulator, algorithm: str) -> None:
-    """The last 64 columns, of which the others are zeros. There are more than 2**32 scales and bytes of zero points."""
-    weight = build(Case(4, 2048, 64, 32))
+    """The last 64 columns, of which the others are zeros. There are more than 2**32 scales and words of zero points."""
+    weight = build(Case(4, 4224, 64, 32))
     x = inputs(weight.case)["x float16"][:1]
     ops = PlainOps(last_block, [within(described(weight), N=WIDE)])
     out = ops.gemm(x, algorithm, sparse(1, WIDE, dtype=np.float16))[:, -64:].copy()
