@@ -82,9 +82,12 @@ struct Options {
         use_v2_format(torch::stable::detail::to<bool>(stack[3])),
         group_size(torch::stable::detail::to<int64_t>(stack[4])) {}
 
-  // For the kernels, after the checks.
-  layout::Weight weight(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const Shape& shape) const {
-    const int32_t* rows = g_idx.size(0) != 0 ? g_idx.data<const int32_t>() : nullptr;
+  // Where g_idx lies, or null if it is empty; after the checks.
+  const int32_t* rows() const { return g_idx.size(0) != 0 ? g_idx.data<const int32_t>() : nullptr; }
+
+  // For the kernels, after the checks; `rows` is g_idx or a copy of it.
+  layout::Weight weight(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const Shape& shape,
+                        const int32_t* rows) const {
     // A raw g_idx needs no group size, and any may have come with it.
     const bool groups_of_equal_size = use_exllama || rows == nullptr;
     layout::Weight weight;
@@ -117,7 +120,10 @@ struct PackedWeight {
   WeightArguments arguments() const {
     return {qweight, qzeros, scales, options.g_idx, options.use_exllama, options.bit, options.group_size};
   }
-  layout::Weight weight(const Shape& shape) const { return options.weight(qweight, qzeros, scales, shape); }
+  layout::Weight weight(const Shape& shape, const int32_t* rows) const {
+    return options.weight(qweight, qzeros, scales, shape, rows);
+  }
+  layout::Weight weight(const Shape& shape) const { return weight(shape, options.rows()); }
 };
 
 // The arguments of gptq_gemm_multi: lists of the parts' tensors, and what the parts share.
@@ -130,21 +136,28 @@ struct PackedWeights {
   explicit PackedWeights(const StableIValue* stack)
       : qweight(tensors_at(stack, 0)), qzeros(tensors_at(stack, 1)), scales(tensors_at(stack, 2)), options(stack + 3) {}
 
-  // Of each part, after the checks.
-  std::vector<layout::Weight> checked_weights(const Tensor& x) const {
+  // The shape of each part.
+  std::vector<Shape> check(const Tensor& x) const {
     check_gptq_gemm_multi(x, static_cast<int64_t>(qweight.size()), static_cast<int64_t>(qzeros.size()),
                           static_cast<int64_t>(scales.size()));
-    std::vector<layout::Weight> weights;
-    weights.reserve(qweight.size());
-    Shape first{};
+    std::vector<Shape> shapes;
+    shapes.reserve(qweight.size());
     for (size_t i = 0; i < qweight.size(); ++i) {
       const auto part = static_cast<int64_t>(i);
-      const Shape shape = check_gptq_gemm_multi_part(
+      shapes.push_back(check_gptq_gemm_multi_part(
           x,
           {qweight[i], qzeros[i], scales[i], options.g_idx, options.use_exllama, options.bit, options.group_size, part},
-          i > 0 ? &first : nullptr);
-      if (i == 0) first = shape;
-      weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shape));
+          i > 0 ? &shapes[0] : nullptr));
+    }
+    return shapes;
+  }
+
+  // Each part for the kernels, after the checks.
+  std::vector<layout::Weight> weights(const std::vector<Shape>& shapes, const int32_t* rows) const {
+    std::vector<layout::Weight> weights;
+    weights.reserve(shapes.size());
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shapes[i], rows));
     }
     return weights;
   }

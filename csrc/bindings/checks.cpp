@@ -1,5 +1,7 @@
 #include "bindings/checks.h"
 
+#include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -62,20 +64,41 @@ std::string device_name(const Tensor& tensor) {
   return tensor.device_index() < 0 ? name : name + ":" + str(tensor.device_index());
 }
 
+int64_t numel(const Tensor& tensor) {
+  int64_t product = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) product *= tensor.size(d);
+  return product;
+}
+
 bool is_contiguous(const Tensor& tensor) {
   int64_t expected = 1;
-  int64_t numel = 1;
   bool strides_match = true;
   for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
     strides_match = strides_match && (tensor.stride(d) == expected || tensor.size(d) <= 1);
     expected *= tensor.size(d);
-    numel *= tensor.size(d);
   }
-  return strides_match || numel == 0;
+  return strides_match || expected == 0;
+}
+
+// Of the dtypes that the ops take.
+int64_t element_bytes(const Tensor& tensor) {
+  return tensor.dtype() == kInt32 || tensor.dtype() == kFloat32 ? 4 : 2;
+}
+
+bool overlap(const Tensor& a, const Tensor& b) {
+  // Lazy copies of one tensor have their own memory once they were asked for a pointer to write to.
+  const auto begin = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data<void>()); };
+  const auto end = [&](const Tensor& tensor) {
+    return begin(tensor) + static_cast<uintptr_t>(numel(tensor) * element_bytes(tensor));
+  };
+  return begin(a) < end(b) && begin(b) < end(a);
 }
 
 void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim,
                   std::initializer_list<int32_t> dtypes, const Tensor& first) {
+  if (!tensor.defined()) {
+    refuse(op, name.str() + " must be a tensor; got None" + (dim == 1 ? "; an empty int32 tensor means none" : ""));
+  }
   if (tensor.dim() != dim) {
     refuse(op, name.str() + " must have " + str(dim) + (dim > 1 ? " dimensions" : " dimension") + "; got " +
                    str(tensor.dim()));
@@ -95,6 +118,11 @@ void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim,
   if (!is_contiguous(tensor)) {
     refuse(op, name.str() + " must be contiguous; got shape " + shape_of(tensor) + " with strides " +
                    tuple(tensor.strides(), tensor.dim()));
+  }
+  const int64_t elements = numel(tensor), needed = (tensor.storage_offset() + elements) * element_bytes(tensor);
+  if (elements != 0 && tensor.storage_bytes() < needed) {
+    refuse(op, name.str() + " must have a storage of at least " + str(needed) + " bytes; got " +
+                   str(tensor.storage_bytes()) + ", as if it had been freed");
   }
 }
 
@@ -181,6 +209,19 @@ Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& 
   return {K, N, G};
 }
 
+// What gptq_shuffle and gptq_unshuffle share. Returns K.
+int64_t check_reordering(const char* op, const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
+  const Format& format = check_bits(op, bit);
+  check_tensor(op, "qweight", qweight, 2, {kInt32}, qweight);
+  check_tensor(op, "q_perm", q_perm, 1, {kInt32}, qweight);
+  const int64_t K = check_rows(op, qweight, format);
+  if (q_perm.size(0) != 0 && q_perm.size(0) != K) {
+    refuse(op, "q_perm must be empty or have shape (K,) = (" + str(K) + ",) for qweight of shape " +
+                   shape_of(qweight) + ", bits=" + str(bit) + "; got (" + str(q_perm.size(0)) + ",)");
+  }
+  return K;
+}
+
 }  // namespace
 
 Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight) {
@@ -217,16 +258,16 @@ Shape check_gptq_dequantize(const WeightArguments& weight) {
   return check_weight("gptq_dequantize", weight, weight.qweight, nullptr, nullptr);
 }
 
-int64_t check_gptq_shuffle(const char* op, const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
-  const Format& format = check_bits(op, bit);
-  check_tensor(op, "qweight", qweight, 2, {kInt32}, qweight);
-  check_tensor(op, "q_perm", q_perm, 1, {kInt32}, qweight);
-  const int64_t K = check_rows(op, qweight, format);
-  if (q_perm.size(0) != 0 && q_perm.size(0) != K) {
-    refuse(op, "q_perm must be empty or have shape (K,) = (" + str(K) + ",) for qweight of shape " +
-                   shape_of(qweight) + ", bits=" + str(bit) + "; got (" + str(q_perm.size(0)) + ",)");
+int64_t check_gptq_shuffle(const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
+  const int64_t K = check_reordering("gptq_shuffle", qweight, q_perm, bit);
+  if (q_perm.size(0) != 0 && overlap(qweight, q_perm)) {
+    refuse("gptq_shuffle", "q_perm must share no memory with qweight, which is overwritten; got tensors that overlap");
   }
   return K;
+}
+
+int64_t check_gptq_unshuffle(const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
+  return check_reordering("gptq_unshuffle", qweight, q_perm, bit);
 }
 
 void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit) {
@@ -237,8 +278,21 @@ void check_index_range(const char* op, const char* name, const int32_t* index, i
   if (!outside) return;
   int64_t at = 0;
   while (static_cast<uint32_t>(index[at]) < bound) ++at;
-  throw std::out_of_range(std::string(op) + ": " + name + " must have values in [0, " + str(limit) + "); got " +
-                          str(index[at]) + " at index " + str(at));
+  refuse(op, std::string(name) + " must have values in [0, " + str(limit) + "); got " + str(index[at]) +
+                 " at index " + str(at));
+}
+
+void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen) {
+  std::memset(seen, 0, static_cast<size_t>(entries));
+  for (int64_t i = 0; i < entries; ++i) {
+    if (!seen[index[i]]) {
+      seen[index[i]] = 1;
+      continue;
+    }
+    const int64_t first = std::find(index, index + i, index[i]) - index;
+    refuse(op, std::string(name) + " must be a permutation; got " + str(index[i]) + " at index " + str(first) +
+                   " and at index " + str(i));
+  }
 }
 
 }  // namespace exllama::bindings

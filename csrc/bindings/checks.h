@@ -34,11 +34,13 @@ void check_gptq_gemm_multi(const Tensor& x, int64_t qweights, int64_t qzeros, in
 Shape check_gptq_gemm_multi_part(const Tensor& x, const WeightArguments& weight, const Shape* first);
 Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight);
 Shape check_gptq_dequantize(const WeightArguments& weight);
-// gptq_shuffle and gptq_unshuffle; `op` is the name that errors carry. Returns K.
-int64_t check_gptq_shuffle(const char* op, const Tensor& qweight, const Tensor& q_perm, int64_t bit);
+// Return K.
+int64_t check_gptq_shuffle(const Tensor& qweight, const Tensor& q_perm, int64_t bit);
+int64_t check_gptq_unshuffle(const Tensor& qweight, const Tensor& q_perm, int64_t bit);
 
-// Whether every entry lies in [0, limit). Only a kernel whose indices lie in host memory can ask; it throws
-// std::out_of_range (IndexError), where the reference's gathers refuse.
+// The values of an index, which only a kernel whose indices lie in host memory can ask for: that every entry lies in
+// [0, limit), and then that none of [0, entries) comes twice. `seen` is scratch memory of as many bytes as entries.
 void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit);
+void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen);
 
 }  // namespace exllama::bindings

@@ -92,18 +92,41 @@ void check_isa(const char* op) {
                               available + "; got " + (given != nullptr ? given : ""));
 }
 
-// Reads g_idx, which must not lead outside the weight.
-void check_rows_of(const char* op, const cpu::Weight& weight, const Tensor& g_idx) {
-  if (!weight.rows) return;
-  check_index_range(op, "g_idx", weight.rows, g_idx.size(0), weight.shuffled ? weight.K : weight.G);
-}
+// A copy of an index that has passed the checks of its values. Kernels read the copy, so that no thread can change what
+// was checked.
+class CheckedIndex {
+ public:
+  // `permutation`: no value may come twice.
+  CheckedIndex(const char* op, const char* name, const Tensor& index, int64_t limit, bool permutation)
+      : large_(index.size(0) > kSmall ? bytes_of(index) : 0, index) {
+    const int64_t entries = index.size(0);
+    if (entries == 0) return;
+    values_ = entries > kSmall ? static_cast<int32_t*>(large_.get()) : small_;
+    std::memcpy(values_, index.data<const void>(), bytes_of(index));
+    check_index_range(op, name, values_, entries, limit);
+    if (!permutation) return;
+    const Workspace seen(static_cast<size_t>(entries), index);
+    check_permutation(op, name, values_, entries, static_cast<uint8_t*>(seen.get()));
+  }
+  CheckedIndex(const CheckedIndex&) = delete;
+  CheckedIndex& operator=(const CheckedIndex&) = delete;
+  // Null for an empty index.
+  const int32_t* get() const { return values_; }
 
-// For the kernels, after the checks.
-cpu::Weight checked(const char* op, const PackedWeight& packed, const Shape& shape) {
-  check_isa(op);
-  const cpu::Weight weight = packed.weight(shape);
-  check_rows_of(op, weight, packed.options.g_idx);
-  return weight;
+ private:
+  static constexpr int64_t kSmall = 4096;
+
+  static size_t bytes_of(const Tensor& index) { return static_cast<size_t>(index.size(0)) * sizeof(int32_t); }
+
+  int32_t small_[kSmall];
+  Workspace large_;
+  int32_t* values_ = nullptr;
+};
+
+// The permutation or the groups of a weight's rows; an op that writes to the rows of a permutation needs each of them.
+CheckedIndex checked_rows(const char* op, const Options& options, const Shape& shape, bool writes_to_its_rows) {
+  return {op, "g_idx", options.g_idx, options.use_exllama ? shape.K : shape.G,
+          options.use_exllama && writes_to_its_rows};
 }
 
 // x times every part, side by side.
@@ -126,16 +149,19 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = tensor_at(stack, 0);
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm(x, packed.arguments());
-  const cpu::Weight weight = checked("gptq_gemm", packed, shape);
+  check_isa("gptq_gemm");
+  const CheckedIndex rows = checked_rows("gptq_gemm", packed.options, shape, false);
+  const cpu::Weight weight = packed.weight(shape, rows.get());
   give_back(stack, product(&weight, 1, x));
 }
 
 void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = tensor_at(stack, 0);
   const PackedWeights packed(stack + 1);
-  const std::vector<cpu::Weight> parts = packed.checked_weights(x);
+  const std::vector<Shape> shapes = packed.check(x);
   check_isa("gptq_gemm_multi");
-  check_rows_of("gptq_gemm_multi", parts[0], packed.options.g_idx);
+  const CheckedIndex rows = checked_rows("gptq_gemm_multi", packed.options, shapes[0], false);
+  const std::vector<cpu::Weight> parts = packed.weights(shapes, rows.get());
   give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
 }
 
@@ -143,7 +169,9 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor grad = tensor_at(stack, 0);
   const PackedWeight packed(stack + 1);
   const Shape shape = check_gptq_gemm_dx(grad, packed.arguments());
-  const cpu::Weight weight = checked("gptq_gemm_dx", packed, shape);
+  check_isa("gptq_gemm_dx");
+  const CheckedIndex rows = checked_rows("gptq_gemm_dx", packed.options, shape, true);
+  const cpu::Weight weight = packed.weight(shape, rows.get());
   const int64_t M = grad.size(0);
   const int64_t sizes[] = {M, shape.K};
   Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
@@ -159,7 +187,9 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
 void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const PackedWeight packed(stack);
   const Shape shape = check_gptq_dequantize(packed.arguments());
-  const cpu::Weight weight = checked("gptq_dequantize", packed, shape);
+  check_isa("gptq_dequantize");
+  const CheckedIndex rows = checked_rows("gptq_dequantize", packed.options, shape, true);
+  const cpu::Weight weight = packed.weight(shape, rows.get());
   const int64_t sizes[] = {shape.K, shape.N};
   const Tensor& scales = packed.scales;
   Tensor out = Tensor::empty(sizes, scales.dtype(), scales.device_type(), scales.device_index());
@@ -168,41 +198,34 @@ void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   give_back(stack, static_cast<Tensor&&>(out));
 }
 
-const int32_t* checked_perm(const char* op, const Tensor& q_perm, int64_t K) {
-  if (q_perm.size(0) == 0) return nullptr;
-  const int32_t* perm = q_perm.data<const int32_t>();
-  check_index_range(op, "q_perm", perm, K, K);
-  return perm;
-}
-
 void gptq_shuffle(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor qweight = tensor_at(stack, 0);
   const Tensor q_perm = tensor_at(stack, 1);
   const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle("gptq_shuffle", qweight, q_perm, bit);
+  const int64_t K = check_gptq_shuffle(qweight, q_perm, bit);
   const int64_t N = qweight.size(1);
   check_isa("gptq_shuffle");
-  const int32_t* perm = checked_perm("gptq_shuffle", q_perm, K);
+  const CheckedIndex perm("gptq_shuffle", "q_perm", q_perm, K, true);
   if (N == 0) return;
   const auto bits = static_cast<int32_t>(bit);
   TorchThreads pool;
-  const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
-  cpu::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), pool.parallel());
+  const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm.get() != nullptr), qweight);
+  cpu::shuffle(qweight.data<uint32_t>(), perm.get(), K, N, bits, workspace.get(), pool.parallel());
 }
 
 void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor qweight = tensor_at(stack, 0);
   const Tensor q_perm = tensor_at(stack, 1);
   const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle("gptq_unshuffle", qweight, q_perm, bit);
+  const int64_t K = check_gptq_unshuffle(qweight, q_perm, bit);
   const int64_t sizes[] = {qweight.size(0), qweight.size(1)};
   check_isa("gptq_unshuffle");
-  const int32_t* perm = checked_perm("gptq_unshuffle", q_perm, K);
+  const CheckedIndex perm("gptq_unshuffle", "q_perm", q_perm, K, true);
   Tensor out = Tensor::empty(sizes, kInt32, qweight.device_type(), qweight.device_index());
   if (sizes[1] > 0) {
     TorchThreads pool;
-    cpu::unshuffle(qweight.data<const uint32_t>(), perm, K, sizes[1], static_cast<int32_t>(bit), out.data<uint32_t>(),
-                   pool.parallel());
+    cpu::unshuffle(qweight.data<const uint32_t>(), perm.get(), K, sizes[1], static_cast<int32_t>(bit),
+                   out.data<uint32_t>(), pool.parallel());
   }
   give_back(stack, static_cast<Tensor&&>(out));
 }

@@ -158,7 +158,7 @@ void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
 void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = tensor_at(stack, 0);
   const PackedWeights packed(stack + 1);
-  const std::vector<layout::Weight> parts = packed.checked_weights(x);
+  const std::vector<layout::Weight> parts = packed.weights(packed.check(x), packed.options.rows());
   give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
 }
 
@@ -193,7 +193,7 @@ void gptq_shuffle(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor qweight = tensor_at(stack, 0);
   const Tensor q_perm = tensor_at(stack, 1);
   const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle("gptq_shuffle", qweight, q_perm, bit);
+  const int64_t K = check_gptq_shuffle(qweight, q_perm, bit);
   const int64_t N = qweight.size(1);
   const auto bits = static_cast<int32_t>(bit);
   const int32_t* perm = perm_of(q_perm);
@@ -206,7 +206,7 @@ void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor qweight = tensor_at(stack, 0);
   const Tensor q_perm = tensor_at(stack, 1);
   const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle("gptq_unshuffle", qweight, q_perm, bit);
+  const int64_t K = check_gptq_unshuffle(qweight, q_perm, bit);
   const int64_t sizes[] = {qweight.size(0), qweight.size(1)};
   const int32_t* perm = perm_of(q_perm);
   Tensor out = Tensor::empty(sizes, kInt32, qweight.device_type(), qweight.device_index());

@@ -18,6 +18,8 @@ class Tensor {
   Tensor() = default;
   // Takes the handle over, as a boxed kernel takes its arguments from the stack.
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
+    if (!defined_) return;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
@@ -32,6 +34,7 @@ class Tensor {
     if (this != &other) {
       reset();
       handle_ = other.release();
+      defined_ = other.defined_;
       dim_ = other.dim_;
       sizes_ = other.sizes_;
       strides_ = other.strides_;
@@ -57,6 +60,8 @@ class Tensor {
     return Tensor(handle);
   }
 
+  // Whether a caller gave a tensor: Python's None comes as one that is not.
+  bool defined() const { return defined_; }
   int64_t dim() const { return dim_; }
   int64_t size(int64_t d) const { return sizes_[d]; }
   int64_t stride(int64_t d) const { return strides_[d]; }
@@ -67,6 +72,17 @@ class Tensor {
   int32_t device_index() const { return device_index_; }
   bool on_the_device_of(const Tensor& other) const {
     return device_type_ == other.device_type_ && device_index_ == other.device_index_;
+  }
+
+  int64_t storage_offset() const {
+    int64_t offset = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle_, &offset));
+    return offset;
+  }
+  int64_t storage_bytes() const {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle_, &bytes));
+    return bytes;
   }
 
   // A const T leaves a lazily copied tensor uncopied.
@@ -99,6 +115,7 @@ class Tensor {
   }
 
   AtenTensorHandle handle_ = nullptr;
+  bool defined_ = false;
   int64_t dim_ = 0;
   int64_t* sizes_ = nullptr;
   int64_t* strides_ = nullptr;

@@ -1,9 +1,9 @@
 """Every rule for the arguments of the ops, in one place.
 
-The fakes, the reference and the Python backends call these functions; the native backends repeat the texts and are
-compared with them by the error-table test. All rules look at shapes, strides, dtypes and devices only: no data is
-read. They are written with ``torch._check_value`` so that they hold while tracing, and the number of tokens M stands
-in none of them, so that no rule specialises it.
+The fakes, the reference and the Python backends call these functions. The native backends repeat the texts, and the
+error-table test compares the two. The rules look at shapes, strides, dtypes, devices and storages, never at data;
+`check_index_values` is the one exception, for indices on a CPU. They are written with ``torch._check_value``, so that
+they hold while tracing. The number of tokens M stands in none of them, so that no rule specialises it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,22 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)
 
 
+# Tensors of these keys have no memory that can be looked at: what is traced, transformed or on the meta device.
+_TRACED = ("Python", "Functionalize", "Meta", "FuncTorchBatched", "FuncTorchGradWrapper")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    keys = torch._C._dispatch_keys(tensor)
+    return not any(keys.has(getattr(torch._C.DispatchKey, key)) for key in _TRACED)
+
+
 def _check_tensor(
-    op: str, name: str, tensor: Tensor, ndim: int, dtypes: Sequence[torch.dtype], device: torch.device
+    op: str, name: str, tensor: Tensor, ndim: int, dtypes: Sequence[torch.dtype], device: torch.device | None = None
 ) -> None:
+    """The rules of one tensor; ``device`` is that of the op's first argument, and None for that argument itself."""
+    # The dispatcher passes None where a schema has Tensor. Vectors are indices, which callers may want to leave out.
+    hint = "; an empty int32 tensor means none" if ndim == 1 else ""
+    torch._check_value(tensor is not None, lambda: f"{op}: {name} must be a tensor; got None{hint}")
     torch._check_value(
         tensor.dim() == ndim,
         lambda: f"{op}: {name} must have {ndim} dimension{'s' * (ndim > 1)}; got {tensor.dim()}",
@@ -35,12 +48,24 @@ def _check_tensor(
         lambda: f"{op}: {name} must be {'one of ' * (len(dtypes) > 1)}{_names(dtypes)}; got {tensor.dtype}",
     )
     torch._check_value(
-        tensor.device == device,
+        device is None or tensor.device == device,
         lambda: f"{op}: {name} must be on {device} like the first argument; got {tensor.device}",
     )
     torch._check_value(
         _is_contiguous(tensor),
         lambda: f"{op}: {name} must be contiguous; got shape {tuple(tensor.shape)} with strides {tensor.stride()}",
+    )
+    if _has_memory(tensor):
+        _check_storage(op, name, tensor)
+
+
+def _check_storage(op: str, name: str, tensor: Tensor) -> None:
+    """Whether a storage still holds its contiguous tensor: ``untyped_storage().resize_`` frees and shrinks it."""
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    torch._check_value(
+        tensor.numel() == 0 or held >= needed,
+        lambda: f"{op}: {name} must have a storage of at least {needed} bytes; got {held}, as if it had been freed",
     )
 
 
@@ -89,14 +114,34 @@ def _check_rows(op: str, qweight: Tensor, bits: int) -> int:
     return words * 32 // bits
 
 
-def check_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int, *, op: str = "gptq_shuffle") -> None:
-    """The rules of gptq_shuffle and gptq_unshuffle.
+def check_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
+    """The rules of gptq_shuffle.
 
     Raises:
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
+    _check_reordering("gptq_shuffle", qweight, q_perm, bit)
+    torch._check_value(
+        q_perm.shape[0] == 0 or not _overlap(qweight, q_perm),
+        lambda: (
+            "gptq_shuffle: q_perm must share no memory with qweight, which is overwritten; got tensors that overlap"
+        ),
+    )
+
+
+def check_gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
+    """The rules of gptq_unshuffle.
+
+    Raises:
+        ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
+    """
+    _check_reordering("gptq_unshuffle", qweight, q_perm, bit)
+
+
+def _check_reordering(op: str, qweight: Tensor, q_perm: Tensor, bit: int) -> None:
+    """What gptq_shuffle and gptq_unshuffle share."""
     _check_bits(op, bit)
-    _check_tensor(op, "qweight", qweight, 2, (torch.int32,), qweight.device)
+    _check_tensor(op, "qweight", qweight, 2, (torch.int32,))
     _check_tensor(op, "q_perm", q_perm, 1, (torch.int32,), qweight.device)
     K = _check_rows(op, qweight, bit)
     torch._check_value(
@@ -106,6 +151,58 @@ def check_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int, *, op: str = "
             f"bits={bit}; got ({q_perm.shape[0]},)"
         ),
     )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory; of tensors without memory, whether they do in one storage."""
+    if _has_memory(a) and _has_memory(b):
+        a_begin, b_begin = a.data_ptr(), b.data_ptr()
+    elif a.untyped_storage()._cdata == b.untyped_storage()._cdata:
+        a_begin, b_begin = (int(tensor.storage_offset()) * tensor.element_size() for tensor in (a, b))
+    else:
+        return False
+    return a_begin < b_begin + b.nbytes and b_begin < a_begin + a.nbytes
+
+
+def check_index_values(op: str, name: str, index: Tensor, limit: int, *, permutation: bool = False) -> None:
+    """The rule for the values of an index, where they may be read: on a CPU, while nothing is traced.
+
+    Args:
+        op: the name that errors carry.
+        name: of the argument.
+        index: one-dimensional int32, or empty for none.
+        limit: values lie in [0, limit).
+        permutation: whether no value may come twice, since the op writes to the rows that it names.
+
+    Raises:
+        ValueError: a value breaks the rule; the text says which, and where it stands.
+    """
+    if index.device.type != "cpu" or not _has_memory(index):
+        return
+    values = index.tolist()
+    wrong = next((i for i, value in enumerate(values) if not 0 <= value < limit), None)
+    if wrong is not None:
+        raise ValueError(f"{op}: {name} must have values in [0, {limit}); got {values[wrong]} at index {wrong}")
+    if not permutation:
+        return
+    first_at: dict[int, int] = {}
+    for i, value in enumerate(values):
+        if first_at.setdefault(value, i) != i:
+            raise ValueError(
+                f"{op}: {name} must be a permutation; got {value} at index {first_at[value]} and at index {i}"
+            )
+
+
+def check_g_idx_values(
+    op: str, g_idx: Tensor, use_exllama: bool, K: int, G: int, *, writes_to_its_rows: bool = False
+) -> None:
+    """`check_index_values` of g_idx: a permutation of the K rows, or the group of each row.
+
+    A gather from a list that names a row twice has a result. An op that writes to the rows of a permutation would leave
+    those that it does not name as they were in memory.
+    """
+    limit, permutation = (K, writes_to_its_rows) if use_exllama else (G, False)
+    check_index_values(op, "g_idx", g_idx, limit, permutation=permutation)
 
 
 def check_gptq_dequantize(
@@ -134,9 +231,9 @@ def check_gptq_dequantize(
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
     del use_v2_format
-    device = qweight.device if device is None else device
     _check_bits(op, bit)
     _check_tensor(op, f"qweight{part}", qweight, 2, (torch.int32,), device)
+    device = qweight.device if device is None else device
     _check_tensor(op, f"qzeros{part}", qzeros, 2, (torch.int32,), device)
     _check_tensor(op, f"scales{part}", scales, 2, FLOAT_DTYPES, device)
     _check_tensor(op, "g_idx", g_idx, 1, (torch.int32,), device)
@@ -209,7 +306,7 @@ def check_gptq_gemm(
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
     op = "gptq_gemm"
-    _check_tensor(op, "x", x, 2, FLOAT_DTYPES, x.device)
+    _check_tensor(op, "x", x, 2, FLOAT_DTYPES)
     check_gptq_dequantize(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size,
         op=op, device=x.device, K=x.shape[1],
@@ -233,7 +330,7 @@ def check_gptq_gemm_dx(
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
     op = "gptq_gemm_dx"
-    _check_tensor(op, "grad", grad, 2, FLOAT_DTYPES, grad.device)
+    _check_tensor(op, "grad", grad, 2, FLOAT_DTYPES)
     check_gptq_dequantize(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size,
         op=op, device=grad.device, N=grad.shape[1],
@@ -257,7 +354,7 @@ def check_gptq_gemm_multi(
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
     op = "gptq_gemm_multi"
-    _check_tensor(op, "x", x, 2, FLOAT_DTYPES, x.device)
+    _check_tensor(op, "x", x, 2, FLOAT_DTYPES)
     lengths = len(qweight), len(qzeros), len(scales)
     torch._check_value(
         min(lengths) == max(lengths) > 0,

@@ -57,7 +57,7 @@ def define_linear_op(
 
 def _has_derivative(first: Tensor) -> bool:
     """Whether autograd is to know what becomes of a first argument."""
-    return (first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+    return (first is not None and first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _packet(name: str) -> Any:

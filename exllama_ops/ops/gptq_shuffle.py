@@ -36,7 +36,8 @@ def fake_gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
 
 def count_the_write(keyset: Any, qweight: Tensor, q_perm: Tensor, bit: int) -> None:
     """Bump the version of qweight, by which autograd notices that a saved tensor was overwritten."""
-    torch.autograd.graph.increment_version(qweight)
+    if qweight is not None:  # which the op itself refuses
+        torch.autograd.graph.increment_version(qweight)
     torch.ops.exllama.gptq_shuffle.default.redispatch(
         keyset & torch._C._after_ADInplaceOrView_keyset, qweight, q_perm, bit
     )

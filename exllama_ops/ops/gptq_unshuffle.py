@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exllama_ops.layout.checks import check_gptq_shuffle
+from exllama_ops.layout.checks import check_gptq_unshuffle
 from exllama_ops.ops import _library
 
 
@@ -30,7 +30,7 @@ def gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
 
 
 def fake_gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
-    check_gptq_shuffle(qweight, q_perm, bit, op="gptq_unshuffle")
+    check_gptq_unshuffle(qweight, q_perm, bit)
     return torch.empty_like(qweight)
 
 

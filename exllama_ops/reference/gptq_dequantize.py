@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exllama_ops.layout.checks import check_gptq_dequantize
+from exllama_ops.layout.checks import check_g_idx_values, check_gptq_dequantize
 from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.pack import unpack_rows, unpack_zeros
 from exllama_ops.layout.shuffle import inverse_permutation
@@ -25,6 +25,8 @@ def gptq_dequantize(
     only rounding is the one to the scales' dtype; with float32 scales it is the product's.
     """
     check_gptq_dequantize(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    K = qweight.shape[0] * 32 // bit
+    check_g_idx_values("gptq_dequantize", g_idx, use_exllama, K, scales.shape[0], writes_to_its_rows=True)
     W = dequantize_rows(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size, dtype=torch.float32
     )

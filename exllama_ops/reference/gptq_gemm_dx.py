@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exllama_ops.layout.checks import check_gptq_gemm_dx
+from exllama_ops.layout.checks import check_g_idx_values, check_gptq_gemm_dx
 from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.reference.gptq_dequantize import dequantize_rows
 
@@ -21,6 +21,8 @@ def gptq_gemm_dx(
 ) -> Tensor:
     """Reference of `torch.ops.exllama.gptq_gemm_dx`: ``grad @ W.T``, summed in float64, rounded as in `gptq_gemm`."""
     check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    K = qweight.shape[0] * 32 // bit
+    check_g_idx_values("gptq_gemm_dx", g_idx, use_exllama, K, scales.shape[0], writes_to_its_rows=True)
     W = dequantize_rows(
         qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size, dtype=torch.float64
     )

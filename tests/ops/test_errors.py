@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from conformance.weights import Case, build
@@ -342,16 +344,223 @@ def test_a_refused_shuffle_leaves_the_weight_as_it_was() -> None:
     assert torch.equal(qweight, before)
 
 
-def test_an_index_outside_its_range_is_an_error_on_the_cpu() -> None:
-    """The op reads no index on the host; the reference's gathers refuse what would read elsewhere."""
-    for wrong in (-1, 64):
-        rows = torch.arange(64, dtype=torch.int32)
-        rows[5] = wrong
-        with pytest.raises((IndexError, RuntimeError)):
-            run_op("gptq_gemm", *gemm_arguments(g_idx=rows).values())
-        x, *weight, g_idx, use_exllama, bit, v2, group_size = gemm_arguments(g_idx=rows).values()
-        with pytest.raises((IndexError, RuntimeError)):
-            run_op("gptq_gemm_multi", x, *([tensor] for tensor in weight), g_idx, use_exllama, bit, v2, group_size)
+# Every op with arguments that it takes, and the places of its tensors.
+def op_arguments(op: str, **changes: Any) -> dict[str, Any]:
+    if op in ("gptq_shuffle", "gptq_unshuffle"):
+        return {"qweight": build(CASE).qweight, "q_perm": torch.arange(64, dtype=torch.int32), "bit": 4} | changes
+    arguments = gemm_arguments(g_idx=torch.arange(64, dtype=torch.int32))
+    if op != "gptq_gemm":
+        x = arguments.pop("x")
+        arguments = {"gptq_dequantize": {}, "gptq_gemm_dx": {"grad": empty(3, 32, dtype=HALF)}}.get(
+            op, {"x": x}
+        ) | arguments
+    if op == "gptq_gemm_multi":
+        arguments |= {name: [arguments[name]] for name in ("qweight", "qzeros", "scales")}
+    return arguments | changes
+
+
+OPS = ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi")
+TENSORS = [
+    (op, name) for op in OPS for name, value in op_arguments(op).items() if isinstance(value, (torch.Tensor, list))
+]
+VECTORS = ("g_idx", "q_perm")
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, name in TENSORS if isinstance(op_arguments(op)[name], torch.Tensor)]
+)
+def test_none_for_a_tensor_is_refused_by_name(run: Callable[..., None], op: str, name: str) -> None:
+    hint = "; an empty int32 tensor means none" if name in VECTORS else ""
+    with pytest.raises(ValueError, match=f"^{op}: {name} must be a tensor; got None{hint}$"):
+        run(op, *op_arguments(op, **{name: None}).values())
+
+
+@pytest.mark.parametrize("run", [run_reference, run_op])
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_a_storage_that_was_freed_or_shrunk_is_refused_by_name(run: Callable[..., None], op: str, name: str) -> None:
+    for kept_bytes in (0, 4):
+        arguments = op_arguments(op)
+        value = arguments[name]
+        tensor, part = (value[0], r"\[0\]") if isinstance(value, list) else (value, "")
+        tensor = tensor.clone()
+        needed = tensor.nbytes
+        tensor.untyped_storage().resize_(kept_bytes)
+        arguments[name] = [tensor] if part else tensor
+        message = (
+            f"{name}{part} must have a storage of at least {needed} bytes; got {kept_bytes}, as if it had been freed"
+        )
+        with pytest.raises(ValueError, match=f"^{op}: {message}$"):
+            run(op, *arguments.values())
+
+
+def test_a_view_needs_the_storage_up_to_its_end_and_no_more() -> None:
+    x = torch.randn(6, 64).half()
+    view = x[2:5]
+    x.untyped_storage().resize_(5 * 64 * 2)
+    run_op("gptq_gemm", *gemm_arguments(x=view).values())
+    x.untyped_storage().resize_(5 * 64 * 2 - 1)
+    with pytest.raises(ValueError, match=r"x must have a storage of at least 640 bytes; got 639"):
+        run_op("gptq_gemm", *gemm_arguments(x=view).values())
+
+
+def perm_within(buffer: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A weight of (8, 32) words at the beginning of a buffer, and a permutation of its rows from an entry on."""
+    perm = buffer[first : first + 64]
+    if buffer.device.type == "cpu" and not isinstance(buffer, FakeTensor):
+        perm.copy_(torch.arange(64))
+    return buffer[:256].view(8, 32), perm, 4
+
+
+OVERLAP = "gptq_shuffle: q_perm must share no memory with qweight, which is overwritten; got tensors that overlap"
+
+
+@pytest.mark.parametrize("first", [0, 100, 255])
+@pytest.mark.parametrize("run", [run_reference, run_op])
+def test_a_permutation_in_the_memory_that_shuffle_overwrites_is_refused(run: Callable[..., None], first: int) -> None:
+    arguments = perm_within(torch.zeros(400, dtype=torch.int32), first)
+    before = arguments[0].clone()
+    with pytest.raises(ValueError, match=f"^{OVERLAP}$"):
+        run("gptq_shuffle", *arguments)
+    assert torch.equal(arguments[0], before)
+    run("gptq_unshuffle", *arguments)  # which overwrites nothing
+    with pytest.raises(ValueError, match=f"^{OVERLAP}$"):
+        run("gptq_shuffle", *perm_within(torch.zeros(400, dtype=torch.int32, device="meta"), first))
+    with FakeTensorMode(), pytest.raises(ValueError, match=f"^{OVERLAP}$"):
+        run_op("gptq_shuffle", *perm_within(torch.zeros(400, dtype=torch.int32), first))
+
+
+@pytest.mark.parametrize("run", [run_reference, run_op])
+def test_a_permutation_beside_its_weight_in_one_buffer_is_taken(run: Callable[..., None]) -> None:
+    run("gptq_shuffle", *perm_within(torch.zeros(400, dtype=torch.int32), 256))
+    with FakeTensorMode():
+        run_op("gptq_shuffle", *perm_within(torch.zeros(400, dtype=torch.int32), 256))
+    qweight = torch.zeros(8, 32, dtype=torch.int32)
+    run("gptq_shuffle", qweight, qweight[2, 5:5], 4)  # of no entries
+
+
+def test_overlaps_are_found_between_storages_too() -> None:
+    """Two tensors over one array of NumPy share memory, but no storage."""
+    array = torch.arange(256, dtype=torch.int32).numpy()
+    qweight, perm = torch.from_numpy(array).view(8, 32), torch.from_numpy(array[:64])
+    assert qweight.untyped_storage()._cdata != perm.untyped_storage()._cdata
+    with pytest.raises(ValueError, match=f"^{OVERLAP}$"):
+        run_op("gptq_shuffle", qweight, perm, 4)
+
+
+def test_a_compiled_shuffle_refuses_a_permutation_in_its_weight() -> None:
+    def shuffle(*arguments: Any) -> None:
+        torch.ops.exllama.gptq_shuffle(*arguments)
+
+    compiled = torch.compile(shuffle, backend="aot_eager", fullgraph=True)
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchRuntimeError), match=OVERLAP):
+        compiled(*perm_within(torch.zeros(400, dtype=torch.int32), 0))
+
+
+def index_of(op: str) -> str:
+    return "q_perm" if "shuffle" in op else "g_idx"
+
+
+@pytest.mark.parametrize("run", [run_reference, run_op])
+@pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("op", OPS)
+def test_an_index_outside_its_range_is_refused_on_the_cpu(run: Callable[..., None], op: str, wrong: int) -> None:
+    name, rows = index_of(op), torch.arange(64, dtype=torch.int32)
+    rows[5] = wrong
+    arguments = op_arguments(op, **{name: rows})
+    before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, arguments)
+    message = re.escape(f"{op}: {name} must have values in [0, 64); got {wrong} at index 5")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run(op, *arguments.values())
+    torch.testing.assert_close(arguments, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("run", [run_reference, run_op])
+@pytest.mark.parametrize("op", OPS[2:])
+def test_a_group_that_has_no_scales_is_refused_on_the_cpu(run: Callable[..., None], op: str) -> None:
+    groups = torch.arange(64, dtype=torch.int32) // 16
+    groups[7] = 4
+    message = re.escape(f"{op}: g_idx must have values in [0, 4); got 4 at index 7")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run(op, *op_arguments(op, g_idx=groups, use_exllama=False).values())
+
+
+@pytest.mark.parametrize("run", [run_reference, run_op])
+@pytest.mark.parametrize("op", OPS)
+def test_duplicates_in_a_permutation_are_refused_by_who_writes_to_its_rows(run: Callable[..., None], op: str) -> None:
+    name, rows = index_of(op), torch.arange(64, dtype=torch.int32)
+    rows[9] = 3
+    arguments = op_arguments(op, **{name: rows})
+    if op in ("gptq_gemm", "gptq_gemm_multi"):  # a gather has a result
+        run(op, *arguments.values())
+        return
+    with pytest.raises(ValueError, match=f"^{op}: {name} must be a permutation; got 3 at index 3 and at index 9$"):
+        run(op, *arguments.values())
+
+
+def test_a_gather_by_duplicates_gives_the_reference_result() -> None:
+    arguments = gemm_arguments(g_idx=torch.arange(64, dtype=torch.int32) // 2, x=torch.eye(64))
+    out, expected = (ops.gptq_gemm(*arguments.values()) for ops in (torch.ops.exllama, reference))
+    torch.testing.assert_close(out, expected)
+
+
+def test_permutations_longer_than_the_copy_on_the_stack_are_checked_too() -> None:
+    K = 8192
+    qweight, rows = empty(K // 8, 8), torch.randperm(K).int()
+    run_op("gptq_unshuffle", qweight, rows, 4)
+    rows[-1], other = rows[0], int(rows[0])
+    with pytest.raises(ValueError, match=f"must be a permutation; got {other} at index 0 and at index {K - 1}$"):
+        run_op("gptq_unshuffle", qweight, rows, 4)
+
+
+WRITES_DURING_CALLS = """
+import threading
+import torch
+import exllama_ops
+
+K, N = 512, 64
+weight = exllama_ops.quantize(torch.randn(N, K), 4, 32)
+x, dx = torch.randn(32, K), torch.randn(32, N)
+raw, perm = torch.arange(K, dtype=torch.int32) // 32, torch.randperm(K).int()
+ops = torch.ops.exllama
+tensors = weight.qweight, weight.qzeros, weight.scales
+calls = [
+    (ops.gptq_gemm, (x, *tensors), raw, False),
+    (ops.gptq_gemm_dx, (dx, *tensors), raw, False),
+    (ops.gptq_dequantize, tensors, raw, False),
+    (ops.gptq_gemm, (x, *tensors), perm, True),
+    (ops.gptq_gemm_dx, (dx, *tensors), perm, True),
+    (ops.gptq_dequantize, tensors, perm, True),
+]
+for op, arguments, good, shuffled in calls:
+    expected = op(*arguments, good, shuffled, 4, True)
+    index, bad, done = good.clone(), torch.full_like(good, 2**30), threading.Event()
+
+    def write():
+        while not done.is_set():
+            index.copy_(bad)
+            index.copy_(good)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    computed = refused = 0
+    while computed + refused < 4000 and (computed < 20 or refused < 20):
+        try:
+            assert torch.equal(op(*arguments, index, shuffled, 4, True), expected)
+            computed += 1
+        except ValueError as error:
+            assert "must have values in" in str(error)
+            refused += 1
+    done.set()
+    writer.join()
+print("right")
+"""
+
+
+def test_an_index_that_a_thread_writes_during_calls_is_read_once() -> None:
+    """In a process of its own: an index that is read again leads outside, and the process dies."""
+    result = subprocess.run([sys.executable, "-c", WRITES_DURING_CALLS], capture_output=True, text=True, check=False)
+    assert result.stdout == "right\n", (result.returncode, result.stderr)
 
 
 def test_errors_keep_their_text_inside_a_compiled_function() -> None:

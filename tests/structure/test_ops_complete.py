@@ -62,7 +62,7 @@ def test_op_public_function_reference_and_check_have_the_same_arguments(name: st
     for function in (getattr(ops, name), getattr(reference, name), getattr(exllama_ops, name)):
         parameters = inspect.signature(function).parameters.values()
         assert [(parameter.name, parameter.default) for parameter in parameters] == schema
-    check = getattr(checks, f"check_{name}", checks.check_gptq_shuffle)
+    check = getattr(checks, f"check_{name}")
     positional = [p for p in inspect.signature(check).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     assert [(parameter.name, parameter.default) for parameter in positional] == schema
 

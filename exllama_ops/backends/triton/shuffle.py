@@ -19,7 +19,7 @@ from exllama_ops.backends.triton.unpack import (
     num_fields,
     value_of,
 )
-from exllama_ops.layout.checks import check_gptq_shuffle
+from exllama_ops.layout.checks import check_gptq_shuffle, check_gptq_unshuffle
 from exllama_ops.layout.formats import FORMATS
 from exllama_ops.layout.shuffle import inverse_permutation
 
@@ -123,7 +123,7 @@ def gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
 
 def gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
     """`torch.ops.exllama.gptq_unshuffle` in Triton."""
-    check_gptq_shuffle(qweight, q_perm, bit, op="gptq_unshuffle")
+    check_gptq_unshuffle(qweight, q_perm, bit)
     in_order = qweight.new_empty(qweight.shape)
     none = q_perm[:0]
     _reorder(qweight, none, in_order, bit, from_shuffled=True, to_shuffled=False)
