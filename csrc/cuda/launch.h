@@ -45,8 +45,16 @@ inline unsigned grid_of(int64_t blocks, const char* kernel) {
   return static_cast<unsigned>(blocks);
 }
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
+
+// Before a kernel that writes to the rows of a permutation: where a list names none, old memory must not be a result. The
+// bytes are NaN in every float dtype, and -1, which is no index.
+inline void fill_with_nan(void* out, int64_t bytes, Stream stream, const char* what) {
+  check(cudaMemsetAsync(out, 0xff, static_cast<size_t>(bytes), to_cuda(stream)), what);
+}
 
 }  // namespace exllama::cuda

@@ -44,6 +44,7 @@ void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t 
   if (K * N == 0) return;
   if (perm) {
     auto* const inverse = static_cast<int32_t*>(workspace);
+    fill_with_nan(inverse, K * static_cast<int64_t>(sizeof(int32_t)), stream, "unshuffle");
     const unsigned grid = grid_of(divide_up(K, kShuffleThreads), "unshuffle");
     invert_permutation<<<grid, kShuffleThreads, 0, to_cuda(stream)>>>(perm, K, inverse);
     check(cudaGetLastError(), "unshuffle");

@@ -64,7 +64,7 @@ def gptq_dequantize(
     """`torch.ops.exllama.gptq_dequantize` in Triton."""
     check_gptq_dequantize(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
     weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    out = scales.new_empty(weight.K, weight.N, dtype=kernel_dtype(scales.dtype))
+    out = weight.new_rows((weight.K, weight.N), kernel_dtype(scales.dtype))
     values = FORMATS[bit].block_values
     tiles = triton.cdiv(weight.K // values, BLOCK_B) * triton.cdiv(weight.N, BLOCK_N)
     constants = {"GROUPS_OF": weight.groups_of(BLOCK_B * values), "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N}

@@ -65,7 +65,7 @@ def gemm_dx_kernel(
 def compute_dx(plan: DxPlan, grad: Tensor, weight: Weight) -> Tensor:
     """``grad @ W.T`` by a plan; M > 0."""
     M, tile = grad.shape[0], plan.tile
-    out = grad.new_empty(M, weight.K, dtype=kernel_dtype(grad.dtype))
+    out = weight.new_rows((M, weight.K), kernel_dtype(grad.dtype))
     constants = {
         "GROUPS_OF": weight.groups_of(tile.block_n),
         "BLOCK_M": tile.block_m,

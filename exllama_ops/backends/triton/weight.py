@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exllama_ops.layout.formats import FORMATS
@@ -77,6 +78,15 @@ class Weight:
     def has_raw_groups(self) -> bool:
         """Whether rows gives the group of each row."""
         return not self.shuffled and self.rows.shape[0] > 0
+
+    def new_rows(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory for a result whose rows or columns are those of the checkpoint.
+
+        NaN where there is a permutation: what a list with duplicates does not name must not be old memory.
+        """
+        if self.perm is None:
+            return self.scales.new_empty(shape, dtype=dtype)
+        return self.scales.new_full(shape, torch.nan, dtype=dtype)
 
     def groups_of(self, tile_rows: int) -> str:
         """How far a group reaches in a tile of ``tile_rows`` rows: GROUPS_OF in `unpack`."""
