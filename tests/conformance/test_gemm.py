@@ -10,6 +10,7 @@ import torch
 from conformance.backends import BackendUnderTest
 from conformance.bounds import assert_within_bound
 from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_args
+from exllama_ops import backends
 
 TOKENS = (0, 1, 7, 8, 9, 33)
 MANY_TOKENS = (64, 257)
@@ -315,3 +316,23 @@ def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -
     ]
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     assert pointers.isdisjoint(r.data_ptr() for r in results)
+
+
+def test_what_a_permutation_with_duplicates_leaves_out_is_refused_or_nan(backend: BackendUnderTest) -> None:
+    """Refused where its values can be read, on a CPU; NaN on a GPU, and never what memory held before."""
+    torch.use_deterministic_algorithms(False)  # which fills all memory with NaN
+    weight = build(Case(4, 64, 32, 16, "perm")).to(backend.device)
+    missing, weight.rows[3] = int(weight.rows[3]), weight.rows[5]
+    calls = {
+        "gptq_dequantize": weight.args,
+        "gptq_gemm_dx": (torch.randn(2, 32, device=backend.device), *weight.args),
+    }
+    for name, args in calls.items():
+        if backend.device == "cpu" and backends.serving(name, "CPU") is not backends.triton.BACKEND:
+            with pytest.raises(ValueError, match=f"^{name}: g_idx must be a permutation; got"):
+                getattr(backend.ops, name)(*args)
+            continue
+        rows = getattr(backend.ops, name)(*args)
+        rows = rows if name == "gptq_dequantize" else rows.t()
+        assert rows[missing].isnan().all()
+        assert rows[torch.arange(64) != missing].isfinite().all()

@@ -23,7 +23,7 @@ import torch
 from conformance.bounds import assert_within_bound
 from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build, build_parts, multi_args
 from cuda import bounds, emulated
-from emulation.emulator import reasons_against
+from emulation.emulator import EmulationError, reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
@@ -363,6 +363,27 @@ def test_shuffle_and_unshuffle_bit_for_bit(ops: emulated.EmulatedOps, case: Case
 
 
 EVERY_ARCH = [on(arch, quick=arch == 80) for arch in ARCHS]
+
+
+@pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
+def test_what_a_permutation_with_duplicates_leaves_out_is_nan(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.use_deterministic_algorithms(False)  # which fills all memory with NaN
+    weight = build(Case(4, *SHAPES[4], 128, "perm"))
+    missing, weight.rows[3] = int(weight.rows[3]), weight.rows[5]
+    others = torch.arange(weight.case.K) != missing
+    W = ops.gptq_dequantize(*weight.args)
+    assert W[missing].isnan().all()
+    assert W[others].isfinite().all()
+    for dtype in DTYPES:
+        dx = ops.gptq_gemm_dx(activations(2, weight.case.N, dtype), *weight.args)
+        assert dx[:, missing].isnan().all()
+        assert dx[:, others].isfinite().all()
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")  # by a dense W
+    assert ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args).isnan().all()
+    with pytest.raises(EmulationError, match=r"^trap at line"):
+        ops.gptq_unshuffle(weight.qweight, weight.rows, 4)
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
