@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from transformers.cache_utils import (  # noqa: E402 (after the check that says 
 )
 
 _SMALLEST_BUCKET = 64
+
+# What transformers calls the cache, in forwards and in results: newer versions, and older ones.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 # Inductor's exceptions for a machine that lacks what its kernels are compiled with. They arrive wrapped, and under
 # names that moved between versions of torch.
@@ -64,14 +68,14 @@ class CompiledGenerator:
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.max_length: int | None = _text_config(model).to_dict().get("max_position_embeddings")
-        self._cache_shapes = _cache_shapes(model, self.device)
+        self._cache_argument, self._cache_shapes = _cache_of(model, self.device)
         self._cache: Any = None
         self._capacity = 0
         self._length = 0
         self._generation = 0
         self._graphs: dict[str, list[int]] = {"prefill": [], "decode": []}
-        self._prefill = self._step("prefill", backend) if compile else _forward_of(model)
-        self._decode = self._step("decode", backend) if compile else _forward_of(model)
+        self._prefill = self._step("prefill", backend) if compile else self._forward()
+        self._decode = self._step("decode", backend) if compile else self._forward()
 
     @property
     def graphs(self) -> int:
@@ -210,7 +214,7 @@ class CompiledGenerator:
             return compiled
 
         step: _Step = torch.compile(
-            _forward_of(self.model),
+            self._forward(),
             fullgraph=True,
             # What is marked is a symbol, and nothing else becomes one because it differed in another model.
             dynamic=False,
@@ -219,25 +223,25 @@ class CompiledGenerator:
         )
         return step
 
+    def _forward(self) -> _Step:
+        """One forward with a cache, as a function with a code object of its own."""
+        model, cache_argument = self.model, self._cache_argument
+
+        def forward(ids: Tensor, cache: Any) -> Tensor:
+            logits: Tensor = model(input_ids=ids, **{cache_argument: cache}, use_cache=True, logits_to_keep=1).logits
+            return logits[0, -1]
+
+        # Dynamo keeps its graphs, and counts them against its limit, per code object: sharing one would make the steps,
+        # and the generators of one process, guard against each other.
+        return FunctionType(
+            forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+
 
 def stop_tokens(model: Any) -> frozenset[int]:
     """The end-of-sequence tokens of a model's generation_config."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _forward_of(model: Any) -> _Step:
-    """One forward with a cache, as a function with a code object of its own."""
-
-    def forward(ids: Tensor, cache: Any) -> Tensor:
-        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[0, -1]
-
-    # Dynamo keeps its graphs, and counts them against its limit, per code object: sharing one would make the steps,
-    # and the generators of one process, guard against each other.
-    return FunctionType(
-        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
 
 
 def _without_registry(guards: Sequence[Any]) -> list[bool]:
@@ -249,15 +253,22 @@ def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _cache_shapes(model: Any, device: torch.device) -> list[_LayerShape]:
-    """What each layer caches, learned from a step of one token: configs name it in too many ways."""
+def _cache_of(model: Any, device: torch.device) -> tuple[str, list[_LayerShape]]:
+    """The name of the argument that takes the cache, and what each layer caches.
+
+    Both are learned from a step of one token: configs name the latter in too many ways.
+    """
     with torch.inference_mode():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    if not isinstance(cache, Cache):
+    returned = next((name for name in _CACHE_NAMES if isinstance(getattr(output, name, None), Cache)), None)
+    if returned is None:
         raise ValueError(
             f"CompiledGenerator: {type(model).__name__} must return a Cache of keys and values; it has none"
         )
+    # A model's own code may keep the older name, and a wrapper's forward may have neither among its parameters.
+    parameters = inspect.signature(model.forward).parameters
+    argument = next((name for name in _CACHE_NAMES if name in parameters), returned)
+    cache = getattr(output, returned)
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
     if unknown:
@@ -265,7 +276,7 @@ def _cache_shapes(model: Any, device: torch.device) -> list[_LayerShape]:
             "CompiledGenerator: every layer of the model must have full or sliding-window attention; "
             f"{type(model).__name__} caches with {', '.join(unknown)}"
         )
-    return [
+    return argument, [
         _LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
     ]

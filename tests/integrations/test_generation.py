@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -227,6 +230,52 @@ def test_errors_name_the_numbers(model: Any) -> None:
         generator.decode(0)
     with pytest.raises(ValueError, match="eval mode"):
         CompiledGenerator(random_model("Mistral").train())
+
+
+class Renamed(torch.nn.Module):
+    """A model whose forward takes its cache under a name of its choice, or in its keyword arguments alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config, self.generation_config = model.config, model.generation_config
+        self.get_input_embeddings = model.get_input_embeddings
+        (self.argument,) = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+
+
+class TakesCache(Renamed):
+    def forward(self, input_ids: Any, cache: Any = None, **options: Any) -> Any:
+        assert "past_key_values" not in options
+        return self.model(input_ids=input_ids, **{self.argument: cache}, **options)
+
+
+class TakesPastKeyValues(Renamed):
+    def forward(self, input_ids: Any, past_key_values: Any = None, **options: Any) -> Any:
+        assert "cache" not in options
+        return self.model(input_ids=input_ids, **{self.argument: past_key_values}, **options)
+
+
+class TakesKeywords(Renamed):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        assert set(options) <= {"input_ids", "use_cache", "logits_to_keep", self.argument}
+        return self.model(*args, **options)
+
+
+@pytest.mark.parametrize("kind", [TakesCache, TakesPastKeyValues, TakesKeywords])
+def test_the_cache_is_passed_by_the_name_that_the_forward_has(model: Any, kind: type[Renamed]) -> None:
+    """A forward with keyword arguments takes any other name in silence, and computes without what was cached."""
+    generator = CompiledGenerator(kind(model).eval(), compile=False)
+    assert list(generator.generate(prompt(7), 4, stop=())) == greedy(model, prompt(7), 4)
+
+
+def test_nothing_is_used_that_transformers_warns_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so once in a process, and names the version that goes without."""
+    told: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, text, *args: told.append(text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(CompiledGenerator(model, compile=False).generate(prompt(7), 4))
+    assert told == []
 
 
 def test_layers_with_another_cache_are_refused() -> None:
