@@ -1,17 +1,22 @@
 """What holds for every test: the ops are registered and compute in float32 at least, and GPU tests skip without a GPU.
 
-They skip with a reason that is counted. Tests that are marked slow are run by ``pytest --slow`` alone.
+They skip with a reason that is counted, as do tests of what one version of torch writes under another. Tests that are
+marked slow are run by ``pytest --slow`` alone.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import exllama_ops  # registers torch.ops.exllama
+
+(TORCH_OF_CI,) = re.findall(r"torch==(\S+)", (Path(__file__).parents[1] / ".ci" / "run").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    skipped = {}
+    if not torch.cuda.is_available():
+        skipped["gpu"] = "needs a CUDA device, and there is none"
+    if torch.__version__.partition("+")[0] != TORCH_OF_CI:
+        skipped["pinned"] = f"pins what torch {TORCH_OF_CI} writes; this one is {torch.__version__}"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

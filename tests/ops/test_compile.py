@@ -108,6 +108,7 @@ def test_inductor_computes_what_eager_computes(dtype: torch.dtype) -> None:
             assert (error <= bound + 4 * eps * (out.double().abs() + 1)).all()
 
 
+@pytest.mark.pinned
 def test_graph_text_of_a_quantized_mlp() -> None:
     """What Dynamo and AOTAutograd see: no break, no copy of a weight, and the twin that costs no autograd."""
     backend = AotEagerAndRecordGraphs()
