@@ -1,6 +1,6 @@
 """What holds for every test: the ops are registered and compute in float32 at least, and GPU tests skip without a GPU.
 
-They skip with a reason that is counted, as do tests of what one version of torch writes under another. Tests that are
+They skip with a reason that is counted, as do tests of what one torch makes of code under another. Tests that are
 marked slow are run by ``pytest --slow`` alone.
 """
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         skipped["gpu"] = "needs a CUDA device, and there is none"
     if torch.__version__.partition("+")[0] != TORCH_OF_CI:
-        skipped["pinned"] = f"pins what torch {TORCH_OF_CI} writes; this one is {torch.__version__}"
+        skipped["pinned"] = f"pins what torch {TORCH_OF_CI} makes of code; this one is {torch.__version__}"
     for item in items:
         for marker, reason in skipped.items():
             if item.get_closest_marker(marker):

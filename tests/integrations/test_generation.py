@@ -107,6 +107,7 @@ def test_prompts_of_any_length_need_no_graph_after_one_prefill_and_one_decode(mo
     assert recorder.after == 2 * [expected]
 
 
+@pytest.mark.pinned
 def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are checked in each step: what grew with the square of the layers, or was added to one, would show."""
     kept: list[tuple[str, str]] = []
