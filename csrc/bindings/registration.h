@@ -11,7 +11,7 @@ namespace exllama::bindings {
 
 using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
-// The kernels of the ops. An op whose autograd kernel calls a private twin has the same kernel twice.
+// The kernels of the ops. An op with an overload that has no autograd has the same kernel twice.
 struct Kernels {
   Kernel shuffle, unshuffle, dequantize, gemm, gemm_dx, gemm_multi;
 };
@@ -26,9 +26,9 @@ inline const char* register_kernels(const Kernels& kernels, const char* name_spa
     Kernel kernel;
   } implementations[] = {
       {"gptq_shuffle", kernels.shuffle}, {"gptq_unshuffle", kernels.unshuffle}, {"gptq_dequantize", kernels.dequantize},
-      {"gptq_gemm", kernels.gemm},       {"_gptq_gemm", kernels.gemm},          {"gptq_gemm_dx", kernels.gemm_dx},
-      {"_gptq_gemm_dx", kernels.gemm_dx}, {"gptq_gemm_multi", kernels.gemm_multi},
-      {"_gptq_gemm_multi", kernels.gemm_multi},
+      {"gptq_gemm", kernels.gemm}, {"gptq_gemm.no_autograd", kernels.gemm},
+      {"gptq_gemm_dx", kernels.gemm_dx}, {"gptq_gemm_dx.no_autograd", kernels.gemm_dx},
+      {"gptq_gemm_multi", kernels.gemm_multi}, {"gptq_gemm_multi.no_autograd", kernels.gemm_multi},
   };
   static thread_local std::string error;
   try {

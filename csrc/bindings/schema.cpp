@@ -21,11 +21,11 @@ const char* const kSchemas[] = {
     "gptq_unshuffle(Tensor qweight, Tensor q_perm, int bit) -> Tensor",
     "gptq_dequantize(" WEIGHT_ARGUMENTS ") -> Tensor",
     "gptq_gemm(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
-    "_gptq_gemm(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
+    "gptq_gemm.no_autograd(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
     "gptq_gemm_multi(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
-    "_gptq_gemm_multi(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
+    "gptq_gemm_multi.no_autograd(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
     "gptq_gemm_dx(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
-    "_gptq_gemm_dx(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
+    "gptq_gemm_dx.no_autograd(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
 };
 
 }  // namespace

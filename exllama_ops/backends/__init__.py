@@ -45,8 +45,7 @@ def register() -> None:
     """
     for key, backends in PRIORITY.items():
         for name in _library.schemas():
-            op = name.removeprefix("_")  # a private twin has the kernel of its public op
-            _library.register_kernel(name, key, _kernel(op, key, backends, {}))
+            _library.register_kernel(name, key, _kernel(_library.op_of(name), key, backends, {}))
 
 
 def _kernel(
@@ -91,8 +90,8 @@ def report() -> list[Choice]:
 
     A backend that finds out at its first call whether it can serve shows in the report as it stands now.
     """
-    public = [name for name in _library.schemas() if not name.startswith("_")]
-    choices = [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in public]
+    ops = dict.fromkeys(_library.op_of(name) for name in _library.schemas())
+    choices = [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in ops]
     return [replace(choice, later=_later(choice)) for choice in choices]
 
 

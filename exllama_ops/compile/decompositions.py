@@ -18,12 +18,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     weight is shuffled when it is loaded, not in a forward.
 
     Returns:
-        For the public ops and their private twins; add it to `torch.export.default_decompositions()` to decompose the
+        For every overload of the ops; add it to `torch.export.default_decompositions()` to decompose the
         rest to the core ops as well.
     """
-    overloads = {name: getattr(torch.ops.exllama, name).default for name in _library.schemas()}
+    overloads = {name: _library.overload(name) for name in _library.schemas()}
     return {
-        overload: getattr(reference, name.removeprefix("_"))
+        overload: getattr(reference, _library.op_of(name))
         for name, overload in overloads.items()
         if not overload._schema.is_mutable
     }

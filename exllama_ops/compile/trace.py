@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from exllama_ops.nn import ExllamaLinear
 
-_GEMMS = (torch.ops.exllama.gptq_gemm.default, torch.ops.exllama._gptq_gemm.default)
+_GEMMS = (torch.ops.exllama.gptq_gemm.default, torch.ops.exllama.gptq_gemm.no_autograd)
 _QWEIGHT = 1  # its place among their arguments
 
 _aten = torch.ops.aten

@@ -39,10 +39,36 @@ _kernels: dict[tuple[str, str], Callable[..., Any] | NativeKernel] = {}
 
 
 def define_op(name: str, arguments: str, returns: str, *, fake: Callable[..., Any]) -> None:
-    """Define ``exllama::name`` with its fake, which also serves meta tensors."""
+    """Define ``exllama::name`` with its fake, which also serves meta tensors.
+
+    Args:
+        name: of the op, or of a second overload, "op.overload". Calls of ``torch.ops.exllama.op`` never take that one.
+        arguments: of the schema.
+        returns: of the schema.
+        fake: with the arguments of the op.
+    """
     _schemas[name] = f"{name}({arguments}) -> {returns}"
-    _library.define(_schemas[name], tags=_TAGS)
+    if name == op_of(name):
+        _library.define(_schemas[name], tags=_TAGS)
+    else:
+        # Library.define would also tell the op of it, which then tries both overloads when arguments have wrong types,
+        # and lists both in its error.
+        getattr(torch.ops.exllama, op_of(name))
+        assert _library.m is not None
+        _library.m.define(_schemas[name], "", _TAGS)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def op_of(name: str) -> str:
+    """The name of the op whose overload a name is: "gptq_gemm" of "gptq_gemm.no_autograd"."""
+    return name.partition(".")[0]
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The overload of a name, which is the default one if it names none."""
+    op, _, name = name.partition(".")
+    result: torch._ops.OpOverload = getattr(getattr(torch.ops.exllama, op), name or "default")
+    return result
 
 
 def register_kernel(
@@ -79,13 +105,23 @@ def late_kernel(name: str, dispatch_key: str, kernel: NativeKernel) -> Callable[
     return call
 
 
+def register_vmap(name: str, rule: Callable[..., Any]) -> None:
+    """Register a rule of `exllama_ops.ops._vmap` for an op."""
+    op = overload(name)
+
+    def batch(info: Any, dims: tuple[Any, ...], *args: Any) -> Any:
+        return rule(op, info.batch_size, dims, *args)
+
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", batch, lib=_library)
+
+
 def no_gradient(name: str) -> None:
     """Declare that an op has no gradient: its results never require one, whatever its arguments do."""
     register_kernel(name, "Autograd", torch.library.fallthrough_kernel)
 
 
 def schemas() -> dict[str, str]:
-    """Every op defined in the namespace, private twins included: name -> schema."""
+    """Every overload defined in the namespace: name -> schema. A default overload has the name of its op."""
     return dict(_schemas)
 
 

@@ -1,9 +1,9 @@
 """Autograd of the ops that are linear in their first argument, by their adjoints.
 
 A Python autograd kernel costs as much as the call, in compiled code too if the compiled graph contains the op that
-owns it. So each public op has a private twin with the same schema and kernels but without autograd. The public op's
-autograd kernel calls the twin, the twin is what AOTAutograd compiles, and the function of the op's name calls it where
-the autograd kernel would do no more.
+owns it. So each of these ops has a second overload, ``no_autograd``, with the same schema and kernels. The autograd
+kernel of the default overload calls it, AOTAutograd compiles it, and the function of the op's name calls it where the
+autograd kernel would do no more. A TorchDispatchMode that looks at ops by their names sees the default overload.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
-from exllama_ops.ops import _library
+from exllama_ops.ops import _library, _vmap
 
 _OPTIONS = "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
 WEIGHT_ARGUMENTS = f"Tensor qweight, Tensor qzeros, Tensor scales, {_OPTIONS}"
@@ -25,31 +26,49 @@ WEIGHTS_ARGUMENTS = f"Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, {_OPTI
 # Of either, those that are tensors or lists of them.
 _NUM_WEIGHT_TENSORS = 4
 
+NO_AUTOGRAD = "no_autograd"
+
+# Asked in each call, in which it would take as long to find them as to call them.
+_grad_enabled = torch.is_grad_enabled
+_transformed = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+
+_TRACING = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
 
 def define_linear_op(
     name: str, arguments: str, *, adjoint: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """Define ``exllama::name``, its twin ``exllama::_name``, its gradient and its FLOP formula.
+    """Define ``exllama::name`` and its overload without autograd, their gradient, batching rule and FLOP formula.
 
     Args:
-        name: the public op; its first argument is the one it is linear in.
+        name: of the op; its first argument is the one it is linear in.
         arguments: of its schema; the first, and those of a weight or of several.
-        adjoint: maps a gradient of the result, of any strides, and the weight to one of the first argument.
-        fake: the fake of both twins.
+        adjoint: maps a gradient of the result, dense and contiguous, and the weight to one of the first argument.
+        fake: the fake of both overloads.
 
     Returns:
         The op as a function: what tracers see is ``exllama::name``.
     """
-    for twin in (name, f"_{name}"):
-        _library.define_op(twin, arguments, "Tensor", fake=fake)
-        register_flop_formula(_packet(twin))(_flops)
-    _library.no_gradient(f"_{name}")
-    _library.register_kernel(name, "Autograd", _autograd_kernel(f"_{name}", adjoint))
-    op, without_autograd = _packet(name), _packet(f"_{name}").default
+    names = (name, f"{name}.{NO_AUTOGRAD}")
+    for overload in names:
+        _library.define_op(overload, arguments, "Tensor", fake=fake)
+    op, without_autograd = (_library.overload(overload) for overload in names)
+    _library.register_kernel(names[0], "Autograd", _autograd_kernel(op, without_autograd, adjoint))
+    _library.no_gradient(names[1])
+    for overload in names:
+        _library.register_kernel(overload, "ZeroTensor", _on_zeros(without_autograd))
+        _library.register_vmap(overload, _vmap.in_one_call)
+    packet = op.overloadpacket
+    register_flop_formula(packet)(_flops)
 
     def call(first: Tensor, *weight: Any) -> Tensor:
-        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_derivative(first)
-        result: Tensor = op(first, *weight) if seen else without_autograd(first, *weight)
+        seen = torch.compiler.is_compiling() or _transformed() or _has_derivative(first) or _modes()
+        result: Tensor = (packet if seen else without_autograd)(first, *weight)
         return result
 
     return call
@@ -57,11 +76,16 @@ def define_linear_op(
 
 def _has_derivative(first: Tensor) -> bool:
     """Whether autograd is to know what becomes of a first argument."""
-    return (first is not None and first.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+    try:
+        return (first.requires_grad and _grad_enabled()) or forward_ad._current_level >= 0
+    except AttributeError:  # None and other things that are no tensor, which the op refuses
+        return False
 
 
-def _packet(name: str) -> Any:
-    return getattr(torch.ops.exllama, name)
+def _is_watched() -> bool:
+    """Whether ops are seen by a mode that is none of tracing: selective checkpointing, a counter, a debugger."""
+    tracing = sum(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    return _modes() > tracing
 
 
 def _flops(
@@ -78,43 +102,76 @@ def _flops(
     return sum(2 * first_shape[0] * (rows * 32 // bits) * N for rows, N in shapes)
 
 
-def _autograd_kernel(twin: str, adjoint: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    forward_op = _packet(twin).default
+def _on_zeros(without_autograd: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel for ZeroTensors, by which autograd spares itself zeros: torch's own would hand over expanded ones."""
+
+    def fill_and_compute(*args: Any) -> Tensor:
+        args = tree_map_only(Tensor, lambda tensor: tensor.new_zeros(tensor.shape) if is_zero(tensor) else tensor, args)
+        return without_autograd(*args)
+
+    def is_zero(tensor: Tensor) -> bool:
+        return bool(tensor._is_zerotensor())
+
+    return fill_and_compute
+
+
+def _autograd_kernel(
+    op: Callable[..., Tensor], without_autograd: Callable[..., Tensor], adjoint: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def by_its_name(first: Tensor, *weight: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(first, *weight)
+
+    def below_autograd(first: Tensor, *weight: Any) -> Tensor:
+        return by_its_name(first, *weight) if _is_watched() else without_autograd(first, *weight)
 
     class Linear(torch.autograd.Function):
+        # The weight comes as one tuple, in which autograd sees no tensors: it gets no gradient.
         @staticmethod
-        def forward(first: Tensor, *weight: Any) -> Tensor:
-            result: Tensor = forward_op(first, *weight)
-            return result
+        def forward(first: Tensor, weight: tuple[Any, ...], modes: tuple[bool, bool] | None) -> Tensor:
+            if modes is None:
+                return below_autograd(first, *weight)
+            # A Function has switched both off, and the transforms that come next need them as they were.
+            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+                return by_its_name(first, *weight)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            _, *weight = inputs
+            weight = inputs[1]
             tensors, ctx.structure = tree_flatten(weight[:_NUM_WEIGHT_TENSORS])
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             ctx.options = weight[_NUM_WEIGHT_TENSORS:]
 
         @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *weight_tangents: None) -> Tensor:
-            result: Tensor = forward_op(tangent.contiguous(), *_saved_weight(ctx))
-            return result
+        def jvp(ctx: Any, tangent: Tensor, *no_tangents: None) -> Tensor:
+            # Switched off too: a second tangent would be lost.
+            with forward_ad._set_fwd_grad_enabled(True):
+                return op(_plain(tangent), *_saved_weight(ctx))
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return adjoint(grad, *_saved_weight(ctx)), *(None,) * (_NUM_WEIGHT_TENSORS + len(ctx.options))
+            return adjoint(_plain(grad), *_saved_weight(ctx)), None, None
+
+    # Function.apply reads a signature at each call, and knows the transforms of torch.func only outside of the
+    # dispatcher. Inside it a kernel is called for one of them, which is what the apply that it calls is for.
+    apply: Callable[..., Tensor] = super(torch.autograd.Function, Linear).apply
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
-        if _has_derivative(first):
-            if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(
-                    f"{twin[1:]}: the gradient transforms of torch.func are not supported; torch.autograd is"
-                )
-            return Linear.apply(first, *weight)  # type: ignore[no-untyped-call, no-any-return]
-        result: Tensor = forward_op(first, *weight)
-        return result
+        if _transformed():
+            with enable_single_level_autograd_function():
+                return apply(first, weight, (_grad_enabled(), torch._C._is_fwd_grad_enabled()))
+        # While a graph is traced, Python does not know of tangents.
+        if _has_derivative(first) or type(first) is not Tensor:
+            return apply(first, weight, None)
+        return (below_autograd if _modes() else without_autograd)(first, *weight)
 
     return autograd_kernel
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A gradient or tangent as the ops take it: autograd has expanded, transposed and sparse ones too."""
+    return (tensor if tensor.layout is torch.strided else tensor.to_dense()).contiguous()
 
 
 def _saved_weight(ctx: Any) -> tuple[Any, ...]:

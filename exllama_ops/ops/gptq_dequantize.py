@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_dequantize
-from exllama_ops.ops import _library
+from exllama_ops.ops import _library, _vmap
 from exllama_ops.ops._linear import WEIGHT_ARGUMENTS
 
 
@@ -64,3 +64,4 @@ def fake_gptq_dequantize(
 
 _library.define_op("gptq_dequantize", WEIGHT_ARGUMENTS, "Tensor", fake=fake_gptq_dequantize)
 _library.no_gradient("gptq_dequantize")
+_library.register_vmap("gptq_dequantize", _vmap.one_by_one)

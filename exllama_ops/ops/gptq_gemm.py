@@ -70,8 +70,7 @@ def fake_gptq_gemm(
 
 
 def _dx(grad: Tensor, *weight: Any) -> Tensor:
-    # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
-    result: Tensor = torch.ops.exllama.gptq_gemm_dx(grad.contiguous(), *weight)
+    result: Tensor = torch.ops.exllama.gptq_gemm_dx(grad, *weight)
     return result
 
 

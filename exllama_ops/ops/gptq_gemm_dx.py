@@ -64,8 +64,7 @@ def fake_gptq_gemm_dx(
 
 
 def _product(grad: Tensor, *weight: Any) -> Tensor:
-    # Autograd hands over expanded and transposed gradients; the op takes only contiguous ones.
-    result: Tensor = torch.ops.exllama.gptq_gemm(grad.contiguous(), *weight)
+    result: Tensor = torch.ops.exllama.gptq_gemm(grad, *weight)
     return result
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_unshuffle
-from exllama_ops.ops import _library
+from exllama_ops.ops import _library, _vmap
 
 
 def gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
@@ -36,3 +36,4 @@ def fake_gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
 
 _library.define_op("gptq_unshuffle", "Tensor qweight, Tensor q_perm, int bit", "Tensor", fake=fake_gptq_unshuffle)
 _library.no_gradient("gptq_unshuffle")
+_library.register_vmap("gptq_unshuffle", _vmap.one_by_one)

@@ -70,7 +70,7 @@ class Recorder:
 
     def _record(self, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.aot.append(ops(graph))
-        products = (node for node in graph.graph.nodes if "exllama._gptq_gemm" in str(node.target))
+        products = (node for node in graph.graph.nodes if "exllama.gptq_gemm" in str(node.target))
         self.orders.append([node.args[_G_IDX].meta["val"].shape[0] for node in products])
         return make_boxed_func(eager(graph, inputs))
 
@@ -85,15 +85,19 @@ def run_pass(graph: fx.GraphModule) -> None:
 
 
 def ops(graph: fx.GraphModule) -> Counter[str]:
-    """How often each of our ops is in a graph and those inside: "gptq_gemm_multi/3" for one of three parts."""
+    """How often each of our ops is in a graph and those inside: "gptq_gemm_multi/3" for one of three parts.
+
+    Overloads that are not the default one follow: "gptq_gemm.no_autograd".
+    """
     count: Counter[str] = Counter()
     for module in graph.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+            namespace, *name = str(node.target).removesuffix(".default").split(".")
             if namespace == "exllama":
-                count[f"{name}/{len(node.args[1])}" if name.endswith("multi") else name] += 1
+                name[0] += f"/{len(node.args[1])}" if name[0].endswith("multi") else ""
+                count[".".join(name)] += 1
     return count
 
 
 FUSED = Counter({"gptq_gemm_multi/3": 1, "gptq_gemm_multi/2": 1, "gptq_gemm": 2})
-FUSED_AOT = Counter({f"_{name}": count for name, count in FUSED.items()})
+FUSED_AOT = Counter({f"{name}.no_autograd": count for name, count in FUSED.items()})

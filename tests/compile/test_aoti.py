@@ -77,19 +77,20 @@ def schema_library() -> Path:
 @needs_compiler
 def test_the_schema_library_defines_what_python_defines(schema_library: Path) -> None:
     """In a process of its own: a namespace has one owner."""
+    ops = list(dict.fromkeys(_library.op_of(name) for name in sorted(_library.schemas())))
     code = f"""
 import ctypes, torch
 library = ctypes.CDLL({str(schema_library)!r})
 library.exllama_define_ops.restype = ctypes.c_char_p
 assert not torch._C._jit_get_schemas_for_operator("exllama::gptq_gemm")
 assert library.exllama_define_ops() is None
-for name in {sorted(_library.schemas())!r}:
-    print(torch._C._jit_get_schemas_for_operator("exllama::" + name)[0])
+for op in {ops!r}:
+    print(*torch._C._jit_get_schemas_for_operator("exllama::" + op), sep="\\n")
 assert library.exllama_define_ops() == b"the ops of the namespace exllama are defined already"
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    expected = [str(getattr(torch.ops.exllama, name).default._schema) for name in sorted(_library.schemas())]
+    expected = [str(_library.overload(name)._schema) for name in sorted(_library.schemas())]
     assert result.stdout.splitlines() == expected
     source = (cache.csrc() or Path()) / "bindings" / "schema.cpp"
     assert source.read_text().count(") -> ") == len(expected)
@@ -115,12 +116,12 @@ assert torch._C._jit_get_schemas_for_operator("exllama::gptq_gemm")
 
 @needs_compiler
 def test_a_package_holds_one_op_for_products_of_one_input(packaged: tuple[GatedMLP, Path]) -> None:
-    """The private ones, by which the program asks for a kernel."""
+    """The overloads without autograd, by which the program asks for a kernel."""
     with zipfile.ZipFile(packaged[1]) as archive:
         (calls,) = (json.loads(archive.read(name)) for name in archive.namelist() if name.endswith(".wrapper.json"))
     assert [node["node"]["target"] for node in calls["nodes"]] == [
-        "exllama::_gptq_gemm_multi",
-        "exllama::_gptq_gemm",
+        "exllama::gptq_gemm_multi.no_autograd",
+        "exllama::gptq_gemm.no_autograd",
     ]
 
 

@@ -73,7 +73,7 @@ class Columns(TorchDispatchMode):
         self.of_products: list[int] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.exllama._gptq_gemm.default:
+        if op is torch.ops.exllama.gptq_gemm.default:
             self.of_products.append(args[1].shape[1])
         return op(*args, **(kwargs or {}))
 
@@ -223,7 +223,7 @@ class Twice(MLP):
         (Shifted, "its input is made by aten.roll.default"),
         (Scaled, "scale enters its input"),
         (BiasElsewhere, "what becomes its input is used by aten.sum.default too"),
-        (Twice, "its input is made by exllama._gptq_gemm.default"),
+        (Twice, "its input is made by exllama.gptq_gemm.no_autograd"),
     ],
 )
 def test_an_order_that_cannot_be_folded_stays_and_the_reason_is_told(kind: type[MLP], reason: str) -> None:
@@ -455,7 +455,7 @@ def test_the_backend_keeps_what_freeze_concatenated_and_folded() -> None:
             x = torch.randn(tokens, K)
             assert torch.equal(compiled(x), unfrozen(x))
     assert recorder.before == recorder.after == 2 * [Counter({"gptq_gemm": 2 * 4})]
-    assert recorder.aot == 2 * [Counter({"_gptq_gemm": 2 * 4})]
+    assert recorder.aot == 2 * [Counter({"gptq_gemm.no_autograd": 2 * 4})]
     # Of q/k/v, o, gate/up and down of each block; none of down's.
     assert recorder.orders == 2 * [2 * [K, 64, K, 0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +40,12 @@ SAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "gptq_gemm": _gemm,
     "gptq_gemm_dx": _gemm_dx,
     "gptq_gemm_multi": _gemm_multi,
-    "_gptq_gemm": _gemm,
-    "_gptq_gemm_dx": _gemm_dx,
-    "_gptq_gemm_multi": _gemm_multi,
+    "gptq_gemm.no_autograd": _gemm,
+    "gptq_gemm_dx.no_autograd": _gemm_dx,
+    "gptq_gemm_multi.no_autograd": _gemm_multi,
 }
 
 
-def packet(name: str) -> Any:
-    """``torch.ops.exllama.<name>``"""
-    return getattr(torch.ops.exllama, name)
+def op(name: str) -> Any:
+    """``torch.ops.exllama.<name>``, which may be an overload."""
+    return operator.attrgetter(name)(torch.ops.exllama)

@@ -30,14 +30,82 @@ def test_gradient_of_x_is_grad_times_W_transposed(case: Case, dtype: torch.dtype
     assert_within_bound(x.grad, grad, weight.dense.t(), gamma(grad.shape[1] + 3))
 
 
-@pytest.mark.parametrize("expand", [lambda out: out.sum(), lambda out: (out.t() * torch.arange(5.0)).sum()])
-def test_expanded_and_transposed_gradients_are_accepted(expand: object) -> None:
-    weight = build(CASES[0])
-    x = torch.randn(5, 96, requires_grad=True)
-    expand(torch.ops.exllama.gptq_gemm(x, *weight.args)).backward()  # type: ignore[operator]
-    expected = torch.randn(5, 96, requires_grad=True)
-    expand(expected @ weight.dense.float()).backward()  # type: ignore[operator]
-    torch.testing.assert_close(x.grad, expected.grad)
+# Gradients of shape (rows, columns) as autograd and its users make them.
+GRADIENTS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "expanded": lambda rows, columns: torch.randn(1, 1).expand(rows, columns),
+    "transposed": lambda rows, columns: torch.randn(columns, rows).t(),
+    "every other column": lambda rows, columns: torch.randn(rows, 2 * columns)[:, ::2],
+    "negative": lambda rows, columns: torch.randn(rows, columns, dtype=torch.complex64).conj().imag,
+    "sparse": lambda rows, columns: torch.randn(rows, columns).to_sparse(),
+    "zeros without memory": lambda rows, columns: torch._efficientzerotensor((rows, columns)),
+    "transposed zeros without memory": lambda rows, columns: torch._efficientzerotensor((columns, rows)).t(),
+}
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in memory of its own, dense and contiguous."""
+    return torch.zeros(tensor.shape) + tensor
+
+
+def linear_ops() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...], int, int]]:
+    """Each op that is linear in its first argument, with the others; columns of the argument and of the result."""
+    parts = build_parts(CASES[1], (64, 32))
+    one, many = parts[0].args, multi_args(parts)
+    exllama = torch.ops.exllama
+    return {
+        "gptq_gemm": (exllama.gptq_gemm, one, 96, 64),
+        "gptq_gemm_dx": (exllama.gptq_gemm_dx, one, 64, 96),
+        "gptq_gemm_multi": (exllama.gptq_gemm_multi, many, 96, 96),
+        "the function": (gptq_gemm, one, 96, 64),
+    }
+
+
+LINEAR = pytest.mark.parametrize("name", linear_ops())
+
+
+@LINEAR
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients_of_any_form_have_the_results_of_plain_ones(kind: str, name: str) -> None:
+    op, weight, K, N = linear_ops()[name]
+    x, grad = torch.randn(5, K, requires_grad=True), GRADIENTS[kind](5, N)
+    (dx,) = torch.autograd.grad(op(x, *weight), x, grad)
+    (expected,) = torch.autograd.grad(op(x, *weight), x, plain(grad))
+    assert torch.equal(dx, expected)
+
+
+@LINEAR
+@pytest.mark.parametrize("kind", GRADIENTS.keys() - {"sparse"})
+def test_tangents_of_any_form_have_the_results_of_plain_ones(kind: str, name: str) -> None:
+    op, weight, K, _ = linear_ops()[name]
+    tangent = GRADIENTS[kind](5, K)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(5, K), tangent)
+        result = torch.autograd.forward_ad.unpack_dual(op(dual, *weight)).tangent
+    assert result is not None
+    assert torch.equal(result, op(plain(tangent), *weight))
+
+
+@LINEAR
+def test_activations_may_be_zeros_without_memory(name: str) -> None:
+    op, weight, K, N = linear_ops()[name]
+    x = torch._efficientzerotensor((5, K))
+    assert torch.equal(op(x, *weight), torch.zeros(5, N))
+    assert op(x.requires_grad_(), *weight).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(op(torch._efficientzerotensor((5, K)), *weight), torch.zeros(5, N))
+    with pytest.raises(ValueError, match="must have shape"):
+        op(torch._efficientzerotensor((5, K + 32)), *weight)
+
+
+@LINEAR
+def test_zeros_without_memory_pass_second_derivatives_and_compiled_gradients(name: str) -> None:
+    op, weight, K, N = linear_ops()[name]
+    x, zeros = torch.randn(5, K, requires_grad=True), torch._efficientzerotensor((5, N)).requires_grad_()
+    (dx,) = torch.autograd.grad(op(x, *weight), x, zeros, create_graph=True)
+    (d_zeros,) = torch.autograd.grad(dx, zeros, torch._efficientzerotensor((5, K)))
+    assert torch.equal(d_zeros, torch.zeros(5, N))
+    out = torch.compile(lambda x: op(x, *weight), backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(torch.autograd.grad(out, x, zeros)[0], torch.zeros(5, K))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -96,48 +164,119 @@ def test_forward_mode_maps_a_tangent_of_x_by_the_same_product(gemm: Callable[...
     assert_within_bound(result, tangent.contiguous(), weight.dense, gamma(tangent.shape[1] + 3))
 
 
+def hessian_times(op: Callable[..., torch.Tensor], t: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
+    """Of the sum of the squares of op(x), by t."""
+    return torch.ops.exllama.gptq_gemm_dx(2 * op(t, *args), *args)
+
+
 @FORMS
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-        lambda f, x: torch.func.jacrev(f)(x),
-        lambda f, x: torch.func.jvp(f, (x,), (x,)),
-        # Inside of vmap, x does not say that it requires a gradient.
-        lambda f, x: torch.func.grad(lambda x: torch.func.vmap(lambda row: f(row[None]))(x).sum())(x),
-    ],
-)
-def test_gradient_transforms_are_refused_rather_than_wrong(
-    transform: Callable[..., Any], gemm: Callable[..., torch.Tensor]
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "jvp", "jacfwd", "grad of grad", "jvp of grad"])
+def test_gradient_transforms_call_the_ops_that_autograd_calls(
+    transform: str, backend: str | None, gemm: Callable[..., torch.Tensor]
 ) -> None:
-    weight = build(CASES[0])
-    with pytest.raises(NotImplementedError, match=r"^gptq_gemm: the gradient transforms of torch.func"):
-        transform(lambda x: gemm(x, *weight.args), torch.randn(3, 96))
+    args = build(CASES[1]).args
+    x, t = torch.randn(3, 96), torch.randn(3, 96)
+    dx = torch.ops.exllama.gptq_gemm_dx
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return gemm(x, *args)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return f(x).square().sum()
+
+    func = torch.func
+    forms: dict[str, Callable[[torch.Tensor], Any]] = {
+        "grad": func.grad(loss),
+        "vjp": lambda x: func.vjp(f, x)[1](f(t))[0],
+        "jacrev": func.jacrev(lambda x: f(x).sum(0)),
+        "jvp": lambda x: func.jvp(f, (x,), (t,))[1],
+        "jacfwd": lambda x: func.jacfwd(lambda s: f(s * t))(x[0, 0]),
+        "grad of grad": func.grad(lambda x: (func.grad(loss)(x) * t).sum()),
+        "jvp of grad": lambda x: func.jvp(func.grad(loss), (x,), (t,))[1],
+    }
+    identity = dx(torch.eye(64), *args)
+    expected = {
+        "grad": dx(2 * f(x), *args),
+        "vjp": dx(f(t), *args),
+        "jacrev": identity[:, None].expand(64, 3, 96),
+        "jvp": f(t),
+        "jacfwd": f(t),
+        "grad of grad": hessian_times(gemm, t, args),
+        "jvp of grad": hessian_times(gemm, t, args),
+    }
+    function = forms[transform]
+    if backend:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend=backend, fullgraph=True)
+    assert torch.equal(function(x), expected[transform])
 
 
 @FORMS
-def test_vmap_without_gradients_loops_over_the_op(gemm: Callable[..., torch.Tensor]) -> None:
-    weight = build(CASES[0])
-    x = torch.randn(2, 3, 96)
-    out = torch.func.vmap(lambda x: gemm(x, *weight.args))(x)
-    assert torch.equal(out[1], gemm(x[1], *weight.args))
+def test_tangents_of_tangents_are_kept(gemm: Callable[..., torch.Tensor]) -> None:
+    args = build(CASES[1]).args
+    x, t = torch.randn(3, 96), torch.randn(3, 96)
+
+    def tangent(f: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.func.jvp(f, (x,), (t,))[1]
+
+    second = tangent(tangent(lambda x: gemm(x, *args).square()))(x)
+    assert torch.equal(second, 2 * gemm(t, *args).square())
 
 
-def test_the_function_spares_itself_an_autograd_kernel_that_would_only_pass_the_call_on() -> None:
+@FORMS
+def test_gradient_transforms_obey_no_grad(gemm: Callable[..., torch.Tensor]) -> None:
+    args = build(CASES[1]).args
+    x = torch.randn(3, 96)
+    inside = torch.func.grad(lambda x: (gemm(x, *args) * torch.no_grad()(gemm)(x, *args)).sum())
+    assert torch.equal(inside(x), torch.ops.exllama.gptq_gemm_dx(gemm(x, *args), *args))
+    with torch.no_grad():
+        assert torch.func.grad(lambda x: gemm(x, *args).sum())(x).abs().sum() > 0
+
+
+@FORMS
+def test_a_tangent_may_have_a_gradient_itself(gemm: Callable[..., torch.Tensor]) -> None:
+    args = build(CASES[1]).args
+    tangent, grad = torch.randn(3, 96, requires_grad=True), torch.randn(3, 64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(3, 96), tangent)
+        result = torch.autograd.forward_ad.unpack_dual(gemm(dual, *args)).tangent
+    assert result is not None
+    (d_tangent,) = torch.autograd.grad(result, tangent, grad)
+    assert torch.equal(d_tangent, torch.ops.exllama.gptq_gemm_dx(grad, *args))
+
+
+@FORMS
+def test_compiled_forward_mode_keeps_the_tangent(gemm: Callable[..., torch.Tensor]) -> None:
+    """Compiled code enters the level past Python, whose counter stays as it was."""
+    args = build(CASES[1]).args
+    forward_ad = torch.autograd.forward_ad
+
+    def tangent_of(x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(gemm(forward_ad.make_dual(x, tangent), *args)).tangent
+
+    x, tangent = torch.randn(3, 96), torch.randn(3, 96)
+    result = torch.compile(tangent_of, backend="aot_eager")(x, tangent)
+    assert result is not None
+    assert torch.equal(result, gemm(tangent, *args))
+
+
+def test_profiles_name_the_op_and_the_function_spares_it_an_autograd_kernel_that_would_do_nothing() -> None:
     args = build(CASES[0]).args
     x = torch.randn(3, 96, requires_grad=True)
 
-    def called(x: torch.Tensor) -> set[str]:
+    def called(x: torch.Tensor) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = gptq_gemm(x, *args)
         assert torch.equal(out, torch.ops.exllama.gptq_gemm(x, *args))
         assert out.requires_grad == (x.requires_grad and torch.is_grad_enabled())
-        return {event.key for event in profile.key_averages() if event.key.startswith("exllama::")}
+        return [event.name for event in profile.events() if "gptq" in event.name]
 
-    assert called(x) == {"exllama::gptq_gemm", "exllama::_gptq_gemm"}
-    assert called(x.detach()) == {"exllama::_gptq_gemm"}
+    assert called(x) == ["exllama::gptq_gemm"] * 2
+    assert called(x.detach()) == ["exllama::gptq_gemm"]
     with torch.no_grad():
-        assert called(x) == {"exllama::_gptq_gemm"}
+        assert called(x) == ["exllama::gptq_gemm"]
 
 
 def test_no_graph_is_built_where_none_is_asked_for() -> None:

@@ -110,7 +110,7 @@ def test_inductor_computes_what_eager_computes(dtype: torch.dtype) -> None:
 
 @pytest.mark.pinned
 def test_graph_text_of_a_quantized_mlp() -> None:
-    """What Dynamo and AOTAutograd see: no break, no copy of a weight, and the twin that costs no autograd."""
+    """What Dynamo and AOTAutograd see: no break, no copy of a weight, and the overload that costs no autograd."""
     backend = AotEagerAndRecordGraphs()
     compiled = torch.compile(QuantizedMLP(), backend=backend, fullgraph=True)
     with torch.no_grad():
@@ -123,17 +123,17 @@ class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "f32[2, 3, 96]", arg1_1: "i32[12, 64]", arg2_1: "i32[3, 8]", arg3_1: "f16[3, 64]", arg4_1: "i32[0]", arg5_1: "i32[6, 96]", arg6_1: "i32[2, 9]", arg7_1: "f16[2, 96]", arg8_1: "i32[0]", arg9_1: "f32[96]"):
         view: "f32[6, 96]" = torch.ops.aten.view.default(arg0_1, [-1, 96]);  arg0_1 = None
 
-        _gptq_gemm: "f32[6, 64]" = torch.ops.exllama._gptq_gemm.default(view, arg1_1, arg2_1, arg3_1, arg4_1, True, 4, True, 32);  view = arg1_1 = arg2_1 = arg3_1 = arg4_1 = None
+        gptq_gemm: "f32[6, 64]" = torch.ops.exllama.gptq_gemm.no_autograd(view, arg1_1, arg2_1, arg3_1, arg4_1, True, 4, True, 32);  view = arg1_1 = arg2_1 = arg3_1 = arg4_1 = None
 
-        view_1: "f32[2, 3, 64]" = torch.ops.aten.view.default(_gptq_gemm, [2, 3, 64]);  _gptq_gemm = None
+        view_1: "f32[2, 3, 64]" = torch.ops.aten.view.default(gptq_gemm, [2, 3, 64]);  gptq_gemm = None
 
         silu: "f32[2, 3, 64]" = torch.ops.aten.silu.default(view_1);  view_1 = None
 
         view_2: "f32[6, 64]" = torch.ops.aten.view.default(silu, [-1, 64]);  silu = None
 
-        _gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama._gptq_gemm.default(view_2, arg5_1, arg6_1, arg7_1, arg8_1, True, 3, True, 32);  view_2 = arg5_1 = arg6_1 = arg7_1 = arg8_1 = None
+        gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama.gptq_gemm.no_autograd(view_2, arg5_1, arg6_1, arg7_1, arg8_1, True, 3, True, 32);  view_2 = arg5_1 = arg6_1 = arg7_1 = arg8_1 = None
 
-        view_3: "f32[2, 3, 96]" = torch.ops.aten.view.default(_gptq_gemm_1, [2, 3, 96]);  _gptq_gemm_1 = None
+        view_3: "f32[2, 3, 96]" = torch.ops.aten.view.default(gptq_gemm_1, [2, 3, 96]);  gptq_gemm_1 = None
 
         add: "f32[2, 3, 96]" = torch.ops.aten.add.Tensor(view_3, arg9_1);  view_3 = arg9_1 = None
         return (add,)
@@ -141,17 +141,17 @@ class <lambda>(torch.nn.Module):
     )
 
 
-def test_compiled_training_graphs_contain_only_the_twins() -> None:
-    """The public ops own a Python autograd kernel; compiled code must not pay for it on every call."""
+def test_compiled_training_graphs_contain_only_overloads_without_autograd() -> None:
+    """The default overloads own a Python autograd kernel; compiled code must not pay for it on every call."""
     backend = AotEagerAndRecordGraphs()
     compiled = torch.compile(QuantizedMLP(), backend=backend, fullgraph=True)
     compiled(torch.randn(2, 3, 96, requires_grad=True)).sum().backward()
     targets = [str(node.target) for graph in (*backend.fw_graphs, *backend.bw_graphs) for node in graph.graph.nodes]
     assert sorted(target for target in targets if "exllama" in target) == [
-        "exllama._gptq_gemm.default",
-        "exllama._gptq_gemm.default",
-        "exllama._gptq_gemm_dx.default",
-        "exllama._gptq_gemm_dx.default",
+        "exllama.gptq_gemm.no_autograd",
+        "exllama.gptq_gemm.no_autograd",
+        "exllama.gptq_gemm_dx.no_autograd",
+        "exllama.gptq_gemm_dx.no_autograd",
     ]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from sample import SAMPLES, packet
+from sample import SAMPLES, op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from conformance.weights import DTYPES, Case
+from exllama_ops.ops import _library
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled, v2, scales_dtype)
@@ -32,7 +33,7 @@ def test_opcheck(name: str, case: Case, dtype: torch.dtype) -> None:
     args = SAMPLES[name](case, dtype)
     if name in ("gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi"):
         args[0].requires_grad_()
-    torch.library.opcheck(packet(name).default, args)
+    torch.library.opcheck(_library.overload(name), args)
 
 
 @pytest.mark.parametrize("M", [0, 1, 2, 33])
@@ -41,10 +42,10 @@ def test_opcheck(name: str, case: Case, dtype: torch.dtype) -> None:
 def test_fake_equals_real_in_all_but_the_data(name: str, case: Case, M: int) -> None:
     for dtype in DTYPES:
         args = SAMPLES[name](case, dtype, M)
-        real = packet(name)(*args)
-        meta = packet(name)(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args))
+        real = op(name)(*args)
+        meta = op(name)(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args))
         with FakeTensorMode() as mode:
-            fake = packet(name)(*tree_map_only(torch.Tensor, mode.from_tensor, args))
+            fake = op(name)(*tree_map_only(torch.Tensor, mode.from_tensor, args))
         assert description(fake) == description(real)
         assert description(meta) == description(real.to("meta") if real is not None else None)
 
@@ -60,5 +61,5 @@ def test_fake_cuda_tensors_trace_without_a_gpu(name: str) -> None:
     args = SAMPLES[name](CASES[0], torch.float16)
     with FakeTensorMode():
         cuda = tree_map_only(torch.Tensor, lambda arg: torch.empty(arg.shape, dtype=arg.dtype, device="cuda"), args)
-        result = packet(name)(*cuda)
+        result = op(name)(*cuda)
     assert result is None or result.device.type == "cuda"

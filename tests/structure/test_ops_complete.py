@@ -16,18 +16,18 @@ from exllama_ops.ops import _library
 
 PACKAGE = Path(__file__).parents[2] / "exllama_ops"
 ALL = sorted(_library.schemas())
-PUBLIC = [name for name in ALL if not name.startswith("_")]
+PUBLIC = [name for name in ALL if name == _library.op_of(name)]
 
 
-def test_the_namespace_holds_the_six_ops_and_three_twins() -> None:
+def test_the_namespace_holds_six_ops_and_three_overloads_without_autograd() -> None:
     assert ALL == [
-        "_gptq_gemm",
-        "_gptq_gemm_dx",
-        "_gptq_gemm_multi",
         "gptq_dequantize",
         "gptq_gemm",
+        "gptq_gemm.no_autograd",
         "gptq_gemm_dx",
+        "gptq_gemm_dx.no_autograd",
         "gptq_gemm_multi",
+        "gptq_gemm_multi.no_autograd",
         "gptq_shuffle",
         "gptq_unshuffle",
     ]
@@ -48,7 +48,7 @@ def test_every_op_has_a_fake_a_sample_and_one_kernel_a_device(name: str) -> None
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_op_asks_inductor_for_the_traced_strides(name: str) -> None:
-    tags = getattr(torch.ops.exllama, name).default.tags
+    tags = _library.overload(name).tags
     assert torch.Tag.needs_exact_strides in tags
     assert torch.Tag.pt2_compliant_tag in tags
 
