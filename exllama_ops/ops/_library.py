@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from exllama_ops.ops import _refuse
+
 NAMESPACE = "exllama"
 
 # The rules for contiguity are checked while tracing, so Inductor must pass the strides that were traced.
@@ -56,7 +58,17 @@ def define_op(name: str, arguments: str, returns: str, *, fake: Callable[..., An
         getattr(torch.ops.exllama, op_of(name))
         assert _library.m is not None
         _library.m.define(_schemas[name], "", _TAGS)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    op = overload(name)
+    refuse_other_layouts = _refuse.other_layouts(op)
+
+    def checked_fake(*args: Any) -> Any:
+        _refuse.onnx_export(op)
+        refuse_other_layouts(*args)
+        return fake(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
+    for dispatch_key in _refuse.NOT_DENSE:
+        register_kernel(name, dispatch_key, refuse_other_layouts)
 
 
 def op_of(name: str) -> str:

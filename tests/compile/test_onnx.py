@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,48 @@ def test_other_ops_of_ours_are_refused_by_name() -> None:
         ValueError, match=r"gptq_gemm_dx\.default has no form in ONNX; gptq_gemm and gptq_gemm_multi have"
     ):
         onnx_program(model, (torch.randn(4, 24),))
+
+
+ADVICE = r"gptq_gemm: torch.onnx.export has no translation of this op; exllama_ops.compile.onnx.onnx_program exports"
+
+
+def test_a_plain_export_fails_with_the_name_of_the_op_and_the_function_to_call() -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError, match=ADVICE) as error:
+        torch.onnx.export(mlp().eval(), (torch.randn(4, 96),), verbose=False)
+    assert "no_autograd" not in str(error.value)
+
+
+def test_a_plain_export_of_a_program_fails_likewise() -> None:
+    program = torch.export.export(mlp().eval(), (torch.randn(4, 96),))
+    with pytest.raises(torch.onnx.OnnxExporterError, match=ADVICE):
+        torch.onnx.export(program, verbose=False)
+
+
+def test_a_translation_of_the_users_own_is_taken() -> None:
+    from onnxscript import FLOAT, INT32, opset18
+
+    def product(
+        x: FLOAT,
+        qweight: INT32,
+        qzeros: INT32,
+        scales: FLOAT,
+        g_idx: INT32,
+        use_exllama: bool,
+        bit: int,
+        v2: bool,
+        g: int,
+    ) -> FLOAT:
+        return opset18.MatMul(x, opset18.CastLike(qweight, x))
+
+    layer = ExllamaLinear.from_weight(quantize(torch.randn(8, 8), 4, 8))
+    table = {torch.ops.exllama.gptq_gemm.no_autograd: product}
+    program = torch.onnx.export(layer, (torch.randn(4, 8),), verbose=False, custom_translation_table=table)
+    assert "MatMul" in {node.op_type for node in program.model.graph}
+
+
+def test_the_error_of_the_torchscript_exporter_has_the_name_of_the_op(tmp_path: Path) -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"exllama::gptq_gemm\."):
+        torch.onnx.export(mlp().eval(), (torch.randn(4, 96),), tmp_path / "mlp.onnx", dynamo=False, verbose=False)
 
 
 def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
