@@ -14,6 +14,7 @@ from exllama_ops.backends.batch_invariant import is_batch_invariant, set_batch_i
 from exllama_ops.backends.cpu import get_cpu_matmul_precision, set_cpu_matmul_precision
 from exllama_ops.layout import GptqWeight, PackedWeight
 from exllama_ops.ops import (
+    OPS_TO_SAVE,
     gptq_dequantize,
     gptq_gemm,
     gptq_gemm_dx,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "OPS_TO_SAVE",
     "ExllamaLinear",
     "ExllamaLinearKernel",
     "GptqWeight",

@@ -1,5 +1,8 @@
 """The ops: one file per contract (schema, checks, fake, autograd, public function). Importing it registers them."""
 
+from torch._ops import OpOverload
+
+from exllama_ops.ops import _library
 from exllama_ops.ops.gptq_dequantize import gptq_dequantize
 from exllama_ops.ops.gptq_gemm import gptq_gemm
 from exllama_ops.ops.gptq_gemm_dx import gptq_gemm_dx
@@ -7,4 +10,22 @@ from exllama_ops.ops.gptq_gemm_multi import gptq_gemm_multi
 from exllama_ops.ops.gptq_shuffle import gptq_shuffle
 from exllama_ops.ops.gptq_unshuffle import gptq_unshuffle
 
-__all__ = ["gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle"]
+__all__ = [
+    "OPS_TO_SAVE",
+    "gptq_dequantize",
+    "gptq_gemm",
+    "gptq_gemm_dx",
+    "gptq_gemm_multi",
+    "gptq_shuffle",
+    "gptq_unshuffle",
+]
+
+OPS_TO_SAVE: tuple[OpOverload, ...] = tuple(
+    _library.overload(name)
+    for name in _library.schemas()
+    if _library.op_of(name) in ("gptq_gemm", "gptq_gemm_multi", "gptq_gemm_dx")
+)
+"""The products, for the list or policy of `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
+
+They are all overloads: what runs where autograd has seen to the gradient already is ``gptq_gemm.no_autograd``.
+"""
