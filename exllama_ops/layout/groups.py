@@ -13,7 +13,7 @@ def num_groups(K: int, group_size: int) -> int:
 
 def row_groups(K: int, G: int, group_size: int, device: torch.device) -> Tensor:
     """The groups of rows in sorted order, ``k // size``: (K,) int32. A group_size of 0 stands for ``K // G``."""
-    size = group_size or K // G
+    size = min(group_size, K) or K // G  # int32 need not hold the size of a group that is larger than the weight
     return torch.arange(K, device=device, dtype=torch.int32) // size
 
 

@@ -301,6 +301,15 @@ def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:
     assert torch.equal(said, backend.ops.gptq_gemm(x, *weight.args[:-1], 0))
 
 
+@pytest.mark.parametrize("group_size", [488, 2**31, 2**40, 2**63 - 1])
+def test_a_group_may_be_larger_than_the_weight(backend: BackendUnderTest, group_size: int) -> None:
+    weight = build(Case(4, 480, 24, 480)).to(backend.device)
+    x = activations(3, 480, torch.float16).to(backend.device)
+    args = (*weight.args[:-1], group_size)
+    assert torch.equal(backend.ops.gptq_gemm(x, *args), backend.ops.gptq_gemm(x, *weight.args))
+    assert torch.equal(backend.ops.gptq_dequantize(*args), backend.ops.gptq_dequantize(*weight.args))
+
+
 def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -> None:
     weight = build(Case(4, 64, 32, 16, "perm")).to(backend.device)
     x = activations(3, 64, torch.float16).to(backend.device)
