@@ -9,6 +9,7 @@
 #include "ahead.h"
 #include "blocks.h"
 #include "convert.h"
+#include "exact.h"
 #include "kernels.h"
 #include "unpack.h"
 
@@ -237,7 +238,9 @@ class Gemm {
     std::fill(acc, acc + M_ * columns, 0.0f);
     const void* x = int8_ ? static_cast<const void*>(x_.bytes) : x_.first;
     isa_.gemv({&range.weight, rows, x, x_.second, int8_, x_.stride, x_.scales, range.column, columns, acc});
-    for (int m = 0; m < rows; ++m) store(acc + m * columns, columns, m, range.out_column);
+    bool finite = true;
+    for (int m = 0; m < rows; ++m) finite &= store(acc + m * columns, columns, m, range.out_column);
+    for (int m = 0; !finite && m < rows; ++m) multiply_exactly(m, range, acc + m * columns, kPanelColumns);
   }
 
   // `rows` rows of x from `begin` on, by a range of columns; the sums of each panel are contiguous.
@@ -264,17 +267,33 @@ class Gemm {
       }
     }
     if (tiles_) tiles_->stop();
+    bool finite = true;
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int m = 0; m < rows; ++m) {
-        store(acc + panel * panel_sums + m * kPanelColumns, columns(panel), begin + m,
-              range.out_column + panel * kPanelColumns);
+        finite &= store(acc + panel * panel_sums + m * kPanelColumns, columns(panel), begin + m,
+                        range.out_column + panel * kPanelColumns);
       }
+    }
+    for (int m = 0; !finite && m < rows; ++m) {
+      multiply_exactly(begin + m, range, acc + m * kPanelColumns, panel_sums);
     }
   }
 
-  void store(const float* sums, int columns, int64_t m, int64_t out_column) const {
-    isa_.store(sums, columns, offset(out_, dtype_, m * columns_ + out_column), dtype_);
+  // Whether all sums are finite.
+  bool store(const float* sums, int columns, int64_t m, int64_t out_column) const {
+    return isa_.store(sums, columns, out_at(m, out_column), dtype_);
   }
+
+  // Where the sums of row m are not finite; those of one panel are `panel_sums` after those of the last.
+  void multiply_exactly(int64_t m, const Range& range, const float* sums, int64_t panel_sums) const {
+    const ExactRow row(offset(source_, dtype_, m * format_.K), dtype_, perm_, format_.K);
+    for (int64_t n = 0; n < range.width; n += kPanelColumns, sums += panel_sums) {
+      const int columns = static_cast<int>(std::min<int64_t>(kPanelColumns, range.width - n));
+      row.multiply(range.weight, range.column + n, columns, sums, out_at(m, range.out_column + n));
+    }
+  }
+
+  void* out_at(int64_t m, int64_t column) const { return offset(out_, dtype_, m * columns_ + column); }
 
   // The longest runs of rows whose limbs match.
   void find_runs(int64_t b, int64_t begin, int rows, Runs& found) const {

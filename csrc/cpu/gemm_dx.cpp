@@ -2,9 +2,12 @@
 //
 // The panels are transposed, so that this is a product like gemm's: a task is some rows of grad by some rows of W, in
 // panels of kPanelColumns of them, and walks the columns of W in blocks, whose sums are added in ascending order.
+#include <cmath>
+
 #include "ahead.h"
 #include "blocks.h"
 #include "convert.h"
+#include "exact.h"
 #include "kernels.h"
 
 namespace exllama::cpu {
@@ -77,10 +80,18 @@ class GemmDx {
                             ahead);
       }
     }
+    bool finite = true;
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int m = 0; m < rows; ++m) {
-        store(acc + panel * panel_sums + m * kPanelColumns, begin + m, row + panel * kPanelColumns,
-              rows_of(panel, width));
+        finite &= store(acc + panel * panel_sums + m * kPanelColumns, begin + m, row + panel * kPanelColumns,
+                        rows_of(panel, width));
+      }
+    }
+    for (int m = 0; !finite && m < rows; ++m) {
+      const ExactRow exact(offset(source_, dtype_, (begin + m) * weight_.N), dtype_, nullptr, weight_.N);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        exact.multiply_transposed(weight_, row + panel * kPanelColumns, rows_of(panel, width),
+                                  acc + panel * panel_sums + m * kPanelColumns, dx_at(begin + m));
       }
     }
   }
@@ -108,14 +119,18 @@ class GemmDx {
     }
   }
 
-  void store(const float* values, int64_t m, int64_t row, int count) const {
-    void* out = offset(dx_, dtype_, m * weight_.K);
-    if (!weight_.shuffled || !weight_.rows) {
-      isa_.store(values, count, offset(out, dtype_, row), dtype_);
-      return;
+  // Whether all sums are finite.
+  bool store(const float* sums, int64_t m, int64_t row, int count) const {
+    if (!weight_.shuffled || !weight_.rows) return isa_.store(sums, count, offset(dx_at(m), dtype_, row), dtype_);
+    bool finite = true;
+    for (int i = 0; i < count; ++i) {
+      store_float(sums[i], dx_at(m), dtype_, weight_.rows[row + i]);
+      finite &= std::isfinite(sums[i]);
     }
-    for (int i = 0; i < count; ++i) store_float(values[i], out, dtype_, weight_.rows[row + i]);
+    return finite;
   }
+
+  void* dx_at(int64_t m) const { return offset(dx_, dtype_, m * weight_.K); }
 
   const Weight& weight_;
   const void* source_;

@@ -116,7 +116,8 @@ struct Kernels {
 
   // out[i] = x[perm ? perm[i] : i] in float32, for `count` entries from `begin` on.
   void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out);
-  void (*store)(const float* values, int count, void* out, DType dtype);
+  // Returns whether all values are finite.
+  bool (*store)(const float* values, int count, void* out, DType dtype);
   // Rounds a block to limbs of at most `limit` (32767, or 127 for which there is no second limb), padded with zeros
   // to `stride` entries.
   BlockScale (*quantize)(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second);

@@ -25,12 +25,21 @@ EXLLAMA_VECTOR void load(const void* x, DType dtype, const int32_t* perm, int64_
   scalar::load(x, dtype, perm, begin + i, count - i, out + i);
 }
 
-EXLLAMA_VECTOR void store(const float* values, int count, void* out, DType dtype) {
+EXLLAMA_VECTOR_INLINE uint32_t largest_of(__m256i values) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
+
+EXLLAMA_VECTOR bool store(const float* values, int count, void* out, DType dtype) {
+  __m256i largest = _mm256_setzero_si256();
   int i = 0;
   if (dtype != DType::kFloat32) {
     uint16_t* target = static_cast<uint16_t*>(out);
     for (; i + 8 <= count; i += 8) {
       const __m256 value = _mm256_loadu_ps(values + i);
+      const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fffffff));
+      largest = _mm256_max_epi32(largest, magnitude);
       __m128i rounded;
       if (dtype == DType::kFloat16) {
         rounded = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
@@ -46,19 +55,14 @@ EXLLAMA_VECTOR void store(const float* values, int count, void* out, DType dtype
       _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), rounded);
     }
   }
-  scalar::store(values + i, count - i, offset(out, dtype, i), dtype);
+  const bool rest_is_finite = scalar::store(values + i, count - i, offset(out, dtype, i), dtype);
+  return rest_is_finite && largest_of(largest) < 0x7f800000;
 }
 
 EXLLAMA_VECTOR_INLINE int32_t sum_of(__m256i values) {
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-}
-
-EXLLAMA_VECTOR_INLINE uint32_t largest_of(__m256i values) {
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
 }
 
 EXLLAMA_VECTOR_INLINE void store_int16(__m256i values, int16_t* out) {

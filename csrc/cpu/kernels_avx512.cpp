@@ -29,10 +29,13 @@ EXLLAMA_VECTOR void load(const void* x, DType dtype, const int32_t* perm, int64_
   }
 }
 
-EXLLAMA_VECTOR void store(const float* values, int count, void* out, DType dtype) {
+EXLLAMA_VECTOR bool store(const float* values, int count, void* out, DType dtype) {
+  constexpr int kInfOrNan = 0x99;
+  __mmask16 not_finite = 0;
   for (int i = 0; i < count; i += 16) {
     const __mmask16 mask = mask_of(count - i);
     const __m512 value = _mm512_maskz_loadu_ps(mask, values + i);
+    not_finite |= _mm512_fpclass_ps_mask(value, kInfOrNan);
     if (dtype == DType::kFloat32) {
       _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, value);
       continue;
@@ -50,6 +53,7 @@ EXLLAMA_VECTOR void store(const float* values, int count, void* out, DType dtype
     }
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + i, mask, rounded);
   }
+  return !not_finite;
 }
 
 EXLLAMA_VECTOR BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {

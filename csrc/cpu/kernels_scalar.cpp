@@ -33,8 +33,11 @@ void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int co
   for (int i = 0; i < count; ++i) out[i] = load_float(x, dtype, perm ? perm[begin + i] : begin + i);
 }
 
-void store(const float* values, int count, void* out, DType dtype) {
+bool store(const float* values, int count, void* out, DType dtype) {
   for (int i = 0; i < count; ++i) store_float(values[i], out, dtype, i);
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, float_bits(values[i]) & 0x7fffffff);
+  return largest < 0x7f800000;
 }
 
 BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {

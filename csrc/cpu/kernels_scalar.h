@@ -7,7 +7,7 @@
 namespace exllama::cpu::scalar {
 
 void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out);
-void store(const float* values, int count, void* out, DType dtype);
+bool store(const float* values, int count, void* out, DType dtype);
 BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second);
 void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros);
 void load_scales(const Weight& weight, int64_t group, int64_t column, int columns, float* scales);

@@ -39,13 +39,19 @@ def restored() -> Iterator[None]:
 
 
 def products(case: Case, dtype: torch.dtype, M: int = TOKENS[-1]) -> tuple[torch.Tensor, ...]:
-    """gptq_gemm, gptq_gemm_dx and gptq_dequantize, with an outlier and rows of one sign among the activations."""
+    """gptq_gemm, gptq_gemm_dx and gptq_dequantize.
+
+    Among the rows of x and grad some have an outlier or one sign, and some are of the largest numbers: in float32, but
+    not in float16, their sums overflow.
+    """
     generator = torch.Generator().manual_seed(3)
     weight = build(case)
     x = torch.randn(TOKENS[-1], case.K, generator=generator)
     x[::5, 7] = 300.0
     x[::3] = x[::3].abs()
     grad = torch.randn(TOKENS[-1], case.N, generator=generator)
+    for rows in (x[1::43], grad[1::43]):
+        rows.copy_(rows.sign() * torch.finfo(dtype).max)
     ops: Any = torch.ops.exllama
     return (
         ops.gptq_gemm(x[:M].to(dtype), *weight.args),

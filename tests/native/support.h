@@ -47,14 +47,6 @@ inline double decode(const void* values, DType dtype, int64_t i) {
   return sign * std::ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
 }
 
-// Half a unit in the last place of a result of this size.
-inline double half_ulp(double value, DType dtype) {
-  const int digits = dtype == DType::kFloat16 ? 11 : dtype == DType::kBFloat16 ? 8 : 24;
-  const int lowest = dtype == DType::kFloat16 ? -24 : dtype == DType::kBFloat16 ? -133 : -149;
-  if (value == 0 || !std::isfinite(value)) return std::ldexp(0.5, lowest);
-  return std::ldexp(0.5, std::max(std::ilogb(value) + 1 - digits, lowest));
-}
-
 // The nearest value of the dtype, by search among its neighbours; slow and obvious.
 inline void encode(double value, void* values, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) {
