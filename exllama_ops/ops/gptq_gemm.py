@@ -43,8 +43,11 @@ def gptq_gemm(
             G = ceil(K / group_size), must say it. Not looked at where a raw g_idx gives the groups.
 
     Returns:
-        (M, N) in x's dtype, contiguous, new memory. A float16 result beyond 65504 is inf; nothing overflows before,
-        while a group's sum of ``abs(x) * 2**bit`` is below 2**127, as it always is of float16.
+        (M, N) in x's dtype, contiguous, new memory. A float16 result beyond 65504 is inf. On a CPU nothing overflows
+        before that rounding, and NaN and inf of scales propagate too. On a GPU nothing overflows while each
+        ``abs(W)``, each group's sum of ``abs(x) * 2**bit`` and each result's sum of ``abs(x * W)`` are below 2**127.
+        With some hundred rows of x in 16 bits CUDA may round W to their dtype first, as a dense layer has it; in
+        float16 ``abs(W)`` must then be below 65504.
 
     Raises:
         ValueError: a shape, dtype, device, stride or option is wrong.

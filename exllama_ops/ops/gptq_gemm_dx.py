@@ -38,7 +38,9 @@ def gptq_gemm_dx(
         group_size: see `gptq_gemm`.
 
     Returns:
-        (M, K) in grad's dtype, contiguous, its columns in the order of x's.
+        (M, K) in grad's dtype, contiguous, its columns in the order of x's. On a CPU nothing overflows before the
+        final rounding. On a GPU nothing does while each ``abs(W)`` and each result's sum of ``abs(grad * W)`` are
+        below 2**127.
 
     Raises:
         ValueError: a shape, dtype, device, stride or option is wrong.

@@ -38,10 +38,13 @@ def set_cpu_matmul_precision(precision: CpuMatmulPrecision) -> None:
         precision: what the result may differ from the exact sum, beside half an ulp of its dtype, for x of any dtype
             (x_b and w_bj are the parts of x's row and of W's column j in a block b of min(group_size, 128) rows):
 
-            * "highest": float32 arithmetic, ``gamma_K |x| |W|``.
+            * "highest": float32 arithmetic, ``gamma_(K+2) |x| |W|``.
             * "high", the default: ``2**-11 * sum over b of |x_b|_2 |w_bj|_2``; where the largest of a block's |x| is
-              more than 16 times their mean, the element-wise ``2**-11 |x_b| |w_bj|`` instead.
+              more than 16 times their mean, ``2**-11 |x_b| |w_bj| + 2**-29 max|x_b| |w_bj|_1`` instead.
             * "medium": activations rounded to int8, per row and block: ``sum over b of max|x_b| / 127 * |w_bj|_1``.
+
+            A result near the smallest float32 numbers may differ by ``K 2**-149`` beside that. Where a float32 sum
+            overflows, or x or a scale is NaN or inf, the result is that of a float64 sum at any precision.
 
     Raises:
         ValueError: precision is none of these.
