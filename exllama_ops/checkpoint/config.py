@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.checkpoint.disk import list_directory, read_json
+from exllama_ops.checkpoint.dynamic import first_matches
+from exllama_ops.checkpoint.errors import CheckpointError, shown
 from exllama_ops.layout import SUPPORTED_BITS
 
 CONFIG_NAME = "config.json"
@@ -59,7 +59,7 @@ class ModuleConfig:
 
 @dataclass(frozen=True)
 class GptqConfig(ModuleConfig):
-    """The quantization config of a whole checkpoint.
+    r"""The quantization config of a whole checkpoint.
 
     Args:
         bits: as in `ModuleConfig`, and so on: what holds for a module that ``dynamic`` says nothing of.
@@ -68,6 +68,9 @@ class GptqConfig(ModuleConfig):
         lm_head: whether the output head is quantized too.
         dynamic: exceptions by regular expression: ``"+:REGEX"`` or ``"REGEX"`` overrides fields of the modules whose
             full name the expression matches from its start, ``"-:REGEX"`` skips them. The first match decides.
+            Expressions are those of `re`, of at most 1000 characters, matched against names of at most 1000. A match
+            that takes more than a second is an error, and so are rules that take half a minute for all modules. A name
+            alone, escaped as in ``^model\.layers\.0$``, is looked up: it has neither limit.
     """
 
     checkpoint_format: str = "gptq"
@@ -83,16 +86,22 @@ class GptqConfig(ModuleConfig):
         Returns:
             The fields of this config with the overrides of the first ``dynamic`` rule that matches.
 
+        Raises:
+            CheckpointError: a rule is no regular expression, or exceeds a limit of ``dynamic``; the text names it.
+            ImportError: the extra "hf" is not installed.
+
         Source: GPTQModel 7.7.0, ``QuantizeConfig.dynamic``.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(ModuleConfig)}
-        for pattern, overrides in self.dynamic.items():
-            if re.match(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern, name):
-                if pattern.startswith("-:"):
-                    return None
-                values |= {key: value for key, value in overrides.items() if key in values}
-                break
-        return ModuleConfig(**values)
+        return self.for_modules([name])[name]
+
+    def for_modules(self, names: Iterable[str]) -> dict[str, ModuleConfig | None]:
+        """The configs of all modules of a checkpoint, under one limit of time; otherwise as `for_module`."""
+        base = {f.name: getattr(self, f.name) for f in fields(ModuleConfig)}
+        result: dict[str, ModuleConfig | None] = dict.fromkeys(names, ModuleConfig(**base))
+        for name, rule in first_matches(self.dynamic, result).items():
+            overrides = {key: value for key, value in (self.dynamic[rule] or {}).items() if key in base}
+            result[name] = None if rule.startswith("-:") else ModuleConfig(**(base | overrides))
+        return result
 
 
 def read_config(directory: Path) -> GptqConfig:
@@ -114,14 +123,15 @@ def read_config(directory: Path) -> GptqConfig:
         UserWarning: the two files contradict each other.
     """
     config_path, quantize_path = directory / CONFIG_NAME, directory / QUANTIZE_CONFIG_NAME
+    names = list_directory(directory)
     found: dict[str, dict[str, Any]] = {}
-    if config_path.is_file():
-        raw = _read_json(config_path).get("quantization_config")
+    if CONFIG_NAME in names:
+        raw = read_json(config_path).get("quantization_config")
         if raw is not None:
             source = f"{config_path}: quantization_config"
             found[source] = _normalize(raw, source)
-    if quantize_path.is_file():
-        found[str(quantize_path)] = _normalize(_read_json(quantize_path), str(quantize_path))
+    if QUANTIZE_CONFIG_NAME in names:
+        found[str(quantize_path)] = _normalize(read_json(quantize_path), str(quantize_path))
     if not found:
         raise CheckpointError(
             f"{directory}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
@@ -132,20 +142,10 @@ def read_config(directory: Path) -> GptqConfig:
     for second, other in rest:
         differing = [name for name in other if name in merged and merged[name] != other[name]]
         if differing:
-            told = "; ".join(f"{name} is {merged[name]!r} and {other[name]!r}" for name in differing)
+            told = "; ".join(f"{name} is {shown(merged[name])} and {shown(other[name])}" for name in differing)
             warnings.warn(f"{first} and {second} contradict each other: {told}. The first is used.", stacklevel=3)
         merged = other | merged
     return parse_config(merged, first)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: must be JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; got {type(value).__name__}")
-    return value
 
 
 def _normalize(raw: object, source: str) -> dict[str, Any]:
@@ -161,7 +161,8 @@ def _normalize(raw: object, source: str) -> dict[str, Any]:
     for name, synonyms in _SYNONYMS.items():
         said = {synonym: values[synonym] for synonym in synonyms if values.get(synonym) is not None}
         if len({str(value).lower() for value in said.values()}) > 1:
-            raise CheckpointError(f"{source}: {' and '.join(synonyms)} must agree; got {said}")
+            told = ", ".join(f"{synonym}={shown(value)}" for synonym, value in said.items())
+            raise CheckpointError(f"{source}: {' and '.join(synonyms)} must agree; got {told}")
         values[name] = str(next(iter(said.values()))).lower() if said else None
     return {name: values[name] for name in _FIELDS if values.get(name) is not None}
 
@@ -183,43 +184,44 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
     values = _normalize(raw, source)
     method = values.pop("quant_method", "gptq")
     if method != "gptq":
-        raise CheckpointError(f"{source}: quant_method must be 'gptq'; got {method!r}")
+        raise CheckpointError(f"{source}: quant_method must be 'gptq'; got {shown(method)}")
     _check_pack_dtype(values.pop("pack_dtype", "int32"), source)
     checkpoint_format = values.setdefault("checkpoint_format", "gptq")
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise CheckpointError(
-            f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {checkpoint_format!r}"
+            f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {shown(checkpoint_format)}"
         )
     for name in _REQUIRED:
         if name not in values:
             raise CheckpointError(f"{source}: field {name} is missing")
     dynamic = values.setdefault("dynamic", {})
     _check_fields(values, source)
-    for pattern, overrides in dynamic.items():
-        _check_rule(pattern, overrides, f"{source}: dynamic rule {pattern!r}")
+    try:
+        first_matches(dynamic, ())
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    for rule, overrides in dynamic.items():
+        _check_overrides(rule, overrides, f"{source}: dynamic rule {shown(rule)}")
     return GptqConfig(**values)
 
 
 def _check_pack_dtype(pack_dtype: object, source: str) -> None:
     if str(pack_dtype).removeprefix("torch.") != "int32":
-        raise CheckpointError(f"{source}: pack_dtype must be int32, the word that the kernels take; got {pack_dtype!r}")
+        raise CheckpointError(
+            f"{source}: pack_dtype must be int32, the word that the kernels take; got {shown(pack_dtype)}"
+        )
 
 
-def _check_rule(pattern: str, overrides: object, source: str) -> None:
-    skips = pattern.startswith("-:")
-    try:
-        re.compile(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern)
-    except re.error as error:
-        raise CheckpointError(f"{source}: must be a regular expression: {error}") from error
+def _check_overrides(rule: str, overrides: object, source: str) -> None:
     if not isinstance(overrides, dict):
-        if skips and overrides is None:
+        if rule.startswith("-:") and overrides is None:
             return
-        raise CheckpointError(f"{source}: must map to a JSON object; got {overrides!r}")
+        raise CheckpointError(f"{source}: must map to a JSON object; got {shown(overrides)}")
     if "pack_dtype" in overrides:
         _check_pack_dtype(overrides["pack_dtype"], source)
     for name in ("quant_method", "method", "checkpoint_format", "format"):
         if name in overrides:
-            raise CheckpointError(f"{source}: {name} must be the same for all modules; got {overrides[name]!r}")
+            raise CheckpointError(f"{source}: {name} must be the same for all modules; got {shown(overrides[name])}")
     _check_fields(overrides, source)
 
 
@@ -229,8 +231,8 @@ def _check_fields(values: Mapping[str, Any], source: str) -> None:
             valid = type(value) is int and value in SUPPORTED_BITS
             rule = f"one of {SUPPORTED_BITS}"
         elif name == "group_size":
-            valid = type(value) is int and (value >= 1 or value == -1)
-            rule = "at least 1, or -1 for one group of all rows"
+            valid = type(value) is int and (1 <= value < 2**31 or value == -1)
+            rule = "at least 1 and below 2**31, or -1 for one group of all rows"
         elif name in ("sym", "desc_act", "static_groups", "lm_head"):
             valid = isinstance(value, bool)
             rule = "true or false"
@@ -240,4 +242,4 @@ def _check_fields(values: Mapping[str, Any], source: str) -> None:
         else:
             continue
         if not valid:
-            raise CheckpointError(f"{source}: {name} must be {rule}; got {value!r}")
+            raise CheckpointError(f"{source}: {name} must be {rule}; got {shown(value)}")

@@ -1,5 +1,17 @@
-"""The one error of this package."""
+"""The one error of this package, and how its texts show what a file says."""
+
+from __future__ import annotations
+
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 200
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as it is; the text names the file and the tensor or field."""
+
+
+def shown(value: object) -> str:
+    """The repr of a value out of a file, cut short where it is long or deep."""
+    return _REPR.repr(value)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
+import stat
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.checkpoint.disk import file_type, list_directory, open_file, read_json
+from exllama_ops.checkpoint.errors import CheckpointError, shown
 from exllama_ops.extras import require
 
 SINGLE_NAME = "model.safetensors"
@@ -39,12 +41,13 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *,
         ImportError: a hub id needs huggingface_hub.
     """
     path = Path(path_or_id)
-    if path.is_dir():
+    kind = file_type(path)
+    if kind == stat.S_IFDIR:
         if revision is not None:
             raise CheckpointError(f"{path}: revision is for hub ids, and this is a local directory; got {revision!r}")
         return path
     name = os.fspath(path_or_id)
-    if path.exists() or isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(name):
+    if kind is not None or isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: must be an existing directory or a hub id (owner/name); it is neither")
     hub = require("huggingface_hub")
     patterns = _HUB_CONFIGS if configs_only else _HUB_FILES
@@ -130,13 +133,24 @@ class TensorFiles:
         return result
 
 
-def _open(file: Path) -> Any:
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A file as safetensors opens it; whatever it raises until it is closed becomes a CheckpointError."""
     safetensors = require("safetensors")
-    try:
-        return safetensors.safe_open(file, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
-        raise CheckpointError(f"{file}: must be a complete safetensors file: {error}; got {size}") from error
+    with open_file(file) as opened:
+        # The library opens by name. Linux has one for what was opened, and checked, here.
+        name = Path(f"/proc/self/fd/{opened.fileno()}")
+        try:
+            with safetensors.safe_open(name if name.exists() else file, framework="pt") as handle:
+                yield handle
+        except CheckpointError:
+            raise
+        except BaseException as error:
+            # A panic of the library's Rust is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            size = os.fstat(opened.fileno()).st_size
+            raise CheckpointError(f"{file}: must be a complete safetensors file: {error}; got {size} bytes") from error
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
@@ -147,8 +161,9 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 def _file_names(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:
     """The files to read, and the index (tensor -> file) if there is one."""
-    present = sorted(file.name for file in directory.glob("*.safetensors"))
-    indices = sorted(file.name for file in directory.glob("*.safetensors.index.json"))
+    names = list_directory(directory)
+    present = [name for name in names if name.endswith(".safetensors")]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
     if SINGLE_NAME in present and indices:
         raise CheckpointError(f"{directory}: must have {SINGLE_NAME} or an index; got both it and {indices[0]}")
     if len(indices) > 1:
@@ -164,18 +179,20 @@ def _file_names(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:
             f"{', '.join(present)}"
         )
     if not present:
-        pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+        pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
         found = f"only pickle files, which can run code when read: {', '.join(pickles)}" if pickles else "none"
         raise CheckpointError(f"{directory}: must have its weights in safetensors files; found {found}")
     return present, None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        valid = all(isinstance(file, str) and file == Path(file).name for file in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: must be a JSON object with a weight_map: {error!r}") from error
-    if not valid:
-        raise CheckpointError(f"{index}: weight_map must map each tensor to a file name of this directory")
-    return dict(weight_map)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: weight_map must be a JSON object; got {shown(weight_map)}")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or file != Path(file).name:
+            raise CheckpointError(
+                f"{index}: weight_map must map each tensor to a file name of this directory; got "
+                f"{shown(file)} for {shown(tensor)}"
+            )
+    return weight_map

@@ -70,7 +70,11 @@ class GptqCheckpoint:
         self.path = path
         self.config = config
         self._files = files
-        self._modules = {name: self._check_module(name) for name in _module_names(files)}
+        try:
+            configs = config.for_modules(_module_names(files))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self._modules = {name: self._check_module(name, kind) for name, kind in configs.items()}
         if not self._modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
         self._warned_of_zeros = False
@@ -168,11 +172,10 @@ class GptqCheckpoint:
     def _error(self, tensor: str, text: str) -> CheckpointError:
         return CheckpointError(f"{self._files.tensors[tensor].file}: tensor {tensor} {text}")
 
-    def _check_module(self, name: str) -> _Module:
+    def _check_module(self, name: str, config: ModuleConfig | None) -> _Module:
         """Check the headers of one module against its config."""
         tensors = self._files.tensors
         present = tuple(tensor for tensor in TENSORS if f"{name}.{tensor}" in tensors)
-        config = self.config.for_module(name)
         if config is None:
             raise self._error(f"{name}.{present[0]}", "must not exist: a `dynamic` rule says that it is not quantized")
         self._check_presence(name, present, config)
@@ -329,8 +332,7 @@ def open_gptq(path_or_id: str | os.PathLike[str], *, revision: str | None = None
     # A hub id's configs come first: what is not GPTQ is refused before its weights are downloaded.
     directory = local_directory(path_or_id, revision, configs_only=True)
     config = read_config(directory)
-    if not Path(path_or_id).is_dir():
-        directory = local_directory(path_or_id, revision)
+    directory = local_directory(path_or_id, revision)
     return GptqCheckpoint(directory, config, TensorFiles(directory))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +54,7 @@ def test_names_come_in_the_order_of_the_data(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     write_sharded(tmp_path, two_shards())
     (tmp_path / SECOND).unlink()
-    with pytest.raises(CheckpointError, match=rf"{SECOND}: must be a complete safetensors file.*no such file"):
+    with pytest.raises(CheckpointError, match=rf"{SECOND}: no such file"):
         open_gptq(tmp_path)
 
 
@@ -76,15 +79,37 @@ def test_a_tensor_that_the_index_lacks_is_ignored_aloud(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"index\.json: must be a JSON object with a weight_map"),
-        ("{}", r"index\.json: must be a JSON object with a weight_map"),
-        ('{"weight_map": {"a.qweight": "../other/model.safetensors"}}', r"must map each tensor to a file name"),
+        ("{", r"index\.json: must be JSON"),
+        ("[]", r"index\.json: must hold a JSON object; got list"),
+        ("{}", r"index\.json: weight_map must be a JSON object; got None"),
+        ('{"weight_map": ["a.qweight"]}', r"index\.json: weight_map must be a JSON object; got \['a\.qweight'\]"),
     ],
 )
 def test_a_broken_index_is_refused(tmp_path, text, message):
     write_sharded(tmp_path, two_shards())
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
+        open_gptq(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other/model.safetensors", "/model.safetensors", "", ".", "..", "a/", 5, None, True, ["a"], {"a": "b"}],
+    ids=repr,
+)
+def test_the_index_names_files_of_its_own_directory(tmp_path, name):
+    write_sharded(tmp_path, two_shards())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.qweight": name}}))
+    message = rf"index\.json: weight_map must map each tensor to a file name.*; got {re.escape(repr(name))} for 'a\.q"
+    with pytest.raises(CheckpointError, match=message):
+        open_gptq(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"], ids=["long", "null byte", "surrogate"])
+def test_names_that_no_file_has_are_refused(tmp_path, name):
+    write_sharded(tmp_path, two_shards())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.qweight": name}}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
         open_gptq(tmp_path)
 
 
@@ -142,6 +167,34 @@ def test_a_path_that_is_no_directory_is_not_asked_of_the_hub(path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(CheckpointError, match="must be an existing directory or a hub id"):
         open_gptq(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b", "x" * 5000, "./" + "x/" * 5000, Path("\ud800")], ids=lambda path: str(path)[:3]
+)
+def test_a_path_that_the_system_refuses_is_a_checkpoint_error(path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(CheckpointError, match="cannot be read: "):
+        open_gptq(path)
+
+
+def test_links_in_a_circle_are_no_directory(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match=r"loop: cannot be read: Too many levels of symbolic links"):
+        open_gptq(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("function", ["stat", "listdir", "open"])
+def test_a_directory_without_permission_is_a_checkpoint_error(tmp_path, monkeypatch, function):
+    """Simulated: permission bits do not hold for root."""
+    write(tmp_path, module())
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        open_gptq(tmp_path)
 
 
 def test_a_file_is_not_a_directory(tmp_path):
