@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.checkpoint.config import CONFIG_NAME, QUANTIZE_CONFIG_NAME
+from exllama_ops.checkpoint.disk import list_directory
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from exllama_ops.checkpoint.gptq import TENSORS
@@ -52,17 +54,16 @@ def save_gptq(
         max_shard_bytes: the most that a file holds, unless a single tensor is larger.
 
     Raises:
-        CheckpointError: the arguments contradict each other; the text names the module or tensor.
+        CheckpointError: the arguments contradict each other, and the text names the module or tensor; or the directory
+            cannot be written, and nothing of what was begun stays there.
         ImportError: the extra ``hf`` is not installed.
     """
     if checkpoint_format not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"save_gptq: checkpoint_format must be 'gptq' or 'gptq_v2'; got {checkpoint_format!r}")
     if not weights:
         raise CheckpointError("save_gptq: weights must hold at least one module; got none")
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
     layers: dict[str, tuple[int, int, int]] = {}
-    shards = _ShardWriter(directory, max_shard_bytes)
+    shards = _ShardWriter(Path(path), max_shard_bytes)
     try:
         for name, weight in weights.items():
             _check(name, weight, sym, desc_act)
@@ -138,10 +139,30 @@ def _quantization_config(
     }
 
 
+def _is_own(name: str) -> bool:
+    """Whether a file of this name belongs to a former checkpoint, which is replaced."""
+    return name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME, INDEX_NAME) or _OWN_FILES.fullmatch(name) is not None
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What the system refuses and what no file can hold becomes a CheckpointError."""
+    refused = (OSError, ValueError, TypeError, RecursionError, require("safetensors").SafetensorError)
+    try:
+        yield
+    except refused as error:
+        raise CheckpointError(f"save_gptq: {directory}: cannot be written: {error}") from error
+
+
 class _ShardWriter:
     """Collects tensors into files of bounded size under temporary names, and gives them their names in one go."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        for name in list_directory(directory):
+            if _is_own(name) and (directory / name).is_dir():
+                raise CheckpointError(f"save_gptq: {directory / name}: must be a file, to be replaced; got a directory")
         self._directory = directory
         self._max_bytes = max_bytes
         self._save_file = require("safetensors.torch").save_file
@@ -169,14 +190,16 @@ class _ShardWriter:
             storages.add(self._open[name].untyped_storage().data_ptr())
         file = self._temporary_path(f"shard-{len(self._shards)}")
         self._shards.append((file, list(self._open)))
-        self._save_file(self._open, file, metadata={"format": "pt"})
+        with _writing(self._directory):
+            self._save_file(self._open, file, metadata={"format": "pt"})
         self._open = {}
         self._open_bytes = 0
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         file = self._temporary_path(name)
         self._temporary[name] = file
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        with _writing(self._directory / name):
+            file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def publish(self) -> None:
         """Rename all files; until config.json, the last, is there, the directory is no checkpoint."""
@@ -186,25 +209,26 @@ class _ShardWriter:
             named = zip(names, self._shards, strict=True)
             weight_map = {tensor: name for name, (_, members) in named for tensor in members}
             self.write_json(INDEX_NAME, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
-        for file in list(self._directory.iterdir()):
-            if file.name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
-                file.unlink()
-        for file in list(self._directory.iterdir()):
-            if file.name == INDEX_NAME or _OWN_FILES.fullmatch(file.name):
-                file.unlink()
-        # safetensors makes files that only their owner reads; config.json has the mode that this process gives a file.
-        mode = self._temporary[CONFIG_NAME].stat().st_mode
-        for name, (file, _) in zip(names, self._shards, strict=True):
-            file.chmod(mode)
-            file.replace(self._directory / name)
-        for name in (INDEX_NAME, QUANTIZE_CONFIG_NAME, CONFIG_NAME):
-            if name in self._temporary:
-                self._temporary[name].replace(self._directory / name)
+        with _writing(self._directory):
+            for name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
+                (self._directory / name).unlink(missing_ok=True)
+            for name in list_directory(self._directory):
+                if _is_own(name):
+                    (self._directory / name).unlink()
+            # safetensors makes files that only their owner reads; config.json has the mode that this process gives one.
+            mode = self._temporary[CONFIG_NAME].stat().st_mode
+            for name, (file, _) in zip(names, self._shards, strict=True):
+                file.chmod(mode)
+                file.replace(self._directory / name)
+            for name in (INDEX_NAME, QUANTIZE_CONFIG_NAME, CONFIG_NAME):
+                if name in self._temporary:
+                    self._temporary[name].replace(self._directory / name)
 
     def discard(self) -> None:
         """Remove what was not published."""
         for file in [*self._temporary.values(), *(file for file, _ in self._shards)]:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # what could not be written may not be there, and the error is under way
+                file.unlink()
 
     def _temporary_path(self, name: str) -> Path:
         return self._directory / f".{name}.{os.getpid()}.tmp"

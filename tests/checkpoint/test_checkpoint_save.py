@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -239,3 +241,76 @@ def test_every_file_is_as_readable_as_any_that_the_process_makes(tmp_path):
     save_gptq(path, {"layer": weight(sym=False)}, sym=False, desc_act=False)
     (tmp_path / "plain").touch()
     assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+@pytest.fixture
+def _small_files():
+    """No file of this process may exceed 100 kB, as if a disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("_small_files")
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [({"big": torch.zeros(50_000)}, {}), ({}, {"big": "x" * 200_000})],
+    ids=["tensors", "config"],
+)
+def test_a_full_disk_is_a_checkpoint_error_that_leaves_the_former_checkpoint(tmp_path, tensors, config):
+    save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        CheckpointError, match=f"save_gptq: {tmp_path}.*: cannot be written: .*(File too large|os error)"
+    ):
+        save_gptq(tmp_path, {"m": weight()}, tensors, sym=True, desc_act=False, config=config, max_shard_bytes=4000)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_path_that_cannot_be_made_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below", "x" * 5000, "a\0b"):
+        with pytest.raises(CheckpointError, match=r"save_gptq: .*cannot be written: "):
+            save_gptq(tmp_path / name, {"m": weight()}, sym=True, desc_act=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_directory_in_the_place_of_a_file_is_refused_before_anything_is_written(tmp_path, name):
+    save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = {file.name for file in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f"{name}: must be a file, to be replaced; got a directory"):
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)
+    assert {file.name for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("function", ["replace", "chmod"])
+def test_a_failure_while_publishing_is_a_checkpoint_error_without_litter(tmp_path, monkeypatch, function):
+    save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, function, refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*Read-only file system"):
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)
+    assert not [file.name for file in tmp_path.iterdir() if file.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object()], ids=["set", "object"])
+def test_a_config_that_is_no_json_is_a_checkpoint_error(tmp_path, value):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be written: .*not JSON serializable"):
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False, config={"x": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_weights_themselves_is_their_own(tmp_path):
+    class Broken(dict):
+        def items(self):
+            raise FileNotFoundError("gone")
+
+    with pytest.raises(FileNotFoundError, match="gone"):
+        save_gptq(tmp_path, Broken(m=weight()), sym=True, desc_act=False)
