@@ -130,11 +130,17 @@ def _load(path: Path, dtype: str | None, device: torch.device) -> tuple[Any, flo
 
 
 def _tokenizer(path: Path) -> Any:
+    from exllama_ops.checkpoint.disk import check_regular, file_type
     from exllama_ops.extras import require
 
+    transformers = require("transformers")
+    # It opens whatever is there, and waits for FIFOs.
+    for file in sorted({*path.glob("*"), *path.glob("*/*")}):
+        if not file.is_dir():
+            check_regular(file, file_type(file))
     try:
-        return require("transformers").AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizers' errors share no base class
         raise CliError(f"{path}: must hold a tokenizer (tokenizer.json or its kin): {_one_line(error)}") from error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from exllama_ops.checkpoint import CheckpointError, GptqCheckpoint, open_gptq
+from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import convert
 
 # Files of old transformers versions hold this buffer in every layer; every version computes it from the config.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+_GENERATION_CONFIG = "generation_config.json"
 
 _NAMES_SHOWN = 8
 
@@ -84,26 +89,41 @@ def load_model(
         )
     # It describes the files. What this model would save is in the layers' own order, and no GPTQ checkpoint.
     vars(model.config).pop("quantization_config", None)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    if _GENERATION_CONFIG in list_directory(checkpoint.path):
+        model.generation_config = _read_generation_config(transformers, checkpoint.path / _GENERATION_CONFIG)
     # Moves what no file holds: buffers that the model computed.
     return model.to(device).eval()
 
 
 def _read_config(transformers: Any, path: Path) -> Any:
+    """The model's config, out of a copy: transformers opens any kind of file, waits for FIFOs, and knows no BOM."""
+    values = read_json(path / "config.json")
     try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        with tempfile.TemporaryDirectory() as copy:
+            (Path(copy) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+            config = transformers.AutoConfig.from_pretrained(copy, trust_remote_code=False)
+    except Exception as error:  # transformers' errors share no base class
         raise CheckpointError(f"{path / 'config.json'}: must describe a transformers model: {error}") from error
+    config.name_or_path = str(path)
+    return config
+
+
+def _read_generation_config(transformers: Any, path: Path) -> Any:
+    values = read_json(path)
+    try:
+        return transformers.GenerationConfig.from_dict(values)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: must describe how to generate: {error}") from error
 
 
 def _build(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model with its parameters on the meta device; buffers are real, since rotary ones are in no file."""
     init_empty_weights = require("accelerate").init_empty_weights
     try:
-        with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+        # The buffers are made here and moved with the rest, whatever the caller's default device is.
+        with torch.device("cpu"), init_empty_weights(include_buffers=False):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # as above
         raise CheckpointError(f"config.json must describe a causal language model: {error}") from error
     # accelerate wraps every parameter anew, which parts the tied ones.
     model.tie_weights()
