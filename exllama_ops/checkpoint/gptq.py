@@ -256,7 +256,7 @@ class GptqCheckpoint:
         """The zero points in the v2 convention."""
         middle = 2 ** (module.bits - 1)
         if stored is None:
-            return constant_zeros(middle, module.bits, module.qzeros_shape)
+            return constant_zeros(middle, module.bits, module.qzeros_shape, torch.device("cpu"))
         is_v1 = self.config.checkpoint_format == "gptq"
         if module.sym and are_constant(stored, middle if is_v1 else middle - 1, module.bits):
             self._warn_of_zeros(module, middle if is_v1 else middle - 1)

@@ -46,23 +46,24 @@ def _add_to_fields(qzeros: Tensor, bits: int, delta: int) -> Tensor:
     return qzeros + delta * _ONES[bits]
 
 
-def constant_zeros(value: int, bits: int, shape: tuple[int, int]) -> Tensor:
+def constant_zeros(value: int, bits: int, shape: tuple[int, int], device: torch.device) -> Tensor:
     """Words whose every field is ``value``.
 
     Args:
         value: in [0, 2**bits).
         bits: 2, 3, 4 or 8.
         shape: (G, N * bits / 32), whole blocks of words.
+        device: where to put them.
 
     Returns:
         A new int32 tensor of that shape.
     """
     fmt = FORMATS[bits]
-    block = pack_columns(torch.full((1, fmt.block_values), value, dtype=torch.int32), bits)
+    block = pack_columns(torch.full((1, fmt.block_values), value, dtype=torch.int32, device=device), bits)
     return block.repeat(shape[0], shape[1] // fmt.block_words)
 
 
 def are_constant(qzeros: Tensor, value: int, bits: int) -> bool:
     """Whether every field of the words is ``value``. Reads the data."""
     rows, words = qzeros.shape
-    return torch.equal(qzeros, constant_zeros(value, bits, (rows, words)))
+    return torch.equal(qzeros, constant_zeros(value, bits, (rows, words), qzeros.device))

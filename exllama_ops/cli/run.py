@@ -100,7 +100,7 @@ def _one_line(error: Exception) -> str:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise CliError(f"--device {name}: must be a device that this PyTorch can use: {reason}") from error

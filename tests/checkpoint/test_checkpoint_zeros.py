@@ -9,6 +9,7 @@ from checkpoint.builder import to_int32, words_to_v1
 from exllama_ops.checkpoint.zeros import are_constant, constant_zeros, v1_to_v2, v2_to_v1
 
 BITS = (2, 3, 4, 8)
+CPU = torch.device("cpu")
 
 
 def random_words(rows: int = 16, words: int = 12) -> torch.Tensor:
@@ -51,12 +52,12 @@ def test_golden_words(bits, v2, v1):
 
 @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
 def test_constant_zeros_fill_every_field(bits, word):
-    words = constant_zeros(2 ** (bits - 1), bits, (3, 6))
+    words = constant_zeros(2 ** (bits - 1), bits, (3, 6), CPU)
     assert torch.equal(words, to_int32(torch.full((3, 6), word)))
 
 
 def test_one_different_field_is_not_constant():
-    words = constant_zeros(4, 3, (3, 6))
+    words = constant_zeros(4, 3, (3, 6), CPU)
     assert are_constant(words, 4, 3)
     assert not are_constant(words, 3, 3)
     words[2, 5] ^= 1
