@@ -187,7 +187,8 @@ class CompiledGenerator:
             return
         self._cache = None  # frees the former cache before the next is made
         self._capacity = bucket
-        self._cache = _Cache(self._cache_shapes, bucket)
+        with self.device:  # transformers makes a count where the caller's default is
+            self._cache = _Cache(self._cache_shapes, bucket)
 
     def _run(self, step: _Step, ids: Tensor) -> Tensor:
         try:
