@@ -126,7 +126,7 @@ class Trace:
         for node in cone.nodes:
             other = {user for user in node.users if user.target not in _NO_USE} - cone.nodes - {call.gemm}
             if other:
-                raise UnprovenError(f"what becomes its input is used by {_described(other)} too")
+                raise UnprovenError(f"what becomes its input is used by {self._described(other)} too")
         return cone.producers
 
     def _collect(self, value: Any, features: int, cone: _Cone) -> None:
@@ -136,17 +136,25 @@ class Trace:
         if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[-1] == 1):
             return  # the same for every column
         if not isinstance(tensor, Tensor) or tensor.shape[-1] != features:
-            raise UnprovenError(f"its input is made of other columns, from {_described([value])}")
+            raise UnprovenError(f"its input is made of other columns, from {self._described([value])}")
         cone.nodes.add(value)
         if value in self._layer_of:
             cone.producers.append(self._layer_of[value])
         elif value.op == "placeholder":
-            cone.inputs.add(self._names.get(value.name, value.name))
+            cone.inputs.add(self._name(value))
         elif value.op == "call_function" and _is_element_wise(value.target):
             for argument in value.all_input_nodes:
                 self._collect(argument, features, cone)
         else:
-            raise UnprovenError(f"its input is made by {_described([value])}")
+            raise UnprovenError(f"its input is made by {self._described([value])}")
+
+    def _name(self, placeholder: Node) -> str:
+        name: str = self._names.get(placeholder.name, placeholder.name)
+        return name
+
+    def _described(self, nodes: Iterable[Node]) -> str:
+        """By what a user knows: names of aten's ops are another matter, and differ between versions of torch."""
+        return ", ".join(sorted({self._name(node) if node.op == "placeholder" else _module_of(node) for node in nodes}))
 
 
 @contextmanager
@@ -168,6 +176,9 @@ def _inputs(layers: Mapping[str, ExllamaLinear]) -> Iterator[dict[str, Tensor]]:
 def _reason_against(layer: ExllamaLinear, calls: list[Node], owners: int) -> str | None:
     if type(layer) is not ExllamaLinear:
         return f"it is a {type(layer).__name__}, which may compute something else"
+    parameters = ", ".join(name for name, _ in layer.named_parameters())
+    if parameters:
+        return f"it has a parameter: {parameters}"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks"
     if len(calls) != 1:
@@ -189,10 +200,15 @@ def _values(value: Any) -> Hashable:
     return key
 
 
+def _module_of(node: Node) -> str:
+    """The module in whose forward a node was traced."""
+    if node.op == "output":
+        return "the output"
+    stack = node.meta.get("nn_module_stack")
+    name = next(reversed(stack.values()))[0] if stack else ""
+    return name or "the model itself"
+
+
 def _is_element_wise(target: Any) -> bool:
     known = (*_SAME_ELEMENTS, _aten._to_copy.default)
     return target in known or torch.Tag.pointwise in getattr(target, "tags", ())
-
-
-def _described(nodes: Iterable[Node]) -> str:
-    return ", ".join(sorted({"the output" if node.op == "output" else str(node.target) for node in nodes}))
