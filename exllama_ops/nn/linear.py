@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from exllama_ops.layout.checks import fills_words, words_rule
 from exllama_ops.layout.formats import SUPPORTED_BITS
@@ -14,6 +15,8 @@ from exllama_ops.layout.groups import num_groups, row_groups
 from exllama_ops.layout.interning import intern, intern_copy
 from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
+from exllama_ops.nn.leaf import call_as_leaf
+from exllama_ops.nn.nested import nested_like, values_of
 from exllama_ops.ops import gptq_gemm
 from exllama_ops.prepare import prepare
 
@@ -22,7 +25,8 @@ class ExllamaLinear(nn.Module):
     """``y = x @ W + bias`` with a GPTQ weight ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``; inference and LoRA.
 
     The constructor makes a layer of zeros to load a state_dict into; `from_weight` makes one from a weight. All state
-    is in buffers, so nothing here is trained: gradients flow to x alone.
+    is in buffers, so nothing here is trained: gradients flow to x alone. Averages of buffers, such as
+    ``AveragedModel(use_buffers=True)`` makes, are of packed words and mean nothing.
 
     Args:
         in_features: K, filling whole words (a multiple of 16, 32, 8, 4 for 2, 3, 4, 8 bits).
@@ -38,20 +42,21 @@ class ExllamaLinear(nn.Module):
         device: where the buffers lie; "meta" works.
 
     Shape:
-        x: (*, K) float16, bfloat16 or float32, any strides; y: (*, N) in x's dtype. Under autocast x is cast to
-        the autocast dtype, the scales never are.
+        x: (*, K) float16, bfloat16 or float32, any strides, or nested with layout=torch.jagged; y: (*, N) in x's dtype.
+        Under autocast x is cast to the autocast dtype, the scales never are.
 
     Attributes:
         layout: (3,) int32, bits, group_size and shuffled: a state_dict of another layout is refused.
         qweight: (K * bits / 32, N) int32.
         qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
-        scales: (G, N); `.to(dtype)` leaves them as they are.
+        scales: (G, N); `.to(dtype)` leaves them as they are, and a cast past the module is refused.
+        scales_dtype: that of the scales.
         perm: (K,) or (0,) int32, if shuffled. Layers with equal ones share one tensor; a state_dict has copies.
         g_idx: (K,) or (0,) int32, if not shuffled; likewise.
         bias: (N,) or None.
 
     Raises:
-        ValueError: an argument is unsupported, or x's last size is not K.
+        ValueError: an argument is unsupported, x's last size is not K, or the scales are not what they were made as.
     """
 
     qweight: Tensor
@@ -115,18 +120,35 @@ class ExllamaLinear(nn.Module):
         return layer
 
     def set_packed(self, weight: PackedWeight) -> None:
-        """Compute with another weight from now on: the buffers are replaced by those of ``weight``."""
+        """Compute with another weight from now on: the buffers are replaced by those of ``weight``.
+
+        Raises:
+            ValueError: a buffer is parametrized.
+        """
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                "ExllamaLinear: set_packed replaces buffers, of which some are parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations before"
+            )
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.bits = weight.bits
         self.group_size = weight.group_size
         self.shuffled = weight.shuffled
-        self.register_buffer("layout", torch.tensor(self._layout, dtype=torch.int32, device=weight.qweight.device))
-        self.register_buffer("qweight", weight.qweight)
-        self.register_buffer("qzeros", weight.qzeros)
-        self.register_buffer("scales", weight.scales)
-        self.register_buffer(self._order_name, weight.row_order)
-        self.register_buffer("bias", weight.bias)
+        self.scales_dtype = weight.scales.dtype
+        buffers = {
+            "layout": torch.tensor(self._layout, dtype=torch.int32, device=weight.qweight.device),
+            "qweight": weight.qweight,
+            "qzeros": weight.qzeros,
+            "scales": weight.scales,
+            self._order_name: weight.row_order,
+            "bias": weight.bias,
+        }
+        for name in ("perm", "g_idx", *buffers):
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     @property
     def _order_name(self) -> str:
@@ -145,28 +167,79 @@ class ExllamaLinear(nn.Module):
     def _row_order(self) -> Tensor:
         return self.perm if self.shuffled else self.g_idx
 
-    @_row_order.setter
-    def _row_order(self, order: Tensor) -> None:
-        setattr(self, self._order_name, order)
-
     @property
     def op_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
         """What the ops take after their first argument."""
         use_v2_format = True
         # Found by their names as attributes, four buffers of an nn.Module take about as long as the op's call.
         buffers: dict[str, Any] = self._buffers
-        tensors = (buffers["qweight"], buffers["qzeros"], buffers["scales"], buffers[self._order_name])
+        order_name = "perm" if self.shuffled else "g_idx"
+        try:
+            tensors = (buffers["qweight"], buffers["qzeros"], buffers["scales"], buffers[order_name])
+        except KeyError:
+            tensors = self._tensors_that_are_no_buffers()
+        scales = tensors[2]
+        if scales is None or scales.dtype is not self.scales_dtype or scales.requires_grad:
+            self._check_scales(scales)
         return (*tensors, self.shuffled, self.bits, use_v2_format, self.group_size)
 
+    def _tensors_that_are_no_buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of `op_arguments` where some are parametrized, or parameters."""
+        names = ("qweight", "qzeros", "scales", self._order_name)
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise ValueError(f"ExllamaLinear: {', '.join(missing)} must not be deleted")
+        return self.qweight, self.qzeros, self.scales, self._row_order
+
+    def _check_scales(self, scales: Tensor | None) -> None:
+        if scales is None:
+            raise ValueError("ExllamaLinear: scales must be a Tensor; got None")
+        if scales.dtype != self.scales_dtype:
+            raise ValueError(
+                f"ExllamaLinear: scales are never cast, and are {scales.dtype} in a layer that was made with "
+                f"{self.scales_dtype}. FSDP casts buffers by MixedPrecision(buffer_dtype=...): leave that unset. Who "
+                "means to have other scales sets scales_dtype of the layer too"
+            )
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "ExllamaLinear: scales require a gradient, which they do not get: gradients flow to x and bias alone. "
+                "Detach them, or call the layer under torch.no_grad()"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
+        if not isinstance(x, Tensor):
+            return self._forward_traced(x)  # type: ignore[unreachable]
+        if x.layout is not torch.strided or x.is_nested:
+            return nested_like(x, self.forward(values_of(x, self.in_features)))
+        dim = x.dim()
+        if dim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"ExllamaLinear: x must have shape (*, K) with K={self.in_features}; got {tuple(x.shape)}")
-        x = _autocast(x)
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            x = x.to(dtype)
+        rows = x if dim == 2 else x.reshape(-1, self.in_features)
         out = gptq_gemm(rows.contiguous(), *self.op_arguments)
-        out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
-        bias = self._buffers["bias"]
+        out = out if dim == 2 else out.view(*x.shape[:-1], self.out_features)
+        try:
+            bias: Tensor | None = self._buffers["bias"]
+        except KeyError:
+            bias = self.bias
         return out if bias is None else out + bias.to(out.dtype)
+
+    def _forward_traced(self, x: Any) -> Any:
+        leaf = call_as_leaf(self, x)
+        if leaf is not None:
+            return leaf
+        leading = x.shape[:-1]
+        out = torch.ops.exllama.gptq_gemm(x.reshape(leading.numel(), self.in_features).contiguous(), *self.op_arguments)
+        out = out.reshape(leading + torch.Size([self.out_features]))
+        return out if self.bias is None else out + self.bias.type_as(out)
+
+    def __prepare_scriptable__(self) -> ExllamaLinear:
+        """Asked by torch.jit.script."""
+        raise NotImplementedError(
+            "ExllamaLinear: torch.jit.script cannot compile it; torch.jit.trace, torch.compile and torch.export can"
+        )
 
     def dequantize(self) -> Tensor:
         """The dense weight as nn.Linear has it: (N, K) in the scales' dtype, a transposed view of new memory."""
@@ -175,32 +248,34 @@ class ExllamaLinear(nn.Module):
 
     def to_weight(self) -> GptqWeight:
         """The weight in checkpoint order, in memory of its own: what `from_weight` was given, for `save_gptq`."""
-        if self.shuffled:
-            qweight = torch.ops.exllama.gptq_unshuffle(self.qweight, self.perm, self.bits)
-            groups = row_groups(self.in_features, self.scales.shape[0], self.group_size, self.qweight.device)
-            g_idx = groups.index_select(0, inverse_permutation(self.perm)) if self.act_order else None
+        packed, bias = self.to_packed(), self.bias
+        if packed.shuffled:
+            qweight = torch.ops.exllama.gptq_unshuffle(packed.qweight, packed.perm, packed.bits)
+            groups = row_groups(packed.in_features, packed.scales.shape[0], packed.group_size, qweight.device)
+            g_idx = groups.index_select(0, inverse_permutation(packed.perm)) if self.act_order else None
         else:
-            qweight = self.qweight.clone()
-            g_idx = self.g_idx.clone() if self.act_order else None
+            qweight = packed.qweight.clone()
+            g_idx = packed.g_idx.clone() if self.act_order else None
         return GptqWeight(
             qweight=qweight,
-            qzeros=self.qzeros.clone(),
-            scales=self.scales.clone(),
+            qzeros=packed.qzeros.clone(),
+            scales=packed.scales.clone(),
             g_idx=g_idx,
-            bits=self.bits,
-            group_size=self.group_size,
-            bias=None if self.bias is None else self.bias.clone(),
+            bits=packed.bits,
+            group_size=packed.group_size,
+            bias=None if bias is None else bias.detach().clone(),
         )
 
     def to_packed(self) -> PackedWeight:
         """The weight that the layer computes with; it shares the layer's memory."""
-        empty = no_order(self.qweight)
+        qweight, qzeros, scales, row_order, *_ = self.op_arguments
+        empty = no_order(qweight)
         return PackedWeight(
-            qweight=self.qweight,
-            qzeros=self.qzeros,
-            scales=self.scales,
-            perm=self.perm if self.shuffled else empty,
-            g_idx=empty if self.shuffled else self.g_idx,
+            qweight=qweight,
+            qzeros=qzeros,
+            scales=scales,
+            perm=row_order if self.shuffled else empty,
+            g_idx=empty if self.shuffled else row_order,
             shuffled=self.shuffled,
             bits=self.bits,
             group_size=self.group_size,
@@ -215,26 +290,42 @@ class ExllamaLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExllamaLinear:
-        """Let ``.to(dtype)`` and its kin move the scales, but not round them, and leave one order of rows to those that
+        """Let ``.to(dtype)`` and its kin move the weight, but not cast it, and leave one order of rows to those that
         shared it."""
-        scales, order = self.scales, self._row_order
+        weight = {id(tensor) for tensor in self._weight().values()}
+        order = self._buffers.get(self._order_name)
 
-        def keep_scales_dtype(tensor: Tensor) -> Tensor:
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor is scales and moved.dtype != tensor.dtype:
+            if id(tensor) in weight and moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_scales_dtype, recurse)  # type: ignore[no-untyped-call]
-        if self._row_order is not order:
-            self._row_order = intern_copy(self._row_order, order)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        moved_order = self._buffers.get(self._order_name)
+        if order is not None and moved_order is not None and moved_order is not order:
+            self._buffers[self._order_name] = intern_copy(moved_order, order)
         return self
+
+    def _weight(self) -> dict[str, Tensor]:
+        """All state but the bias, by its names in a state_dict: that of a parametrized buffer is held elsewhere."""
+        state: dict[str, Tensor] = {}
+        parametrizations: Any = self._modules.get("parametrizations", {})
+        for name in ("layout", "qweight", "qzeros", "scales", self._order_name):
+            if name in parametrizations:
+                for key, tensor in parametrizations[name].state_dict(keep_vars=True).items():
+                    if key.startswith("original"):
+                        state[f"parametrizations.{name}.{key}"] = tensor
+            elif hasattr(self, name):
+                state[name] = getattr(self, name)
+        return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """With an order of rows of its own: safetensors refuses shared tensors, and loaders write to a state_dict."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         name = prefix + self._order_name
-        destination[name] = destination[name].clone()
+        if name in destination:
+            destination[name] = destination[name].clone()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
@@ -248,24 +339,27 @@ class ExllamaLinear(nn.Module):
         # Loading writes in place, which other layers that share the order must not see. The name keeps the shared one
         # alive, so that a layer which loads the same order has the same tensor again, at its address.
         shared = self._row_order
-        self._row_order = shared.clone()
+        self._buffers[self._order_name] = shared.clone()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._row_order = intern(self._row_order)
+        self._buffers[self._order_name] = intern(self._row_order)
 
     def _reasons_against(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        if self._order_name not in self._buffers:
+            return [f"{self._order_name}: is loaded into a buffer alone, as others share it; parametrized, it is none"]
+        weight = self._weight()
+        given = {name: state_dict[prefix + name] for name in weight if prefix + name in state_dict}
         if "qweight" in given and self._order_name not in given:
             return [
                 f"qweight: needs {self._order_name} beside it, as this layer has shuffled={self.shuffled}; a GPTQ "
                 "checkpoint is read by exllama_ops.open_gptq"
             ]
         reasons = [
-            f"{name}: {given[name].dtype} in the state_dict, {buffer.dtype} in the layer, which is not cast"
+            f"{name}: {given[name].dtype} in the state_dict, {tensor.dtype} in the layer, which is not cast"
             + (f"; build the layer with scales_dtype={given[name].dtype}" if name == "scales" else "")
-            for name, buffer in self._buffers.items()
-            if name in given and name != "bias" and buffer is not None and given[name].dtype != buffer.dtype
+            for name, tensor in weight.items()
+            if name in given and given[name].dtype != tensor.dtype
         ]
         layout = given.get("layout")
         if layout is not None and not layout.is_meta and layout.tolist() != self._layout:
@@ -287,11 +381,14 @@ def _check_construction(in_features: int, out_features: int, bits: int, group_si
         raise ValueError(f"ExllamaLinear: group_size must be at least 1; got {group_size}")
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x as autocast would hand it to nn.Linear: floating point except float64 becomes the autocast dtype."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to for nn.Linear, if it does: floating point except float64."""
+    # The device is only asked for under autocast: that takes as long as all else here.
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device_type = x.device.type
     if device_type == "meta":  # autocast knows none, and Dynamo before torch 2.11 cannot ask it which it knows
-        return x
+        return None
     if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from conformance.bounds import error_bound, gamma, half_ulp
 from conformance.weights import DTYPES
@@ -40,7 +44,7 @@ def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtyp
     x = torch.randn(2, 3, K).to(dtype)
     # The scales are float16 and q - z has 9 bits: the float32 product, had it been kept, is W exactly.
     exact_layer = ExllamaLinear.from_weight(weight(bits, order))
-    exact_layer.scales = exact_layer.scales.float()
+    exact_layer.scales, exact_layer.scales_dtype = exact_layer.scales.float(), torch.float32
     W = exact_layer.dequantize().double().t()
     assert layer.bias is not None
     expected = x.double() @ W + layer.bias.double()
@@ -61,7 +65,7 @@ def test_strided_x_is_accepted(layer: ExllamaLinear) -> None:
     assert torch.equal(layer(x), layer(x.contiguous()))
 
 
-@pytest.mark.parametrize("shape", [(2, K // 2), (K // 2, 2), (4, 2 * K)])
+@pytest.mark.parametrize("shape", [(2, K // 2), (K // 2, 2), (4, 2 * K), ()])
 def test_x_that_would_only_reshape_to_K_is_refused(layer: ExllamaLinear, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x must have shape \(\*, K\) with K=96; got"):
         layer(torch.randn(shape))
@@ -92,7 +96,15 @@ def test_copies_are_equal_and_independent(layer: ExllamaLinear) -> None:
         assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
+def type_float16(module: nn.Module) -> nn.Module:
+    """Casts integers too."""
+    return module.type(torch.float16)
+
+
+CASTS = [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double, type_float16]
+
+
+@pytest.mark.parametrize("cast", CASTS)
 def test_a_dtype_cast_rounds_the_bias_and_never_the_scales(layer: ExllamaLinear, cast: object) -> None:
     scales, qweight = layer.scales.clone(), layer.qweight.clone()
     cast(layer)  # type: ignore[operator]
@@ -222,3 +234,195 @@ def test_num_groups_belongs_to_a_raw_g_idx() -> None:
         ExllamaLinear(K, N, 4, 40, num_groups=7)
     layer = ExllamaLinear(K, N, 4, 40, act_order=True, shuffled=False, num_groups=7)
     assert layer.scales.shape == (7, N)
+
+
+NAMES = ["layout", "qweight", "qzeros", "scales", "perm", "bias"]
+
+
+@pytest.fixture
+def plain() -> ExllamaLinear:
+    return ExllamaLinear.from_weight(weight(order="perm"))
+
+
+@pytest.fixture(params=NAMES)
+def parametrized(request: pytest.FixtureRequest, plain: ExllamaLinear) -> ExllamaLinear:
+    layer = copy.deepcopy(plain)
+    parametrize.register_parametrization(layer, request.param, nn.Identity())
+    return layer
+
+
+def test_a_parametrized_buffer_is_used_where_the_buffer_was(parametrized: ExllamaLinear, plain: ExllamaLinear) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, K)
+    expected = plain(x)
+    assert torch.equal(parametrized(x), expected)
+    assert torch.equal(torch.compile(parametrized, backend="eager", fullgraph=True)(x), expected)
+    assert torch.equal(copy.deepcopy(parametrized)(x), expected)
+    assert torch.equal(parametrized.dequantize(), plain.dequantize())
+    for weight in (parametrized.to_weight(), plain.to_weight()):
+        assert torch.equal(ExllamaLinear.from_weight(weight)(x), expected)
+    assert torch.equal(ExllamaLinear.from_packed(parametrized.to_packed())(x), expected)
+    assert parametrized.extra_repr() == plain.extra_repr()
+    with pytest.raises(ValueError, match=r"set_packed replaces buffers.*remove_parametrizations"):
+        parametrized.set_packed(plain.to_packed())
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_dtype_cast_reaches_the_bias_alone_where_a_buffer_is_parametrized(
+    parametrized: ExllamaLinear, plain: ExllamaLinear, cast: Callable[[nn.Module], nn.Module]
+) -> None:
+    cast(parametrized)
+    cast(plain)
+    for name in NAMES:
+        got, expected = getattr(parametrized, name), getattr(plain, name)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_dict_of_a_parametrized_layer_fits_one_likewise(name: str, plain: ExllamaLinear) -> None:
+    x, other = torch.randn(3, K), ExllamaLinear(K, N, 4, 40, act_order=True)
+    neighbour = copy.deepcopy(other)
+    before = neighbour(x)
+    other.perm = neighbour.perm
+    for layer in (plain, other):
+        parametrize.register_parametrization(layer, name, nn.Identity())
+    state = plain.state_dict()
+    if name == "perm":
+        with pytest.raises(RuntimeError, match="perm: is loaded into a buffer alone, as others share it"):
+            other.load_state_dict(state)
+    else:
+        other.load_state_dict(state)
+        assert torch.equal(other(x), plain(x))
+    assert torch.equal(neighbour(x), before)
+
+
+def test_a_parametrized_tensor_of_another_dtype_is_not_cast_while_loading(plain: ExllamaLinear) -> None:
+    parametrize.register_parametrization(plain, "scales", nn.Identity())
+    state = plain.state_dict()
+    state["parametrizations.scales.original"] = state["parametrizations.scales.original"].float()
+    with pytest.raises(RuntimeError, match=r"parametrizations.scales.original: torch.float32 in the state_dict"):
+        plain.load_state_dict(state)
+
+
+def test_scales_that_would_get_no_gradient_are_refused_where_one_is_asked_for(plain: ExllamaLinear) -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1, dtype=torch.float16))
+
+        def forward(self, scales: Tensor) -> Tensor:
+            return scales * self.gain
+
+    x = torch.randn(3, K)
+    expected = plain(x)
+    with pytest.raises(ValueError, match="scales require a gradient, which they do not get"):
+        torch.func.functional_call(plain, {"scales": torch.ones(3, N, dtype=torch.float16, requires_grad=True)}, x)
+    parametrize.register_parametrization(plain, "scales", Gain())
+    with pytest.raises(ValueError, match="scales require a gradient, which they do not get"):
+        plain(x)
+    with torch.no_grad():
+        assert torch.equal(plain(x), expected)
+
+
+def test_a_bias_may_be_a_parameter_or_none(plain: ExllamaLinear) -> None:
+    x = torch.randn(3, K)
+    expected, bias = plain(x), plain.bias
+    plain.bias = nn.Parameter(bias)
+    plain(x).sum().backward()
+    assert torch.equal(plain.bias.grad, torch.full((N,), 3.0))
+    assert list(plain.state_dict()) == list(dict.fromkeys(["bias", *plain.state_dict()]))
+    assert not plain.to_weight().bias.requires_grad
+    plain.set_packed(plain.to_packed())
+    assert torch.equal(plain(x), expected)
+    plain.bias = None
+    assert torch.equal(plain(x) + bias, expected)
+    assert "bias=False" in repr(plain)
+
+
+def test_what_was_deleted_is_named(plain: ExllamaLinear) -> None:
+    x = torch.randn(3, K)
+    del plain.bias
+    with pytest.raises(AttributeError, match="'bias'"):
+        plain(x)
+    plain.register_buffer("scales", None)
+    with pytest.raises(ValueError, match="scales must be a Tensor; got None"):
+        plain(x)
+    del plain.scales, plain.perm
+    with pytest.raises(ValueError, match="scales, perm must not be deleted"):
+        plain(x)
+
+
+def test_set_packed_leaves_nothing_of_another_order(plain: ExllamaLinear) -> None:
+    raw = ExllamaLinear.from_weight(weight(order="raw"))
+    plain.set_packed(raw.to_packed())
+    assert list(plain.state_dict()) == list(raw.state_dict())
+
+
+@pytest.mark.parametrize("future", ["swap_module_params_on_conversion", "overwrite_module_params_on_conversion"])
+def test_conversions_of_the_future_work(plain: ExllamaLinear, future: str) -> None:
+    x, shared, other = torch.randn(3, K), plain.perm, ExllamaLinear(K, N, 4, 40, act_order=True)
+    expected = plain(x)
+    plain.bias = nn.Parameter(plain.bias)
+    state = plain.state_dict()
+    getattr(torch.__future__, f"set_{future}")(True)
+    try:
+        other.load_state_dict(state)
+        other.load_state_dict(state)
+        assert torch.equal(plain.to(torch.float64).to(torch.float32)(x), expected)
+        assert plain.perm is shared
+    finally:
+        getattr(torch.__future__, f"set_{future}")(False)
+    assert torch.equal(other(x), expected)
+
+
+def test_functional_call_takes_other_tensors(plain: ExllamaLinear) -> None:
+    x, plain.bias = torch.randn(3, K), None
+    assert torch.equal(torch.func.functional_call(plain, {"scales": plain.scales * 2}, x), 2 * plain(x))
+
+
+@contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_a_buffer_dtype_of_fsdp_is_refused(plain: ExllamaLinear, tmp_path: Path) -> None:
+    """It writes ``buffer.data``, which no method of the module sees."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    x, model = torch.randn(3, K), nn.Sequential(plain, nn.Linear(N, N))
+    expected = model(x)
+    with process_group(tmp_path):
+        wrap = lambda **mixed: fsdp.FullyShardedDataParallel(  # noqa: E731
+            copy.deepcopy(model), mixed_precision=fsdp.MixedPrecision(**mixed), device_id=torch.device("cpu")
+        )
+        assert torch.equal(wrap()(x), expected)
+        with pytest.raises(
+            ValueError, match=r"scales are never cast, and are torch.bfloat16 .* made with torch.float16"
+        ):
+            wrap(buffer_dtype=torch.bfloat16)(x)
+
+
+def test_scales_that_were_cast_past_the_module_are_refused_wherever_they_are_used(plain: ExllamaLinear) -> None:
+    torch._dynamo.reset()
+    plain.scales.data = plain.scales.to(torch.bfloat16)
+    for use in (plain, copy.deepcopy(plain), torch.compile(plain, backend="eager", fullgraph=True)):
+        with pytest.raises(Exception, match=r"scales are never cast, and are torch.bfloat16"):
+            use(torch.randn(3, K))
+    for method in (plain.dequantize, plain.to_weight, plain.to_packed):
+        with pytest.raises(ValueError, match=r"scales are never cast.*MixedPrecision\(buffer_dtype=...\)"):
+            method()
+    plain.scales_dtype = torch.bfloat16
+    assert plain(torch.randn(3, K)).shape == (3, N)
+
+
+def test_torch_jit_traces_and_does_not_script(plain: ExllamaLinear) -> None:
+    x = torch.randn(2, 3, K)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(plain, x)(x), plain(x))
+    with pytest.raises(NotImplementedError, match=r"^ExllamaLinear: torch.jit.script cannot compile it; .*trace"):
+        torch.jit.script(nn.Sequential(plain))
