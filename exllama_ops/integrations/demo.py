@@ -142,7 +142,10 @@ def _download(directory: Path, wheel: Path) -> None:
 
 
 def _check_wheel(wheel: Path, found: str) -> None:
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DemoError(f"{wheel}: cannot be read: {error}") from error
     if digest != WHEEL_SHA256:
         raise DemoError(
             f"{WHEEL} must have sha256 {WHEEL_SHA256}; {found} one with {digest}. Remove "

@@ -1,7 +1,8 @@
-"""Files that transformers would open, wait for, or fail on in its own ways: `load_model` and `exllama-ops run`."""
+"""Files that transformers would wait for, or fail on in its own ways: `load_model`, `exllama-ops run`, the demo."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from exllama_ops.cli import main
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
+from exllama_ops.integrations import demo  # noqa: E402
 from exllama_ops.integrations.transformers import load_model  # noqa: E402 (it needs transformers)
 
 SOURCE = Path(__file__).parents[1] / "data" / "tiny-w4g64-lmhead"
@@ -93,6 +95,22 @@ def test_a_fifo_among_the_tokenizers_files_is_one_line(
     assert main(["run", str(checkpoint), "--no-compile"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"exllama-ops: error: {checkpoint / name}: must be a regular file; got a FIFO"
+
+
+def test_a_demo_wheel_without_permission_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Simulated: permission bits do not hold for root."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / demo.WHEEL).touch()
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert main(["run", "--no-compile"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"exllama-ops: error: {tmp_path / demo.WHEEL}: cannot be read: ")
 
 
 @pytest.mark.parametrize(
