@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
@@ -61,7 +62,7 @@ def define_linear_op(
     _library.register_kernel(names[0], "Autograd", _autograd_kernel(op, without_autograd, adjoint))
     _library.no_gradient(names[1])
     for overload in names:
-        _library.register_kernel(overload, "ZeroTensor", _on_zeros(without_autograd))
+        _library.register_kernel(overload, "ZeroTensor", _on_zeros(_library.overload(overload)))
         _library.register_vmap(overload, _vmap.in_one_call)
     packet = op.overloadpacket
     register_flop_formula(packet)(_flops)
@@ -102,15 +103,14 @@ def _flops(
     return sum(2 * first_shape[0] * (rows * 32 // bits) * N for rows, N in shapes)
 
 
-def _on_zeros(without_autograd: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _on_zeros(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The kernel for ZeroTensors, by which autograd spares itself zeros: torch's own would hand over expanded ones."""
 
-    def fill_and_compute(*args: Any) -> Tensor:
-        args = tree_map_only(Tensor, lambda tensor: tensor.new_zeros(tensor.shape) if is_zero(tensor) else tensor, args)
-        return without_autograd(*args)
+    def filled(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(tensor.shape) if tensor._is_zerotensor() else tensor
 
-    def is_zero(tensor: Tensor) -> bool:
-        return bool(tensor._is_zerotensor())
+    def fill_and_compute(*args: Any) -> Tensor:
+        return op(*tree_map_only(Tensor, filled, args))
 
     return fill_and_compute
 
@@ -125,8 +125,12 @@ def _autograd_kernel(
     def below_autograd(first: Tensor, *weight: Any) -> Tensor:
         return by_its_name(first, *weight) if _is_watched() else without_autograd(first, *weight)
 
-    class Linear(torch.autograd.Function):
-        # The weight comes as one tuple, in which autograd sees no tensors: it gets no gradient.
+    # A torch.autograd.Function works for the transforms of torch.func only where it is called outside of the
+    # dispatcher. A kernel is called for one of them at a time, which is what the class under it is for. The weight is
+    # one tuple, in which autograd sees no tensors: it gets no gradient.
+    class Linear(_SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
         @staticmethod
         def forward(first: Tensor, weight: tuple[Any, ...], modes: tuple[bool, bool] | None) -> Tensor:
             if modes is None:
@@ -147,15 +151,13 @@ def _autograd_kernel(
         def jvp(ctx: Any, tangent: Tensor, *no_tangents: None) -> Tensor:
             # Switched off too: a second tangent would be lost.
             with forward_ad._set_fwd_grad_enabled(True):
-                return op(_plain(tangent), *_saved_weight(ctx))
+                return op(tangent, *_saved_weight(ctx))
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             return adjoint(_plain(grad), *_saved_weight(ctx)), None, None
 
-    # Function.apply reads a signature at each call, and knows the transforms of torch.func only outside of the
-    # dispatcher. Inside it a kernel is called for one of them, which is what the apply that it calls is for.
-    apply: Callable[..., Tensor] = super(torch.autograd.Function, Linear).apply
+    apply: Callable[..., Tensor] = Linear.apply  # type: ignore[attr-defined]
 
     def autograd_kernel(first: Tensor, *weight: Any) -> Tensor:
         if _transformed():
@@ -170,7 +172,7 @@ def _autograd_kernel(
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A gradient or tangent as the ops take it: autograd has expanded, transposed and sparse ones too."""
+    """A gradient as the ops take it: autograd has expanded, transposed and sparse ones too."""
     return (tensor if tensor.layout is torch.strided else tensor.to_dense()).contiguous()
 
 

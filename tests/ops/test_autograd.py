@@ -74,18 +74,6 @@ def test_gradients_of_any_form_have_the_results_of_plain_ones(kind: str, name: s
 
 
 @LINEAR
-@pytest.mark.parametrize("kind", GRADIENTS.keys() - {"sparse"})
-def test_tangents_of_any_form_have_the_results_of_plain_ones(kind: str, name: str) -> None:
-    op, weight, K, _ = linear_ops()[name]
-    tangent = GRADIENTS[kind](5, K)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.randn(5, K), tangent)
-        result = torch.autograd.forward_ad.unpack_dual(op(dual, *weight)).tangent
-    assert result is not None
-    assert torch.equal(result, op(plain(tangent), *weight))
-
-
-@LINEAR
 def test_activations_may_be_zeros_without_memory(name: str) -> None:
     op, weight, K, N = linear_ops()[name]
     x = torch._efficientzerotensor((5, K))
@@ -329,6 +317,18 @@ def test_compiled_gradient_equals_eager_gradient() -> None:
     loss(eager).backward()
     torch.compile(loss, fullgraph=True)(compiled).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@LINEAR
+def test_compiled_autograd_calls_what_autograd_calls(name: str) -> None:
+    op, weight, K, N = linear_ops()[name]
+    x, grad = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
+    (expected,) = torch.autograd.grad(op(x, *weight), x, grad)
+    out = op(x, *weight)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        out.backward(grad)
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
 
 
 def test_shuffle_bumps_the_version_whatever_its_kernel_does() -> None:
