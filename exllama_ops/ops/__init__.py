@@ -27,5 +27,5 @@ OPS_TO_SAVE: tuple[OpOverload, ...] = tuple(
 )
 """The products, for the list or policy of `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
 
-They are all overloads: what runs where autograd has seen to the gradient already is ``gptq_gemm.no_autograd``.
+A policy is asked for ``gptq_gemm.default``. The overloads without autograd are what graphs of AOTAutograd have.
 """
