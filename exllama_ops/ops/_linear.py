@@ -66,6 +66,8 @@ def define_linear_op(
         _library.register_vmap(overload, _vmap.in_one_call)
     packet = op.overloadpacket
     register_flop_formula(packet)(_flops)
+    # The former name of the overload without autograd: policies of checkpointing and Inductor's caches may hold it.
+    setattr(torch.ops.exllama, f"_{name}", packet)
 
     def call(first: Tensor, *weight: Any) -> Tensor:
         seen = torch.compiler.is_compiling() or _transformed() or _has_derivative(first) or _modes()

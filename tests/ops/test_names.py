@@ -163,6 +163,11 @@ def test_selective_checkpointing_computes_no_saved_product_again(policy: str, co
         torch.testing.assert_close(x.grad, expected.grad)
 
 
+def test_the_former_name_of_an_op_without_autograd_is_the_op() -> None:
+    for name in ("gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi"):
+        assert getattr(torch.ops.exllama, f"_{name}") is getattr(torch.ops.exllama, name)
+
+
 def test_the_ops_to_save_are_the_products_with_and_without_autograd() -> None:
     assert {str(overload) for overload in OPS_TO_SAVE} == {
         f"exllama.{name}.{overload}"
