@@ -1,15 +1,13 @@
 // Kernels to the dispatcher, of one device in one library.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <cstring>
 #include <exception>
 #include <string>
 
-namespace exllama::bindings {
+#include "bindings/library.h"
 
-using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
+namespace exllama::bindings {
 
 // The kernels of the ops. An op with an overload that has no autograd has the same kernel twice.
 struct Kernels {
@@ -20,7 +18,6 @@ struct Kernels {
 // have them. Returns null, or what went wrong; the text lives until the thread's next call.
 inline const char* register_kernels(const Kernels& kernels, const char* name_space, const char* op,
                                     const char* dispatch_key) {
-  using torch::stable::detail::StableLibrary;
   const struct {
     const char* op;
     Kernel kernel;
@@ -33,14 +30,16 @@ inline const char* register_kernels(const Kernels& kernels, const char* name_spa
   static thread_local std::string error;
   try {
     bool known = false;
-    // Kept for ever: its destructor would take the kernels back, when torch may be gone already.
-    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name_space, dispatch_key, __FILE__, __LINE__);
+    Library library(name_space, dispatch_key);
     for (const auto& [name, kernel] : implementations) {
       if (op != nullptr && std::strcmp(op, name) != 0) continue;
-      library->impl(name, kernel);
+      library.implement(name, kernel);
       known = true;
     }
-    if (known) return nullptr;
+    if (known) {
+      library.keep();
+      return nullptr;
+    }
     error = std::string("no ") + dispatch_key + " kernel named " + op;
   } catch (const std::exception& exception) {
     error = exception.what();

@@ -3,12 +3,11 @@
 // In a Python process exllama_ops defines them, with the tags that Inductor asks for; they are compared by a test.
 // Loading the library has no effect; exllama_define_ops defines the ops, which then wait for the kernels of a device.
 
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <exception>
-#include <memory>
 #include <string>
+
+#include "bindings/library.h"
 
 namespace {
 
@@ -33,15 +32,13 @@ const char* const kSchemas[] = {
 // Never to be called beside exllama_ops: a namespace has one owner, and torch ends a process in which a second library
 // defines it. Returns null, or what went wrong; the text lives until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* exllama_define_ops() {
-  using torch::stable::detail::StableLibrary;
   static std::atomic<bool> defined{false};
   if (defined.exchange(true)) return "the ops of the namespace exllama are defined already";
   static thread_local std::string error;
   try {
-    auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::DEF, "exllama", nullptr, __FILE__, __LINE__);
-    for (const char* schema : kSchemas) library->def(schema);
-    // Kept for ever: its destructor takes the definitions back, at the end when torch may be gone already.
-    static_cast<void>(library.release());
+    exllama::bindings::Library library("exllama");
+    for (const char* schema : kSchemas) library.define(schema);
+    library.keep();
     return nullptr;
   } catch (const std::exception& exception) {
     error = exception.what();
