@@ -35,6 +35,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow too")
+    parser.addoption("--cases", type=int, help="in tests/properties, how many random cases to run")
+    parser.addoption("--first-seed", type=int, default=0, help="in tests/properties, the seed of the first of them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
