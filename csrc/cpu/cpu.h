@@ -54,7 +54,9 @@ void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t 
 const char* const* isa_names();
 // Whether this CPU has one of them.
 bool isa_available(const char* name);
-// The one in use: the best available, or what EXLLAMA_OPS_CPU_ISA names; null if that names none available.
+// The one in use: what EXLLAMA_OPS_CPU_ISA names at first, or the best available; null if none has that name.
 const char* isa_in_use();
+// Uses one from now on, the best if the name is empty or null.
+void use_isa(const char* name);
 
 }  // namespace exllama::cpu

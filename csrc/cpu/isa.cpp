@@ -1,4 +1,5 @@
 // Which instruction set to use: a table, best first.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -74,17 +75,19 @@ constexpr Isa kIsas[] = {
 };
 constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
 
+// The best if there is no name; null if this CPU has none of that name.
 const Kernels* find(const char* name) {
+  const bool any = name == nullptr || *name == '\0';
   for (const Isa& isa : kIsas) {
-    if (isa.available() && (!name || std::strcmp(name, isa.kernels->name) == 0)) return isa.kernels;
+    if (isa.available() && (any || std::strcmp(name, isa.kernels->name) == 0)) return isa.kernels;
   }
   return nullptr;
 }
 
-// The variable is read by every op: a test compares instruction sets in one process.
-const Kernels* chosen() {
-  const char* name = std::getenv("EXLLAMA_OPS_CPU_ISA");
-  return find(name && *name ? name : nullptr);
+// The variable is read once, and not by every op: getenv does not survive another thread that sets a variable.
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> table{find(std::getenv("EXLLAMA_OPS_CPU_ISA"))};
+  return table;
 }
 
 }  // namespace
@@ -99,12 +102,14 @@ const char* const* isa_names() {
   return table.names;
 }
 
-bool isa_available(const char* name) { return name && find(name); }
+bool isa_available(const char* name) { return name && *name && find(name); }
 
 const char* isa_in_use() {
   const Kernels* table = chosen();
   return table ? table->name : nullptr;
 }
+
+void use_isa(const char* name) { chosen() = find(name); }
 
 // A name that isa_in_use refuses is the caller's to report; the result does not depend on the choice.
 const Kernels& kernels() {
@@ -113,3 +118,7 @@ const Kernels& kernels() {
 }
 
 }  // namespace exllama::cpu
+
+extern "C" __attribute__((visibility("default"))) void exllama_cpu_use_isa(const char* name) {
+  exllama::cpu::use_isa(name);
+}

@@ -14,7 +14,7 @@ import torch
 
 import exllama_ops
 from conformance.backends import CPU_ISAS
-from conformance.conftest import use_cpu_isa
+from conformance.conftest import cpu_isa
 from conformance.weights import DTYPES, Case, build
 
 PRECISIONS = ("highest", "high", "medium")
@@ -68,19 +68,18 @@ def assert_same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor,
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_do_not_depend_on_isa_threads_or_tokens(
-    case: Case, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for dtype in DTYPES:
-        use_cpu_isa(monkeypatch, "scalar")
-        exllama_ops.set_cpu_matmul_precision(precision)
-        torch.set_num_threads(1)
-        expected = products(case, dtype)
-        isas = exllama_ops.backends.cpu.BACKEND.library.isas()
-        for isa in (isa for isa in CPU_ISAS if isas.get(isa)):
-            monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", isa)
-            for threads in THREADS:
-                torch.set_num_threads(threads)
-                assert_same(products(case, dtype), expected, f"{isa}, {threads} threads, {dtype}")
-            for M in TOKENS:
-                assert_same(products(case, dtype, M), expected, f"{isa}, M={M}, {dtype}")
+def test_results_do_not_depend_on_isa_threads_or_tokens(case: Case, precision: str) -> None:
+    exllama_ops.set_cpu_matmul_precision(precision)
+    with cpu_isa("scalar") as library:
+        isas = library.isas()
+        for dtype in DTYPES:
+            library.use_isa("scalar")
+            torch.set_num_threads(1)
+            expected = products(case, dtype)
+            for isa in (isa for isa in CPU_ISAS if isas.get(isa)):
+                library.use_isa(isa)
+                for threads in THREADS:
+                    torch.set_num_threads(threads)
+                    assert_same(products(case, dtype), expected, f"{isa}, {threads} threads, {dtype}")
+                for M in TOKENS:
+                    assert_same(products(case, dtype, M), expected, f"{isa}, M={M}, {dtype}")

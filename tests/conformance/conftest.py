@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import exllama_ops
 from conformance.backends import CPU_ISAS, BackendUnderTest
 from exllama_ops import backends, reference
+from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import CPU
 
@@ -52,22 +55,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         pytest.param(("ops", "cuda", None), id="ops-cuda", marks=pytest.mark.gpu),
     ]
 )
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendUnderTest]:
+def backend(request: pytest.FixtureRequest) -> Iterator[BackendUnderTest]:
     source, device, how = request.param
     ops = reference if source == "reference" else torch.ops.exllama
     if how is None:
         yield BackendUnderTest(f"{source}-{device}", ops, device)
         return
     isa, precision = how
-    use_cpu_isa(monkeypatch, isa)
-    before = exllama_ops.get_cpu_matmul_precision()
-    exllama_ops.set_cpu_matmul_precision(precision)
-    yield BackendUnderTest(f"{source}-{device}", ops, device, precision)
-    exllama_ops.set_cpu_matmul_precision(before)
+    with cpu_isa(isa):
+        before = exllama_ops.get_cpu_matmul_precision()
+        exllama_ops.set_cpu_matmul_precision(precision)
+        yield BackendUnderTest(f"{source}-{device}", ops, device, precision)
+        exllama_ops.set_cpu_matmul_precision(before)
 
 
-def use_cpu_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    """Have the native CPU library use an instruction set, "" for the best; skip where it or the CPU has it not."""
+@contextmanager
+def cpu_isa(isa: str) -> Iterator[CpuLibrary]:
+    """The native CPU library with an instruction set in use, "" for the best; skips where it or the CPU has it not."""
     native = backends.cpu.BACKEND
     native.build()
     if native.library is None:
@@ -76,7 +80,9 @@ def use_cpu_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
         pytest.skip(f"needs the native CPU library: {native.failure[0].splitlines()[0]}")
     if isa and not native.library.isas().get(isa):
         pytest.skip(f"needs a CPU with {isa}")
-    monkeypatch.setenv("EXLLAMA_OPS_CPU_ISA", isa)
+    native.library.use_isa(isa)
+    yield native.library
+    native.library.use_isa(os.environ.get("EXLLAMA_OPS_CPU_ISA", ""))
 
 
 @pytest.fixture(autouse=True)

@@ -189,6 +189,4 @@ inline std::vector<uint8_t> run_gemm_of_two(const RandomWeight& weight, const st
   return out;
 }
 
-inline void use_isa(const char* name) { setenv("EXLLAMA_OPS_CPU_ISA", name, 1); }
-
 }  // namespace native

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from exllama_ops import backends
+
 # What a test records by record_property, so that it comes from the workers of pytest-xdist too.
 FIGURES = "figures"
 
@@ -24,13 +26,12 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def one_thread_and_no_isa() -> Iterator[None]:
     """What the ops are compared with is computed on one thread; a call has threads and an ISA of its own."""
-    threads, isa = torch.get_num_threads(), os.environ.get("EXLLAMA_OPS_CPU_ISA")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    os.environ.pop("EXLLAMA_OPS_CPU_ISA", None)
-    if isa is not None:
-        os.environ["EXLLAMA_OPS_CPU_ISA"] = isa
+    if backends.cpu.BACKEND.library is not None:
+        backends.cpu.BACKEND.library.use_isa(os.environ.get("EXLLAMA_OPS_CPU_ISA", ""))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

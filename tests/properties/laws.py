@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,7 +59,7 @@ def check(call: Call, subject: Subject) -> None:
     check_fake(call, given, expected)
     first: Outcome | None = None
     for isa in subject.isas:
-        os.environ["EXLLAMA_OPS_CPU_ISA"] = isa
+        subject.use_isa(isa)
         outcome = check_op(call, subject, given, expected)
         if first is None:
             first = outcome

@@ -35,6 +35,12 @@ class Subject:
     def is_native_cpu(self) -> bool:
         return self.backend.precision is not None
 
+    def use_isa(self, isa: str) -> None:
+        """Let the native library use an instruction set from now on."""
+        library = backends.cpu.BACKEND.library
+        if self.is_native_cpu and library is not None:
+            library.use_isa(isa)
+
     def backend_for(self, call: Call) -> BackendUnderTest:
         """The backend as it is set to compute a call."""
         if not self.is_native_cpu:

@@ -13,7 +13,6 @@ with PYTHONPATH=tests.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,7 +162,7 @@ def without_errors(op: Any, *args: Any) -> Any:
 
 
 def with_bits_of_an_isa(op: Any, *args: Any) -> Any:
-    return flip_last_bits(op, *args, if_so=lambda _: os.environ["EXLLAMA_OPS_CPU_ISA"] == "scalar")
+    return flip_last_bits(op, *args, if_so=lambda _: backends.cpu.BACKEND.library.isa_in_use() == "scalar")
 
 
 def with_bits_of_the_threads(op: Any, *args: Any) -> Any:

@@ -5,6 +5,8 @@ How the library is found, built and called is `exllama_ops.backends.native`'s.
 
 from __future__ import annotations
 
+import os
+
 from exllama_ops.backends.cpu import precision
 from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.cpu.precision import get_cpu_matmul_precision, set_cpu_matmul_precision
@@ -24,6 +26,7 @@ class CpuBackend(NativeBackend[CpuLibrary]):
         return f", {library.isa_in_use()}, {get_cpu_matmul_precision()}"
 
     def prepare(self, library: CpuLibrary) -> None:
+        library.use_isa(os.environ.get("EXLLAMA_OPS_CPU_ISA", ""))
         precision.apply_to(library)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 from exllama_ops.backends.native import LoadError
@@ -28,6 +29,7 @@ class CpuLibrary:
             self._isa_name = library.exllama_cpu_isa_name
             self._isa_available = library.exllama_cpu_isa_available
             self._isa_in_use = library.exllama_cpu_isa_in_use
+            self._use_isa = library.exllama_cpu_use_isa
         except (OSError, AttributeError) as error:
             raise LoadError(f"{path}: {error}") from error
         self._register.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
@@ -40,6 +42,8 @@ class CpuLibrary:
         self._isa_available.argtypes = [ctypes.c_char_p]
         self._isa_available.restype = ctypes.c_bool
         self._isa_in_use.restype = ctypes.c_char_p
+        self._use_isa.argtypes = [ctypes.c_char_p]
+        self._use_isa.restype = None
 
     def register(self, namespace: str, op: str) -> None:
         """Give ``namespace::op`` its kernel for CPU tensors.
@@ -68,6 +72,10 @@ class CpuLibrary:
         return {name.decode(): bool(self._isa_available(name)) for name in names}
 
     def isa_in_use(self) -> str | None:
-        """The one in use; None if EXLLAMA_OPS_CPU_ISA names none that this CPU has, which every op refuses."""
+        """The one in use; None if one was named that this CPU has not, which every op refuses."""
         name: bytes | None = self._isa_in_use()
         return None if name is None else name.decode()
+
+    def use_isa(self, name: str) -> None:
+        """Use an instruction set from now on, the best if the name is empty."""
+        self._use_isa(os.fsencode(name))

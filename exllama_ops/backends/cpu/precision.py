@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ VARIABLE = "EXLLAMA_OPS_CPU_MATMUL_PRECISION"
 DEFAULT: CpuMatmulPrecision = "high"
 
 _libraries: list[CpuLibrary] = []
+# Held while the setting or a library changes: they agree when it is free.
+_lock = threading.Lock()
 
 
 def _checked(precision: object, source: str) -> CpuMatmulPrecision:
@@ -50,9 +53,11 @@ def set_cpu_matmul_precision(precision: CpuMatmulPrecision) -> None:
         ValueError: precision is none of these.
     """
     global _precision
-    _precision = _checked(precision, "set_cpu_matmul_precision: precision")
-    for library in _libraries:
-        library.set_precision(PRECISIONS.index(_precision))
+    checked = _checked(precision, "set_cpu_matmul_precision: precision")
+    with _lock:
+        _precision = checked
+        for library in _libraries:
+            library.set_precision(PRECISIONS.index(_precision))
 
 
 def get_cpu_matmul_precision() -> CpuMatmulPrecision:
@@ -62,5 +67,6 @@ def get_cpu_matmul_precision() -> CpuMatmulPrecision:
 
 def apply_to(library: CpuLibrary) -> None:
     """Let a library follow the setting from now on."""
-    _libraries.append(library)
-    library.set_precision(PRECISIONS.index(_precision))
+    with _lock:
+        _libraries.append(library)
+        library.set_precision(PRECISIONS.index(_precision))
