@@ -3,6 +3,7 @@
 // Loading the library has no effect; exllama_cpu_register gives ops their kernels, so that a library which is built
 // while an op has its one kernel already can serve under a second namespace. Schemas are defined by Python.
 
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -11,6 +12,8 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -26,6 +29,8 @@ std::atomic<int32_t> matmul_precision{static_cast<int32_t>(cpu::Precision::kHigh
 
 // The threads of torch's own pool. torch_parallel_for runs inline in a nested region and with one thread, and gives
 // each thread one index otherwise; what a thread does then is claim tasks until none is left.
+//
+// A child of fork has none of the pool's threads, for which torch would wait without end; it takes threads of its own.
 class TorchThreads {
  public:
   TorchThreads() { TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads_)); }
@@ -49,7 +54,20 @@ class TorchThreads {
       return;
     }
     Job job{{0}, tasks, body, context};
+    if (in_child_.load(std::memory_order_relaxed)) return run_without_pool(job, workers);
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &TorchThreads::work, &job));
+  }
+
+  static void run_without_pool(Job& job, int64_t workers) {
+    std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(workers));
+    try {
+      for (int64_t index = 1; index < workers; ++index) others.emplace_back(&TorchThreads::work, index, 0, &job);
+    } catch (const std::system_error&) {
+      // The system gives no more threads; those that are there claim all tasks.
+    }
+    work(0, 0, &job);
+    for (std::thread& thread : others) thread.join();
   }
 
   static void work(int64_t index, int64_t, void* context) {
@@ -61,6 +79,9 @@ class TorchThreads {
       job.body(job.context, task, worker);
     }
   }
+
+  static inline std::atomic<bool> in_child_{false};
+  static inline const int at_fork_ = pthread_atfork(nullptr, nullptr, [] { in_child_ = true; });
 
   uint32_t threads_ = 1;
 };
