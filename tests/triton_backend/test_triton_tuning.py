@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
 from exllama_ops.backends.triton import tiles, tuned_tiles
 from exllama_ops.backends.triton.tiles import Tile
+from exllama_ops.backends.triton.tuned_tiles import Problem
 
 SETUP = """
 from dataclasses import replace
@@ -123,7 +131,7 @@ refusal(warmup)
 # A process that reads its choices anew has them as a new one would.
 KEPT = """
 warmup()
-tuned_tiles.choices_of.cache_clear()
+tuned_tiles._choices.clear()
 [product(op) for op in inputs]
 warmup()
 """
@@ -131,7 +139,7 @@ warmup()
 UNUSABLE = """
 for text in texts:
     open(file, "w").write(text)
-    tuned_tiles.choices_of.cache_clear()
+    tuned_tiles._choices.clear()
     product("gptq_gemm")
     product("gptq_gemm_dx")
 """
@@ -201,6 +209,70 @@ def test_choices_that_cannot_be_kept_serve_their_process(tmp_path: Path) -> None
     lines, warned = run(f"warmup()\n{PRODUCTS}", tmp_path)
     assert lines[1:] == FASTEST
     assert any("serve this process alone" in line for line in warned)
+
+
+CPU = torch.device("cpu")
+TILE = Tile(64, 128, 4, 1)
+
+
+def problem(K: int) -> Problem:
+    return Problem("dot", 4, K, 96, 16, 8, "tile", False, TILE)
+
+
+@pytest.fixture
+def no_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    before = dict(tuned_tiles._choices)
+    tuned_tiles._choices.clear()
+    yield
+    tuned_tiles._choices.clear()
+    tuned_tiles._choices.update(before)
+
+
+def test_choices_of_many_threads_are_all_kept(no_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tuned_tiles._read
+
+    def read_slowly(device: torch.device) -> dict[Problem, Tile]:
+        time.sleep(1e-2)
+        return read(device)
+
+    monkeypatch.setattr(tuned_tiles, "_read", read_slowly)
+    sizes = [32 * size for size in range(1, 9)]
+    threads = [threading.Thread(target=tuned_tiles.keep, args=(CPU, problem(K), TILE)) for K in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {problem(K): TILE for K in sizes}
+    assert tuned_tiles.choices_of(CPU) == expected
+    assert read(CPU) == expected
+
+
+def test_without_a_home_choices_serve_their_process(no_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("EXLLAMA_OPS_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned_tiles.choices_of(CPU) == {}
+    with pytest.warns(UserWarning, match="serve this process alone: there is no home directory .*EXLLAMA_OPS_CACHE"):
+        tuned_tiles.keep(CPU, problem(32), TILE)
+    assert tuned_tiles.choices_of(CPU) == {problem(32): TILE}
+
+
+def test_choices_that_cannot_be_written_leave_nothing(
+    no_choices: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.warns(UserWarning, match="serve this process alone: .*No space left on device"):
+        tuned_tiles.keep(CPU, problem(32), TILE)
+    assert list((tmp_path / "triton").iterdir()) == []
 
 
 def test_candidates_have_the_matrix_instruction_of_the_table() -> None:

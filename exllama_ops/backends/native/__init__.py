@@ -12,6 +12,8 @@ processes find the library at import. Where it cannot be built, the functions ru
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +60,15 @@ class NativeBackend(Generic[L]):
         self.library: L | None = None
         # Why there is no library and will be none in this process; empty while there may be one.
         self.failure: list[str] = []
-        self._lock = threading.Lock()
+        self._renew_lock()
+        # Another thread may be building when the process forks; in the child there is nobody to release its lock.
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self._renew_lock)
         self._searched = False
         self._late: dict[str, Callable[..., Any]] = {}
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         self.find()
@@ -154,5 +162,7 @@ class NativeBackend(Generic[L]):
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"exllama_ops: {line}\n")
-    sys.stderr.flush()
+    # A service may have no stderr, or one that is closed: no reason to do without the library.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"exllama_ops: {line}\n")
+        sys.stderr.flush()

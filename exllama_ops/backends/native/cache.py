@@ -2,25 +2,28 @@
 
 The cache has a folder for every key of sources, flags, machine and compiler, so that nothing in it ever goes stale.
 A folder appears by one rename, complete; builds of one key wait for each other at a lock that the system releases
-when its process dies.
+when its process dies. What a build that was killed has left is removed by the next one, of whatever key.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CompileError, Compiler, Recipe
-from exllama_ops.cache import cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -42,13 +45,13 @@ class Built(NamedTuple):
 def packaged(recipe: Recipe) -> Path | None:
     """The library that a wheel brought, or None."""
     path = _PACKAGE / "_native" / recipe.device / recipe.library
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None
 
 
 def csrc() -> Path | None:
     """The C++ sources: inside an installed package, beside it in a checkout."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
-        if (folder / "bindings" / "checks.cpp").is_file():
+        if os.path.isfile(folder / "bindings" / "checks.cpp"):
             return folder
     return None
 
@@ -64,7 +67,7 @@ def find(recipe: Recipe) -> Path | None:
     Without a compiler, any compiler's library serves.
     """
     folder = csrc()
-    if folder is None or not root().is_dir():
+    if folder is None or not os.path.isdir(root()):
         return None
     key = compiling.source_key(recipe, folder)
     compiler = compiling.find_compiler(recipe)
@@ -99,27 +102,36 @@ def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = F
     folder, compiler = csrc(), compiling.find_compiler(recipe)
     if reasons or folder is None or compiler is None:
         raise BuildError("; ".join(reasons))
-    target = root() / f"{compiling.source_key(recipe, folder)}-{compiling.compiler_key(compiler)}"
     try:
+        key = f"{compiling.source_key(recipe, folder)}-{compiling.compiler_key(compiler)}"
+    except OSError as error:
+        raise BuildError(f"its sources cannot be read: {error}") from error
+    try:
+        target = root() / key
+        found = None if force else read(recipe, target)  # before the lock, for which a folder must be writable
+        if found:
+            return found
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{target.name}.lock"), say):
+        with _locked(_lock_of(target), say):
             found = None if force else read(recipe, target)
             return found or _build(recipe, folder, compiler, target, say)
     except OSError as error:
-        raise BuildError(f"{error}; EXLLAMA_OPS_CACHE names another place than {root()}") from error
+        raise BuildError(f"its library cannot be kept: {error}; {WHAT_TO_DO}") from error
     except CompileError as error:
-        raise BuildError(f"the compiler failed:\n{error}") from error
+        chosen = compiling.chosen_compiler(recipe)
+        raise BuildError(f"the compiler{f', by {chosen},' if chosen else ''} failed:\n{error}") from error
 
 
 def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, say: Callable[[str], None]) -> Built:
+    _sweep(target)
     say(f"building the {recipe.device.upper()} kernels with {compiler} into {target}: once, in a few minutes")
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    scratch = _scratch(target)
     try:
         compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, say)
         scratch.chmod(0o755)  # mkdtemp keeps others out
         if target.exists():
             # A library may be in use: it is moved away whole, and a process that has loaded it keeps it.
-            old = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            old = _scratch(target)
             target.rename(old / "old")
             shutil.rmtree(old, ignore_errors=True)
         scratch.rename(target)
@@ -140,7 +152,7 @@ def read(recipe: Recipe, folder: Path) -> Built | None:
         if compiling.digest(library) != record["sha256"]:
             return None
         return Built(library, record["compiler"], record["flags"], record["seconds"], fresh=False)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -148,16 +160,75 @@ def _torch_directory() -> Path:
     return Path(torch.__file__).parent
 
 
+# The names of scratch folders; the key comes first.
+_SCRATCH = re.compile(r"([0-9a-f]{16}-[0-9a-f]{8})\..{8}")
+
+
+def _scratch(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+
+
+def _sweep(target: Path) -> None:
+    """Remove scratch folders whose builders are no more: those of a key that nobody else has locked."""
+    for folder in target.parent.iterdir():
+        if match := _SCRATCH.fullmatch(folder.name):
+            with suppress(OSError), ExitStack() as stack:
+                if match[1] != target.name:  # which is locked by the caller
+                    stack.enter_context(_held(_lock_of(folder.with_name(match[1]))))
+                shutil.rmtree(folder)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lock")
+
+
 @contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock, after its holder if there is one."""
+    with ExitStack() as stack:
+        waited = False
+        while True:
+            try:
+                stack.enter_context(_held(path))
+                break
+            except BlockingIOError:
+                if not waited:
+                    say(f"waiting for another process that builds the kernels ({path})")
+                waited = True
+            compiling.check_interrupt()
+            time.sleep(compiling.INTERVAL_S)
+        yield
+
+
+# A forked child has the locks that its parent held, and would keep them when the parent is no more.
+_open_locks: set[IO[str]] = set()
+
+
+def _close_locks() -> None:
+    for lock in _open_locks:
+        lock.close()
+    _open_locks.clear()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a lock.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+    """
     if sys.platform == "win32":
         raise BuildError("its library is for Linux")
     import fcntl
 
     with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _open_locks.add(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that builds the kernels ({path})")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            yield
+        finally:
+            _open_locks.discard(lock)

@@ -6,17 +6,19 @@ stable headers and the names of its libraries are all that is needed of torch, a
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shlex
 import shutil
-import subprocess
+import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -26,6 +28,11 @@ RECORD = "build.json"  # beside the library: how it was built
 _STABLE_ABI_HEADER = "torch/csrc/stable/library.h"
 # One file serves every torch from 2.10 on.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+# A file takes a minute or two. A compiler that needs longer than this waits for what does not come: a licence, a disk.
+_LIMIT_S = 3600.0
+# How often compilers, locks and interrupts are looked at.
+INTERVAL_S = 0.05
 
 
 class Recipe(NamedTuple):
@@ -113,36 +120,47 @@ class CompileError(RuntimeError):
 
 
 class Compiler(NamedTuple):
-    """A compiler: the words of its command, the first one resolved to a file."""
+    """A compiler.
+
+    Args:
+        command: the words of its command, the first one resolved to a file.
+        identity: what tells it from another one without running it.
+    """
 
     command: tuple[str, ...]
+    identity: str
 
     def __str__(self) -> str:
         return shlex.join(self.command)
-
-    def identity(self) -> str:
-        """What tells one compiler from another without running it."""
-        program = Path(self.command[0]).resolve()
-        status = program.stat()
-        return f"{shlex.join(self.command)} {program} {status.st_size} {status.st_mtime_ns}"
 
 
 def find_compiler(recipe: Recipe) -> Compiler | None:
     """The compiler that the recipe's variable names, if it is set; else the first of its programs that is there."""
     chosen = os.environ.get(recipe.variable)
-    for command in [shlex.split(chosen)] if chosen else [[program] for program in recipe.programs]:
+    try:
+        commands = [shlex.split(chosen)] if chosen else [[program] for program in recipe.programs]
+    except ValueError:  # a quote that is not closed
+        return None
+    for command in commands:
         program = shutil.which(command[0]) if command else None
-        if program:
-            return Compiler((program, *command[1:]))
+        with contextlib.suppress(OSError):  # it may go away while it is looked at
+            if program:
+                words = (program, *command[1:])
+                file = os.path.realpath(program)
+                status = os.stat(file)
+                return Compiler(words, f"{shlex.join(words)} {file} {status.st_size} {status.st_mtime_ns}")
     return None
 
 
 def no_compiler(recipe: Recipe) -> str:
     """Why `find_compiler` found none, and what to do about it."""
-    chosen = os.environ.get(recipe.variable)
     programs = " or ".join(program for program in recipe.programs if "/" not in program)
-    missing = f"{recipe.variable}={chosen} names no program"
-    where = missing if chosen else f"there is no {programs} in PATH, and {recipe.variable} is not set"
+    chosen = chosen_compiler(recipe)
+    where = (
+        f"{chosen} names no program that can be run"
+        if chosen
+        else f"there is no {programs} in PATH, and {recipe.variable} is not set"
+    )
     kind = "nvcc" if recipe is CUDA else "a C++ compiler"
     return (
         f"its kernels are compiled on first use, which needs {kind}, and {where}; install one "
@@ -150,9 +168,15 @@ def no_compiler(recipe: Recipe) -> str:
     )
 
 
+def chosen_compiler(recipe: Recipe) -> str:
+    """The recipe's variable and what it holds, for messages; empty if it is not set."""
+    value = os.environ.get(recipe.variable)
+    return f"{recipe.variable}={value if len(value) <= 200 else f'{value[:200]}...'!r}" if value else ""
+
+
 def has_stable_headers(torch_directory: Path) -> bool:
     """Whether an installed torch brings the headers that the bindings include."""
-    return (torch_directory / "include" / _STABLE_ABI_HEADER).is_file()
+    return os.path.isfile(torch_directory / "include" / _STABLE_ABI_HEADER)
 
 
 def sources(recipe: Recipe, csrc: Path) -> list[Path]:
@@ -176,7 +200,7 @@ def source_key(recipe: Recipe, csrc: Path) -> str:
 
 
 def compiler_key(compiler: Compiler) -> str:
-    return hashlib.sha256(compiler.identity().encode()).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(compiler.identity)).hexdigest()[:8]
 
 
 def compile_library(
@@ -196,29 +220,27 @@ def compile_library(
         CompileError: the compiler failed.
     """
     units = sources(recipe, csrc)
-    jobs = min(len(units), _jobs())
     include = ("-I", str(csrc), "-isystem", str(torch_directory / "include"))
+    link = ("-L", str(torch_directory / "lib"), *recipe.link_flags)
+    library = folder / recipe.library
     start = time.perf_counter()
-    flags = (*recipe.compile_flags, *device_flags(recipe, compiler))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = {unit: Path(scratch) / f"{number}-{unit.stem}.o" for number, unit in enumerate(units)}
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            running = {
-                pool.submit(_run, (*compiler.command, *flags, *include, "-c", str(unit), "-o", str(path))): unit
-                for unit, path in objects.items()
-            }
-            try:
-                for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
-                    future.result()
-                    unit = running[future].relative_to(csrc)
-                    say(f"[{done}/{len(units)}] {unit} ({time.perf_counter() - start:.0f} s)")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        link = ("-L", str(torch_directory / "lib"), *recipe.link_flags)
-        _run((*compiler.command, *map(str, objects.values()), *link, "-o", str(folder / recipe.library)))
+
+    def tell(done: int, number: int) -> None:
+        unit = units[number].relative_to(csrc)
+        say(f"[{done}/{len(units)}] {unit} ({time.perf_counter() - start:.0f} s)")
+
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+        flags = (*recipe.compile_flags, *device_flags(recipe, compiler, Path(scratch)))
+        objects = [f"{scratch}/{number}-{unit.stem}.o" for number, unit in enumerate(units)]
+        compile_only = (*compiler.command, *flags, *include, "-c")
+        commands = [(*compile_only, str(unit), "-o", path) for unit, path in zip(units, objects, strict=True)]
+        _run(commands, Path(scratch), _jobs(say), tell)
+        command = (*compiler.command, *objects, *link, "-o", str(library))
+        _run([command], Path(scratch))
+    if not library.is_file():
+        raise CompileError(f"{shlex.join(command)}\n(exit status 0, and no {library.name})")
     record = {
-        "sha256": digest(folder / recipe.library),
+        "sha256": digest(library),
         "compiler": str(compiler),
         "flags": [*flags, *recipe.link_flags],
         "seconds": round(time.perf_counter() - start, 1),
@@ -226,7 +248,7 @@ def compile_library(
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def device_flags(recipe: Recipe, compiler: Compiler) -> list[str]:
+def device_flags(recipe: Recipe, compiler: Compiler, scratch: Path) -> list[str]:
     """The recipe's device code, of what the compiler knows.
 
     Raises:
@@ -234,7 +256,7 @@ def device_flags(recipe: Recipe, compiler: Compiler) -> list[str]:
     """
     if not recipe.device_code:
         return []
-    known = set(_run((*compiler.command, "--list-gpu-code")).split())
+    known = set(_run([(*compiler.command, "--list-gpu-code")], scratch)[0].split())
     flags = []
     for virtual, codes in recipe.device_code.items():
         if known & set(codes):
@@ -248,31 +270,141 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _jobs() -> int:
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt in a thread other than the main one if the main one was interrupted.
+
+    Python interrupts the main thread alone, which then waits for the others: who waits in one of them has to look.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is main:
+        return
+    # What it handles, as in the exit of a pool of threads; or what it ended with.
+    raised = sys._current_exceptions().get(main.ident or 0) if main.is_alive() else getattr(sys, "last_value", None)
+    if isinstance(raised[1] if isinstance(raised, tuple) else raised, KeyboardInterrupt):  # a tuple before Python 3.12
+        raise KeyboardInterrupt
+
+
+def _jobs(say: Callable[[str], None]) -> int:
     """As many compilers as cores, unless MAX_JOBS, which torch's own builds obey too, says less."""
-    limit = os.environ.get("MAX_JOBS", "")
-    if limit.isdecimal() and int(limit) > 0:
-        return int(limit)
+    limit = os.environ.get("MAX_JOBS")
+    if limit:
+        with contextlib.suppress(ValueError):
+            if int(limit) > 0:
+                return int(limit)
+        say(f"MAX_JOBS must be a number of compilers, 1 or more; got {limit[:200]!r}: as many run as there are cores")
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(command: tuple[str, ...]) -> str:
-    """What the command prints."""
+class _Process(NamedTuple):
+    """A command that runs, and the file that it prints to."""
+
+    command: tuple[str, ...]
+    output: Path
+    pid: int
+    deadline: float
+
+
+def _run(
+    commands: Sequence[tuple[str, ...]],
+    scratch: Path,
+    jobs: int = 1,
+    tell: Callable[[int, int], None] = lambda done, number: None,
+) -> list[str]:
+    """What each command prints. When this ends, however it does, none of them runs, nor what they have started.
+
+    They are started and waited for in this thread: an interrupt of it is the only one there can be.
+
+    Args:
+        commands: programs with their arguments.
+        scratch: a folder for their temporary files.
+        jobs: how many run at once.
+        tell: takes how many have succeeded, and the number of the last one.
+
+    Raises:
+        CompileError: one of them failed, or ran for longer than `_LIMIT_S`.
+    """
     # Messages in English, whatever the user's locale: they end in bug reports.
-    environment: Mapping[str, str] = {**os.environ, "LC_ALL": "C"}
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)}
+    waiting = list(range(len(commands)))[::-1]
+    running: dict[int, _Process] = {}
+    printed: dict[int, str] = {}
     try:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            check=False,
+        with _group() as group:
+            while waiting or running:
+                check_interrupt()
+                while waiting and len(running) < jobs:
+                    number = waiting.pop()
+                    output = scratch / f"{number}.txt"
+                    pid = _start(commands[number], environment, group, os.devnull, str(output))
+                    running[number] = _Process(commands[number], output, pid, time.monotonic() + _LIMIT_S)
+                time.sleep(INTERVAL_S)
+                for number, process in list(running.items()):
+                    status = _wait(process.pid, os.WNOHANG)
+                    if status is not None:
+                        del running[number]
+                        printed[number] = _printed(process, status)
+                        tell(len(printed), number)
+                    elif time.monotonic() > process.deadline:
+                        raise CompileError(f"{shlex.join(process.command)}\n(ended after {_LIMIT_S:.0f} s)")
+    finally:
+        for process in running.values():
+            _wait(process.pid)
+    return [printed[number] for number in range(len(commands))]
+
+
+def _printed(process: _Process, status: int) -> str:
+    """What a command that ended has printed; raises CompileError with it if it failed."""
+    text = process.output.read_text(encoding="utf-8", errors="replace")
+    if status:
+        raise CompileError(f"{shlex.join(process.command)}\n{text.strip()}\n(exit status {status})")
+    return text
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[int]:
+    """A process group that ends with the block, and with this process, however that ends; for g++ and nvcc run others.
+
+    Its leader waits for the end of a pipe, which comes when there is no process left that could write to it.
+    """
+    reading, writing = os.pipe()
+    leader = None
+    try:
+        leader = _start(("/bin/sh", "-c", "read -r line; kill -KILL 0"), os.environ, 0, reading, os.devnull)
+        yield leader
+    finally:
+        os.close(reading)
+        os.close(writing)
+        if leader is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+            _wait(leader)
+
+
+def _start(
+    command: tuple[str, ...], environment: Mapping[str, str], group: int, stdin: int | str, stdout: int | str
+) -> int:
+    """Start a command in a process group, of which it is the leader if that is 0. Files are numbers or names."""
+    actions = [_redirect(0, stdin), _redirect(1, stdout), (os.POSIX_SPAWN_DUP2, 1, 2)]
+    ignored = (signal.SIGPIPE, signal.SIGXFSZ)  # by Python, and by what it starts
+    try:
+        # subprocess knows no groups before Python 3.11.
+        return os.posix_spawn(
+            command[0], command, environment, file_actions=actions, setpgroup=group, setsigdef=ignored
         )
     except OSError as error:
         raise CompileError(f"{command[0]}: {error}") from error
-    if result.returncode:
-        raise CompileError(f"{shlex.join(command)}\n{result.stdout.strip()}\n(exit status {result.returncode})")
-    return result.stdout
+
+
+def _redirect(number: int, file: int | str) -> tuple[int, ...] | tuple[int, int, str, int, int]:
+    if isinstance(file, int):
+        return (os.POSIX_SPAWN_DUP2, file, number)
+    return (os.POSIX_SPAWN_OPEN, number, file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+
+
+def _wait(pid: int, options: int = 0) -> int | None:
+    """The exit status of a child; None, with WNOHANG, while it runs."""
+    try:
+        ended, status = os.waitpid(pid, options)
+    except ChildProcessError:  # its status went to somebody else, or to nobody, where SIGCHLD is ignored
+        return 0
+    return os.waitstatus_to_exitcode(status) if ended else None

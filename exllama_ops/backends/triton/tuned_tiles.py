@@ -7,14 +7,14 @@ device, version of Triton and text of the kernels, so that none goes stale; it i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import tempfile
+import threading
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,11 +24,15 @@ import triton
 
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, bucket_of, device_of
 from exllama_ops.backends.triton.weight import Weight
-from exllama_ops.cache import cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder
 from exllama_ops.layout import formats
 
 # What reading a file of other content raises.
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError)
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+
+_choices: dict[torch.device, dict[Problem, Tile]] = {}
+# Held while choices are read from a file, or one is added.
+_lock = threading.RLock()
 
 
 # A plan keeps its type when its tile is replaced.
@@ -88,15 +92,24 @@ def tuned(plan: AnyPlan, M: int, weight: Weight, device: torch.device) -> AnyPla
     return plan if tile is None else replace(plan, tile=tile)
 
 
-@functools.cache
 def choices_of(device: torch.device) -> dict[Problem, Tile]:
     """The choices for a device, from its file at first; a file that cannot be used is ignored, with a warning."""
+    if device not in _choices:
+        with _lock:
+            if device not in _choices:
+                _choices[device] = _read_or_warn(device)
+    return _choices[device]
+
+
+def _read_or_warn(device: torch.device) -> dict[Problem, Tile]:
     try:
         return _read(device)
+    except (FileNotFoundError, NotADirectoryError):  # nothing was kept
+        return {}
     except _UNUSABLE as error:
         warnings.warn(
             f"exllama_ops: the tuned tiles in {path_of(device)} are ignored, and the table serves: {error!r}",
-            stacklevel=2,
+            stacklevel=3,
         )
         return {}
 
@@ -104,21 +117,24 @@ def choices_of(device: torch.device) -> dict[Problem, Tile]:
 def keep(device: torch.device, problem: Problem, tile: Tile) -> None:
     """Serve a tile from now on, and write it to the device's file, beside what other processes wrote there."""
     choices = choices_of(device)
-    choices[problem] = tile
+    with _lock:
+        choices[problem] = tile
+        with suppress(*_UNUSABLE):  # `choices_of` has said it; the file is replaced
+            choices.update({**_read(device), **choices})
+        try:
+            _write(device, choices)
+        except OSError as error:
+            warnings.warn(f"exllama_ops: tuned tiles serve this process alone: {error}; {WHAT_TO_DO}", stacklevel=2)
+
+
+def _write(device: torch.device, choices: dict[Problem, Tile]) -> None:
     path = path_of(device)
-    with contextlib.suppress(*_UNUSABLE):  # `choices_of` has said it; the file is replaced
-        choices.update({**_read(device), **choices})
     record = {"for": _identity(device), "choices": [[*key[:-1], list(key.tile), list(choices[key])] for key in choices]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}.", delete=False) as scratch:
-            json.dump(record, scratch, indent=0)
-        os.replace(scratch.name, path)
-    except OSError as error:
-        warnings.warn(
-            f"exllama_ops: tuned tiles serve this process alone: {error}; EXLLAMA_OPS_CACHE names another place",
-            stacklevel=2,
-        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as scratch:
+        whole = Path(scratch) / path.name
+        whole.write_text(json.dumps(record, indent=0))
+        whole.replace(path)
 
 
 def path_of(device: torch.device) -> Path:
@@ -128,10 +144,7 @@ def path_of(device: torch.device) -> Path:
 
 
 def _read(device: torch.device) -> dict[Problem, Tile]:
-    path = path_of(device)
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
+    record = json.loads(path_of(device).read_text())
     if record["for"] != _identity(device):
         raise ValueError(f"it is for {record['for']}")
     choices = {}
