@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def _from_environment() -> bool:
 
 _enabled = _from_environment()
 _libraries: list[CudaLibrary] = []
+# Held while the setting or a library changes: they agree when it is free.
+_lock = threading.Lock()
 
 
 def set_batch_invariant(enabled: bool) -> None:
@@ -33,9 +36,10 @@ def set_batch_invariant(enabled: bool) -> None:
         enabled: True or False.
     """
     global _enabled
-    _enabled = bool(enabled)
-    for library in _libraries:
-        library.set_batch_invariant(_enabled)
+    with _lock:
+        _enabled = bool(enabled)
+        for library in _libraries:
+            library.set_batch_invariant(_enabled)
 
 
 def is_batch_invariant() -> bool:
@@ -45,5 +49,6 @@ def is_batch_invariant() -> bool:
 
 def apply_to(library: CudaLibrary) -> None:
     """Let a library follow the setting from now on."""
-    _libraries.append(library)
-    library.set_batch_invariant(_enabled)
+    with _lock:
+        _libraries.append(library)
+        library.set_batch_invariant(_enabled)

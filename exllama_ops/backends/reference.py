@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,12 +38,17 @@ class ReferenceBackend:
 
         @functools.wraps(compute)
         def warn_and_compute(*args: Any, **kwargs: Any) -> Any:
-            _warn_once(dispatch_key, because)
+            with _lock:
+                _warn_once(dispatch_key, because)
             # The ops own their gradients: without this, autograd would record the steps of the reference.
             with torch.no_grad():
                 return compute(*args, **kwargs)
 
         return warn_and_compute
+
+
+# Whoever shows a warning may call an op.
+_lock = threading.RLock()
 
 
 @functools.cache

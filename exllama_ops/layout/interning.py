@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from weakref import WeakValueDictionary
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 # Entries live as long as somebody else holds the tensor.
 _orders: WeakValueDictionary[tuple[torch.device, bool, int, int], Tensor] = WeakValueDictionary()
+# Of two threads that load equal orders, the second finds the tensor of the first.
+_lock = threading.Lock()
 
 
 def intern(order: Tensor) -> Tensor:
@@ -26,10 +29,12 @@ def intern(order: Tensor) -> Tensor:
     weights = torch.arange(1, K + 1, dtype=torch.int64, device=order.device)
     # Autograd refuses to save an inference tensor, so a model that trains must not be given one.
     key = (order.device, order.is_inference(), K, int((order * weights).sum()))
-    known = _orders.get(key)
-    if known is not None and torch.equal(known, order):
+    with _lock:
+        known = _orders.setdefault(key, order)
+    if torch.equal(known, order):
         return known
-    _orders[key] = order
+    with _lock:
+        _orders[key] = order
     return order
 
 

@@ -6,6 +6,7 @@ call); native libraries bring implementations only, since a second definition of
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class NativeKernel:
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _late_library: torch.library.Library | None = None
+_late_names: set[str] = set()
+_late_lock = threading.Lock()
 _schemas: dict[str, str] = {}
 _kernels: dict[tuple[str, str], Callable[..., Any] | NativeKernel] = {}
 
@@ -104,10 +107,13 @@ def late_kernel(name: str, dispatch_key: str, kernel: NativeKernel) -> Callable[
     below autograd.
     """
     global _late_library
-    if _late_library is None:
-        _late_library = torch.library.Library(LATE_NAMESPACE, "DEF")
-    _late_library.define(_schemas[name])
-    kernel.install(LATE_NAMESPACE, name)
+    with _late_lock:
+        if _late_library is None:
+            _late_library = torch.library.Library(LATE_NAMESPACE, "DEF")
+        if name not in _late_names:  # for another dispatch key it may have come before
+            _late_library.define(_schemas[name])
+            _late_names.add(name)
+        kernel.install(LATE_NAMESPACE, name)
     redispatch = getattr(getattr(torch.ops, LATE_NAMESPACE), name).default.redispatch
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from compile.blocks import Block, K
+from conformance.weights import Case, build
 from exllama_ops.compile import FuseSharedInput, exllama
 from exllama_ops.ops import _library
 
@@ -162,6 +165,45 @@ def test_cuda_graphs_get_what_inductor_does_about_the_profiler(
     monkeypatch.setattr(torch, "profiler_allow_cudagraph_cupti_lazy_reinit_cuda12", lambda: False)
     torch.compile(lambda x: x + 1, backend="exllama", mode="reduce-overhead")(torch.ones(3))
     assert os.environ["TEARDOWN_CUPTI"] == "0"
+
+
+def two_products(x: torch.Tensor, first: list[Any], second: list[Any]) -> list[torch.Tensor]:
+    return [torch.ops.exllama.gptq_gemm(x, *weight) for weight in (first, second)]
+
+
+def test_threads_compile_and_call_at_once() -> None:
+    cases = (Case(4, 64, 96, 32), Case(8, 96, 32, 16))
+    arguments = [(torch.randn(3, case.K), list(build(case).args), list(build(case).args)) for case in cases]
+    expected = [two_products(*given) for given in arguments]
+    wrong: list[object] = []
+    compiled = threading.Event()
+
+    def check(index: int, call: Callable[..., list[torch.Tensor]]) -> None:
+        try:
+            if not all(map(torch.equal, call(*arguments[index]), expected[index])):
+                wrong.append(index)
+        except Exception as error:
+            wrong.append(error)
+
+    def call_all_the_time(index: int) -> None:
+        while not compiled.wait(1e-3):
+            check(index, two_products)
+
+    # The backend by itself, not by its name: torch loads what a name stands for in both threads, and refuses one.
+    compilers = [
+        threading.Thread(target=check, args=(index, torch.compile(two_products, backend=backend, fullgraph=True)))
+        for index in range(2)
+        for backend in (exllama, "inductor")
+    ]
+    callers = [threading.Thread(target=call_all_the_time, args=(index,)) for index in range(2)]
+    for thread in (*callers, *compilers):
+        thread.start()
+    for thread in compilers:
+        thread.join()
+    compiled.set()
+    for thread in callers:
+        thread.join()
+    assert not wrong
 
 
 def test_the_pass_serves_inductor_on_its_own(caplog: pytest.LogCaptureFixture) -> None:
