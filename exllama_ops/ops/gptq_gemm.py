@@ -25,7 +25,8 @@ def gptq_gemm(
     """``out = x @ W`` with ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``: sums in at least float32, one rounding.
 
     Differentiable with respect to x (by `gptq_gemm_dx`); the weight gets no gradient. NaN and inf in x propagate.
-    The values of g_idx are not read on the host; they must lie in [0, G), or be a permutation of the rows.
+    The values of g_idx must lie in [0, G), or be a permutation of the rows. On a CPU one outside is refused; on a GPU,
+    where the host reads none, it stops the kernel.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, contiguous, M >= 0.
@@ -50,7 +51,7 @@ def gptq_gemm(
         float16 ``abs(W)`` must then be below 65504.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or option is wrong.
+        ValueError: a shape, dtype, device, stride or option is wrong, or on a CPU a value of g_idx.
 
     Source: `exllama_ops.reference.gptq_gemm`.
     """

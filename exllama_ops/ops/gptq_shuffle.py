@@ -18,12 +18,14 @@ def gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
 
     Args:
         qweight: (K * bit / 32, N) int32, contiguous, in checkpoint order. Overwritten.
-        q_perm: (K,) int32, a permutation (``argsort(g_idx, stable=True)``), or empty for none. Its values are not
-            read on the host: a list that is no permutation gives a meaningless weight.
+        q_perm: (K,) int32, a permutation (``argsort(g_idx, stable=True)``), or empty for none, in memory of its own.
+            On a CPU its values are checked. On a GPU a value outside of [0, K) stops the kernel, and a list with
+            duplicates gives a meaningless weight.
         bit: 2, 3, 4 or 8.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or bit is wrong.
+        ValueError: a shape, dtype, device, stride or bit is wrong, q_perm shares memory with qweight, or on a CPU is
+            no permutation. qweight is as it was.
 
     Source: `exllama_ops.reference.gptq_shuffle`.
     """

@@ -21,7 +21,7 @@ def gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
         A new tensor like qweight.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or bit is wrong.
+        ValueError: a shape, dtype, device, stride or bit is wrong, or on a CPU q_perm is no permutation.
 
     Source: `exllama_ops.reference.gptq_unshuffle`.
     """
