@@ -150,6 +150,12 @@ class ExllamaLinear(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Who assigns scales means their dtype."""
+        super().__setattr__(name, value)
+        if name == "scales" and isinstance(value, Tensor):
+            self.scales_dtype = value.dtype
+
     @property
     def _order_name(self) -> str:
         return "perm" if self.shuffled else "g_idx"
@@ -197,8 +203,8 @@ class ExllamaLinear(nn.Module):
         if scales.dtype != self.scales_dtype:
             raise ValueError(
                 f"ExllamaLinear: scales are never cast, and are {scales.dtype} in a layer that was made with "
-                f"{self.scales_dtype}. FSDP casts buffers by MixedPrecision(buffer_dtype=...): leave that unset. Who "
-                "means to have other scales sets scales_dtype of the layer too"
+                f"{self.scales_dtype}. FSDP casts buffers by MixedPrecision(buffer_dtype=...): leave that unset. Other "
+                "scales are assigned to the layer, or its scales_dtype is set too"
             )
         if torch.is_grad_enabled():
             raise ValueError(

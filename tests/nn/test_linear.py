@@ -44,7 +44,7 @@ def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtyp
     x = torch.randn(2, 3, K).to(dtype)
     # The scales are float16 and q - z has 9 bits: the float32 product, had it been kept, is W exactly.
     exact_layer = ExllamaLinear.from_weight(weight(bits, order))
-    exact_layer.scales, exact_layer.scales_dtype = exact_layer.scales.float(), torch.float32
+    exact_layer.scales = exact_layer.scales.float()
     W = exact_layer.dequantize().double().t()
     assert layer.bias is not None
     expected = x.double() @ W + layer.bias.double()
@@ -338,6 +338,18 @@ def test_a_bias_may_be_a_parameter_or_none(plain: ExllamaLinear) -> None:
     plain.bias = None
     assert torch.equal(plain(x) + bias, expected)
     assert "bias=False" in repr(plain)
+
+
+@pytest.mark.parametrize("kind", [lambda scales: scales, lambda scales: nn.Parameter(scales, requires_grad=False)])
+def test_scales_that_are_assigned_may_have_another_dtype(
+    plain: ExllamaLinear, kind: Callable[[Tensor], Tensor]
+) -> None:
+    x = torch.randn(3, K)
+    expected = plain(x)
+    plain.scales = kind(plain.scales.float())
+    assert torch.equal(plain(x), expected)
+    assert plain.to(torch.bfloat16).scales.dtype == torch.float32
+    assert ExllamaLinear.from_packed(plain.to_packed()).scales_dtype == torch.float32
 
 
 def test_what_was_deleted_is_named(plain: ExllamaLinear) -> None:
