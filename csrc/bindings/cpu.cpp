@@ -101,7 +101,7 @@ class ProductWorkspace {
   void* pointer_;
 };
 
-// The variable is the user's, and may have changed since the last call; an ISA that is not there must not pass for one.
+// A name that the user gave and that no ISA has is refused, so that another one does not pass for it.
 void check_isa(const char* op) {
   if (cpu::isa_in_use() != nullptr) return;
   std::string available;
@@ -286,3 +286,6 @@ EXLLAMA_EXPORT bool exllama_cpu_isa_available(const char* name) { return exllama
 
 // Null if EXLLAMA_OPS_CPU_ISA names none that this CPU has.
 EXLLAMA_EXPORT const char* exllama_cpu_isa_in_use() { return exllama::cpu::isa_in_use(); }
+
+// The best if the name is empty.
+EXLLAMA_EXPORT void exllama_cpu_use_isa(const char* name) { exllama::cpu::use_isa(name); }

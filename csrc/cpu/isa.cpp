@@ -118,7 +118,3 @@ const Kernels& kernels() {
 }
 
 }  // namespace exllama::cpu
-
-extern "C" __attribute__((visibility("default"))) void exllama_cpu_use_isa(const char* name) {
-  exllama::cpu::use_isa(name);
-}
