@@ -120,10 +120,10 @@ def test_graph_text_of_a_quantized_mlp() -> None:
         normalize_gm(graph.print_readable(print_output=False)),
         """\
 class <lambda>(torch.nn.Module):
-    def forward(self, arg0_1: "f32[2, 3, 96]", arg1_1: "i32[12, 64]", arg2_1: "i32[3, 8]", arg3_1: "f16[3, 64]", arg4_1: "i32[0]", arg5_1: "i32[6, 96]", arg6_1: "i32[2, 9]", arg7_1: "f16[2, 96]", arg8_1: "i32[0]", arg9_1: "f32[96]"):
+    def forward(self, arg0_1: "f32[2, 3, 96]", arg1_1: "f16[3, 64]", arg2_1: "i32[12, 64]", arg3_1: "i32[3, 8]", arg4_1: "i32[0]", arg5_1: "f16[2, 96]", arg6_1: "i32[6, 96]", arg7_1: "i32[2, 9]", arg8_1: "i32[0]", arg9_1: "f32[96]"):
         view: "f32[6, 96]" = torch.ops.aten.view.default(arg0_1, [-1, 96]);  arg0_1 = None
 
-        gptq_gemm: "f32[6, 64]" = torch.ops.exllama.gptq_gemm.no_autograd(view, arg1_1, arg2_1, arg3_1, arg4_1, True, 4, True, 32);  view = arg1_1 = arg2_1 = arg3_1 = arg4_1 = None
+        gptq_gemm: "f32[6, 64]" = torch.ops.exllama.gptq_gemm.no_autograd(view, arg2_1, arg3_1, arg1_1, arg4_1, True, 4, True, 32);  view = arg2_1 = arg3_1 = arg1_1 = arg4_1 = None
 
         view_1: "f32[2, 3, 64]" = torch.ops.aten.view.default(gptq_gemm, [2, 3, 64]);  gptq_gemm = None
 
@@ -131,7 +131,7 @@ class <lambda>(torch.nn.Module):
 
         view_2: "f32[6, 64]" = torch.ops.aten.view.default(silu, [-1, 64]);  silu = None
 
-        gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama.gptq_gemm.no_autograd(view_2, arg5_1, arg6_1, arg7_1, arg8_1, True, 3, True, 32);  view_2 = arg5_1 = arg6_1 = arg7_1 = arg8_1 = None
+        gptq_gemm_1: "f32[6, 96]" = torch.ops.exllama.gptq_gemm.no_autograd(view_2, arg6_1, arg7_1, arg5_1, arg8_1, True, 3, True, 32);  view_2 = arg6_1 = arg7_1 = arg5_1 = arg8_1 = None
 
         view_3: "f32[2, 3, 96]" = torch.ops.aten.view.default(gptq_gemm_1, [2, 3, 96]);  gptq_gemm_1 = None
 
