@@ -118,11 +118,13 @@ def test_activation_checkpointing_computes_the_same_gradient() -> None:
     block(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
     assert recorder.after == [FUSED]
-    forward_ops, backward_ops = recorder.aot
-    # By the names that a policy would have.
+    # Which overloads a checkpointed region has depends on torch; those of a policy are in tests/ops/test_names.py.
+    forward_ops, backward_ops = (
+        Counter(name.removesuffix(".no_autograd") for name in graph.elements()) for graph in recorder.aot
+    )
     assert forward_ops == FUSED
     # Recomputed for the nonlinear functions: all but the last product.
-    assert backward_ops == FUSED - Counter({"gptq_gemm": 1}) + Counter({"gptq_gemm_dx.no_autograd": 7})
+    assert backward_ops == FUSED - Counter({"gptq_gemm": 1}) + Counter({"gptq_gemm_dx": 7})
 
 
 def test_autocast_casts_x_once_for_all() -> None:
