@@ -22,7 +22,6 @@ const char* const* isa_names() {
 }
 bool isa_available(const char* name) { return std::strcmp(name, "scalar") == 0; }
 const char* isa_in_use() { return "scalar"; }
+void use_isa(const char*) {}
 
 }  // namespace exllama::cpu
-
-extern "C" __attribute__((visibility("default"))) void exllama_cpu_use_isa(const char*) {}
