@@ -95,14 +95,14 @@ struct Options {
     weight.qzeros = qzeros.data<const uint32_t>();
     weight.scales = scales.data<const void>();
     weight.scales_dtype = dtype_of(scales);
-    weight.rows = rows;
+    weight.row_order = rows;
     weight.K = shape.K;
     weight.N = shape.N;
     weight.G = shape.G;
     weight.group_size = group_size != 0 ? group_size : (groups_of_equal_size ? shape.K / shape.G : 1);
     weight.bits = static_cast<int32_t>(bit);
     weight.shuffled = use_exllama;
-    weight.zeros_v2 = use_v2_format;
+    weight.zero_offset = use_v2_format ? 0 : 1;
     return weight;
   }
 };

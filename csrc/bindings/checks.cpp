@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "layout/formats.h"
+#include "layout/dispatch.h"
 
 namespace exllama::bindings {
 namespace {
@@ -131,11 +131,11 @@ void check_float_tensor(const char* op, Name name, const Tensor& tensor, const T
 }
 
 const Format& check_bits(const char* op, int64_t bits) {
-  std::string supported;
-  for (const Format& format : layout::kFormats) {
-    if (format.bits == bits) return format;
-    supported += (supported.empty() ? "" : ", ") + str(format.bits);
+  for (const int width : layout::kWidths) {
+    if (width == bits) return layout::format_of(width);
   }
+  std::string supported;
+  for (const int width : layout::kWidths) supported += (supported.empty() ? "" : ", ") + str(width);
   refuse(op, "bit must be one of (" + supported + "); got " + str(bits));
 }
 

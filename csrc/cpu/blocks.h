@@ -30,7 +30,7 @@ class Blocks {
   }
 
   // Whether rows lie in runs of group_size; else each row has a group of its own (raw g_idx).
-  static bool grouped(const Weight& weight) { return weight.shuffled || !weight.rows; }
+  static bool grouped(const Weight& weight) { return weight.g_idx() == nullptr; }
 
   int64_t count() const { return count_; }
   int longest() const { return static_cast<int>(std::min<int64_t>(size_, limit_)); }

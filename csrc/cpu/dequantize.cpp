@@ -19,7 +19,7 @@ void unpack_scaled(const Kernels& isa, const Weight& weight, int64_t row, int ro
   isa.unpack_float(weight, row, rows, column, columns, zeros, nullptr, panel);
   int32_t loaded = -1;
   for (int i = 0; i < rows; ++i, panel += kPanelColumns) {
-    const int32_t own = weight.rows[row + i];
+    const int32_t own = weight.g_idx()[row + i];
     if (own != loaded) {
       isa.load_zeros(weight, own, column, columns, zeros);
       isa.load_scales(weight, own, column, columns, scales);
@@ -32,7 +32,7 @@ void unpack_scaled(const Kernels& isa, const Weight& weight, int64_t row, int ro
 void dequantize(const Weight& weight, void* out, const Parallel& parallel) {
   const Kernels& isa = kernels();
   const Blocks blocks(weight, kBlockRows);
-  const int32_t* perm = weight.shuffled ? weight.rows : nullptr;
+  const int32_t* perm = weight.perm();
   for_each(parallel, blocks.count(), [&](int64_t task) {
     alignas(64) float panel[kBlockRows * kPanelColumns];
     const Block block = blocks[task];

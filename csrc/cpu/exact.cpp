@@ -38,7 +38,7 @@ struct Group {
 
   // Those of row k, unless they are there: whether they were loaded.
   bool load(int64_t k) {
-    const int64_t group = Blocks::grouped(weight) ? k / weight.group_size : weight.rows[k];
+    const int64_t group = Blocks::grouped(weight) ? k / weight.group_size : weight.g_idx()[k];
     if (group == index) return false;
     index = group;
     scalar::load_zeros(weight, group, column, columns, zeros);
@@ -111,7 +111,7 @@ void ExactRow::multiply_transposed(const Weight& weight, int64_t row, int rows, 
   }
   for (int i = 0; i < rows; ++i) {
     if (std::isfinite(sums[i])) continue;
-    const int64_t k = weight.shuffled && weight.rows ? weight.rows[row + i] : row + i;
+    const int64_t k = weight.perm() ? weight.perm()[row + i] : row + i;
     store_float(static_cast<float>(exact[i]), dx, dtype_, k);
   }
 }

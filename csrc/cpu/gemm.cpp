@@ -144,7 +144,7 @@ class Gemm {
         kind_(kind),
         isa_(kernels()),
         blocks_(format_, kBlockRows),
-        perm_(format_.shuffled ? format_.rows : nullptr) {
+        perm_(format_.perm()) {
     Arena arena(workspace);
     const Scratch scratch = take_scratch(arena, format_, parts.widest(), M, kind, threads);
     x_ = scratch.x;

@@ -105,7 +105,7 @@ class GemmDx {
     const int64_t group_size = Blocks::grouped(weight_) ? std::min(weight_.group_size, weight_.K) : 1;
     for (int first = 0; first < rows;) {
       const int64_t k = row + first;
-      const int64_t group = Blocks::grouped(weight_) ? k / group_size : weight_.rows[k];
+      const int64_t group = Blocks::grouped(weight_) ? k / group_size : weight_.g_idx()[k];
       const int count = static_cast<int>(std::min<int64_t>(rows - first, group_size - k % group_size));
       for (int n = 0; n < columns; n += kPanelColumns) {
         int32_t zeros[kPanelColumns];
@@ -121,10 +121,10 @@ class GemmDx {
 
   // Whether all sums are finite.
   bool store(const float* sums, int64_t m, int64_t row, int count) const {
-    if (!weight_.shuffled || !weight_.rows) return isa_.store(sums, count, offset(dx_at(m), dtype_, row), dtype_);
+    if (!weight_.perm()) return isa_.store(sums, count, offset(dx_at(m), dtype_, row), dtype_);
     bool finite = true;
     for (int i = 0; i < count; ++i) {
-      store_float(sums[i], dx_at(m), dtype_, weight_.rows[row + i]);
+      store_float(sums[i], dx_at(m), dtype_, weight_.perm()[row + i]);
       finite &= std::isfinite(sums[i]);
     }
     return finite;

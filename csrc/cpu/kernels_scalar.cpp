@@ -1,4 +1,5 @@
 // The kernels in plain C++: what runs where nothing better is known, and what the vector kernels are compared with.
+#include "../layout/dispatch.h"
 #include "kernels_scalar.h"
 
 #include <algorithm>
@@ -85,7 +86,7 @@ void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns
     const int shift = static_cast<int>(position % 32);
     uint32_t value = words[position / 32] >> shift;
     if (shift + bits > 32) value |= words[position / 32 + 1] << (32 - shift);
-    zeros[n] = static_cast<int32_t>(value & mask) + (weight.zeros_v2 ? 0 : 1);
+    zeros[n] = static_cast<int32_t>(value & mask) + weight.zero_offset;
   }
   for (int n = columns; n < kPanelColumns; ++n) zeros[n] = 0;
 }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "../layout/dispatch.h"
 #include "kernels.h"
 
 namespace exllama::cpu {

@@ -62,7 +62,7 @@ EXLLAMA_VECTOR_INLINE Int zeros_of_strip(const Weight& weight, int64_t group, in
   // A shift by 32 gives zero.
   const Int high = shift_left(permute(words, add_int32(word, set_int(1))), sub_int32(set_int(32), from));
   const Int stored = bit_and(bit_or(low, high), set_int((1 << kBits) - 1));
-  return keep(mask_of(columns), add_int32(stored, set_int(weight.zeros_v2 ? 0 : 1)));
+  return keep(mask_of(columns), add_int32(stored, set_int(weight.zero_offset)));
 }
 
 template <int kBits>
@@ -170,7 +170,7 @@ EXLLAMA_VECTOR void unpack_transposed_of(const Weight& weight, int64_t row, int 
   // A strip of 2 and 3 bits is a part of a block, of 4 and 8 bits one or more of them.
   constexpr int kPeriod = kValues > kStrip ? kValues / kStrip : 1;
   constexpr int kMostWords = kStrip / kValues > 2 ? kStrip / kValues : 2;
-  const layout::Format& format = layout::format_of(kBits);
+  const layout::Format& format = layout::kFormat<kBits>;
   const Int mask = set_int((1 << kBits) - 1);
   Int shift[kPeriod];
   int first_word[kPeriod], lane_of_word[kPeriod][kMostWords], words[kPeriod];

@@ -8,7 +8,7 @@ void dequantize(const Weight& weight, int64_t first_column, int64_t columns, voi
   const int64_t blocks_of_words = weight.K / layout::block_values(weight.bits);
   const int64_t threads = blocks_of_words * columns;
   if (threads == 0) return;
-  if (weight.shuffled && weight.rows) {
+  if (weight.perm()) {
     fill_with_nan(out, weight.K * columns * bytes_of(out_dtype), stream, "dequantize");
   }
   const unsigned grid = grid_of(divide_up(threads, kDequantizeThreads), "dequantize");

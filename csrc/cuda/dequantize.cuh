@@ -13,7 +13,7 @@ template <int bits, typename T>
 __device__ void store_block(const Weight& weight, const float (&values)[layout::block_values(bits)], int64_t block,
                             int64_t column, int64_t columns, T* out) {
   constexpr int kValues = layout::block_values(bits);
-  if (weight.shuffled && weight.rows) {
+  if (weight.perm()) {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       out[source_row(weight, block * kValues + j) * columns + column] = rounded<T>(values[j]);

@@ -21,8 +21,8 @@ Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M,
   problem.x_dtype = x_dtype;
   problem.scales_dtype = first.scales_dtype;
   problem.shuffled = first.shuffled;
-  problem.has_perm = first.shuffled && first.rows;
-  problem.raw_g_idx = !first.shuffled && first.rows;
+  problem.has_perm = first.perm() != nullptr;
+  problem.raw_g_idx = first.g_idx() != nullptr;
   problem.aligned = std::all_of(parts, parts + count, [](const Weight& part) {
     const size_t four_scales = part.scales_dtype == DType::kFloat32 ? 16 : 8;
     return reinterpret_cast<uintptr_t>(part.qweight) % 16 == 0 &&

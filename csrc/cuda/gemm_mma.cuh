@@ -56,9 +56,9 @@ __device__ MmaBlock mma_block(const Weight& weight, const T* x, int tokens, int3
   block.zeros_pitch = static_cast<uint32_t>(weight.N * bits / 8);
   block.scales_pitch = N * scale_bytes;
   block.last_column = N - 4 - first_column;
-  block.negative_zero = Pairs<bits, T>::negative_zero(zero_offset(weight));
+  block.negative_zero = Pairs<bits, T>::negative_zero(weight.zero_offset);
   block.tokens = tokens;
-  const bool in_order = !weight.rows && weight.K % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const bool in_order = !weight.row_order && weight.K % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   block.in_order_k = in_order ? static_cast<int32_t>(weight.K) : 0;
   block.row_bytes = 4 * static_cast<int32_t>(weight.N);
   return block;

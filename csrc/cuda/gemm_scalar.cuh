@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
   const size_t four_scales = weight.scales_dtype == DType::kFloat32 ? 16 : 8;
   const bool aligned = reinterpret_cast<uintptr_t>(weight.qweight) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(weight.scales) % four_scales == 0;
-  const bool by_row = (!weight.shuffled && weight.rows) || weight.group_size % kValues != 0 || !aligned;
+  const bool by_row = weight.g_idx() || weight.group_size % kValues != 0 || !aligned;
 
   // A warp's rows of W follow one another, a part of them in each stage.
   const int64_t warp_rows = stages_per_split * kScalarWarpK;

@@ -24,7 +24,7 @@ void launch_gemm_tiled(const GemmArguments& a, Stream stream) {
 
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream) {
   if (M == 0 || weight.K == 0) return;
-  if (weight.shuffled && weight.rows) fill_with_nan(dx, M * weight.K * bytes_of(grad_dtype), stream, "gemm_dx");
+  if (weight.perm()) fill_with_nan(dx, M * weight.K * bytes_of(grad_dtype), stream, "gemm_dx");
   // The tiles and the results are those of the rows of W.
   Parts parts = parts_of({&weight, 1, 0, weight.K, grad, grad_dtype, M, dx, nullptr}, kTiledColumns);
   parts.column_tiles = parts.part[0].end_tile = grid_of(divide_up(weight.K, kTiledColumns), "gemm_tiled");

@@ -7,25 +7,12 @@
 #include <string>
 #include <type_traits>
 
+#include "../layout/dispatch.h"
 #include "cuda.h"
 
 namespace exllama::cuda {
 
-// f(bits as a constant).
-template <typename F>
-void with_bits(int32_t bits, const F& f) {
-  switch (bits) {
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    case 8:
-      return f(std::integral_constant<int, 8>{});
-  }
-  throw std::logic_error("exllama_ops: no kernel for " + std::to_string(bits) + " bits");
-}
+using layout::with_bits;
 
 // f(true or false as a constant).
 template <typename F>

@@ -106,9 +106,6 @@ __device__ inline uint32_t read_value(const uint32_t* qweight, int64_t N, int64_
   return value_of<bits, shuffled>(words, static_cast<int>(row % kValues));
 }
 
-// A zero point minus what is stored of it.
-__device__ inline uint32_t zero_offset(const Weight& weight) { return weight.zeros_v2 ? 0 : 1; }
-
 // The zero point of a group and a column, at most 256.
 template <int bits>
 __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t column) {
@@ -117,7 +114,7 @@ __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t 
   const int64_t first = column * bits;
   uint32_t field = row[first / 32] >> (first % 32);
   if (bits == 3 && first % 32 > 29) field |= row[first / 32 + 1] << (32 - first % 32);
-  return (field & ((1u << bits) - 1)) + zero_offset(weight);
+  return (field & ((1u << bits) - 1)) + weight.zero_offset;
 }
 
 // The zero points of a group and of four columns from a multiple of four on.
@@ -136,7 +133,7 @@ struct FourZeros {
       : FourZeros(weight.qzeros + group * (weight.N * bits / 32) + column / 32 * bits, column % 32) {}
 
   __device__ uint32_t stored(int i) const { return fields >> (bits * i) & ((1u << bits) - 1); }
-  __device__ uint32_t get(const Weight& weight, int i) const { return stored(i) + zero_offset(weight); }
+  __device__ uint32_t get(const Weight& weight, int i) const { return stored(i) + weight.zero_offset; }
 };
 
 __device__ inline float scale_of(const Weight& weight, int64_t group, int64_t column) {
@@ -152,13 +149,13 @@ __device__ inline int64_t checked_index(int32_t index, int64_t limit) {
 
 // The group of row k of the words, which is row k of the checkpoint unless the weight is shuffled.
 __device__ inline int64_t group_of(const Weight& weight, int64_t k) {
-  if (!weight.shuffled && weight.rows) return checked_index(weight.rows[k], weight.G);
+  if (const int32_t* g_idx = weight.g_idx()) return checked_index(g_idx[k], weight.G);
   return k / weight.group_size;
 }
 
 // The row of the checkpoint, and so the column of x, that row k of the words is.
 __device__ inline int64_t source_row(const Weight& weight, int64_t k) {
-  if (weight.shuffled && weight.rows) return checked_index(weight.rows[k], weight.K);
+  if (const int32_t* perm = weight.perm()) return checked_index(perm[k], weight.K);
   return k;
 }
 
@@ -169,7 +166,7 @@ __device__ inline void visit_block(const Weight& weight, int64_t block, int64_t 
   uint32_t words[kWords];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = weight.qweight[(block * kWords + w) * weight.N + column];
-  const bool raw = !weight.shuffled && weight.rows;
+  const bool raw = weight.g_idx() != nullptr;
   const int64_t first = block * kValues;
   int64_t group = group_of(weight, first);
   // Where the next group begins, counted from the block's first row: with a raw g_idx, perhaps at every row.

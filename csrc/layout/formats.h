@@ -83,9 +83,10 @@ constexpr Format make_format(int bits) {
   return format;
 }
 
-inline constexpr Format kFormats[] = {make_format(2), make_format(3), make_format(4), make_format(8)};
+template <int bits>
+inline constexpr Format kFormat = make_format(bits);
 
-// The format of 2, 3, 4 or 8 bits.
-inline const Format& format_of(int bits) { return kFormats[bits == 8 ? 3 : bits - 2]; }
+// Every bit width. What is made for one width at compile time is reached through with_bits in dispatch.h.
+inline constexpr int kWidths[] = {2, 3, 4, 8};
 
 }  // namespace exllama::layout

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "formats.h"
+
 namespace exllama::layout {
 
 enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
@@ -13,14 +15,19 @@ struct Weight {
   const uint32_t* qzeros;   // (G, N * bits / 32)
   const void* scales;       // (G, N)
   DType scales_dtype;
-  const int32_t* rows;  // shuffled: perm (K,) or null; else the group of each row (K,) or null
+  const int32_t* row_order;  // shuffled: perm (K,) or null; else g_idx (K,) or null
   int64_t K;
   int64_t N;
   int64_t G;
-  int64_t group_size;  // at least 1; not looked at where rows gives the groups
-  int32_t bits;        // 2, 3, 4 or 8
+  int64_t group_size;  // at least 1; not looked at where there is a g_idx
+  int32_t bits;        // one of kWidths
   bool shuffled;
-  bool zeros_v2;  // the stored zero point is the zero point itself, not minus one
+  int32_t zero_offset;  // what is added to a stored zero point: 0 or 1
+
+  // The checkpoint's number of each row of the words, or null where that is its own.
+  EXLLAMA_HOST_DEVICE const int32_t* perm() const { return shuffled ? row_order : nullptr; }
+  // The group of each row, or null where the groups are runs of group_size rows.
+  EXLLAMA_HOST_DEVICE const int32_t* g_idx() const { return shuffled ? nullptr : row_order; }
 };
 
 // Of weights side by side.

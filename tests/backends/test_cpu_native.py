@@ -160,17 +160,17 @@ def test_an_instruction_set_that_is_not_there_is_refused_by_every_op(
         with pytest.raises(ValueError, match=f"^gptq_gemm: {rule}"):
             torch.ops.exllama.gptq_gemm(torch.randn(1, 64), *weight.args)
         with pytest.raises(ValueError, match=f"^gptq_unshuffle: {rule}"):
-            torch.ops.exllama.gptq_unshuffle(weight.qweight, weight.rows, 4)
+            torch.ops.exllama.gptq_unshuffle(weight.qweight, weight.row_order, 4)
         monkeypatch.delenv("EXLLAMA_OPS_CPU_ISA")
 
 
 def test_an_index_outside_its_range_names_itself(library: CpuLibrary) -> None:
     weight = build(Case(4, 64, 32, 16, "perm"))
-    weight.rows[5] = -1
+    weight.row_order[5] = -1
     with pytest.raises(ValueError, match=r"^gptq_gemm: g_idx must have values in \[0, 64\); got -1 at index 5$"):
         torch.ops.exllama.gptq_gemm(torch.randn(1, 64), *weight.args)
     with pytest.raises(ValueError, match=r"^gptq_shuffle: q_perm must have values in \[0, 64\); got -1 at index 5$"):
-        torch.ops.exllama.gptq_shuffle(weight.qweight, weight.rows, 4)
+        torch.ops.exllama.gptq_shuffle(weight.qweight, weight.row_order, 4)
 
 
 def test_a_kernel_that_the_library_has_not_is_refused(library: CpuLibrary) -> None:

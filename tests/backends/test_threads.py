@@ -62,13 +62,13 @@ def every_op(case: Case) -> Callable[[], list[torch.Tensor]]:
 
     def compute() -> list[torch.Tensor]:
         shuffled = weight.qweight.clone()
-        ops.gptq_shuffle(shuffled, weight.rows, case.bits)
+        ops.gptq_shuffle(shuffled, weight.row_order, case.bits)
         return [
             ops.gptq_gemm(token, *weight.args),
             ops.gptq_gemm(x, *weight.args),
             ops.gptq_gemm_dx(grad, *weight.args),
             ops.gptq_dequantize(*weight.args),
-            ops.gptq_unshuffle(weight.qweight, weight.rows, case.bits),
+            ops.gptq_unshuffle(weight.qweight, weight.row_order, case.bits),
             shuffled,
         ]
 

@@ -321,7 +321,7 @@ def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -
         backend.ops.gptq_gemm_multi(x, *multi_args([weight])),
         backend.ops.gptq_gemm_dx(activations(3, 32, torch.float16).to(backend.device), *weight.args),
         backend.ops.gptq_dequantize(*weight.args),
-        backend.ops.gptq_unshuffle(weight.qweight, weight.rows, 4),
+        backend.ops.gptq_unshuffle(weight.qweight, weight.row_order, 4),
     ]
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     assert pointers.isdisjoint(r.data_ptr() for r in results)
@@ -331,7 +331,7 @@ def test_what_a_permutation_with_duplicates_leaves_out_is_refused_or_nan(backend
     """Refused where its values can be read, on a CPU; NaN on a GPU, and never what memory held before."""
     torch.use_deterministic_algorithms(False)  # which fills all memory with NaN
     weight = build(Case(4, 64, 32, 16, "perm")).to(backend.device)
-    missing, weight.rows[3] = int(weight.rows[3]), weight.rows[5]
+    missing, weight.row_order[3] = int(weight.row_order[3]), weight.row_order[5]
     calls = {
         "gptq_dequantize": weight.args,
         "gptq_gemm_dx": (torch.randn(2, 32, device=backend.device), *weight.args),

@@ -23,7 +23,7 @@ CASES = [
 def test_shuffle_gives_the_words_of_the_format(backend: BackendUnderTest, case: Case) -> None:
     checkpoint = build(replace(case, shuffled=False)).qweight.to(backend.device)
     shuffled = build(case).to(backend.device)
-    assert backend.ops.gptq_shuffle(checkpoint, shuffled.rows, case.bits) is None
+    assert backend.ops.gptq_shuffle(checkpoint, shuffled.row_order, case.bits) is None
     assert torch.equal(checkpoint, shuffled.qweight)
 
 
@@ -31,7 +31,7 @@ def test_shuffle_gives_the_words_of_the_format(backend: BackendUnderTest, case: 
 def test_unshuffle_gives_the_words_of_the_checkpoint(backend: BackendUnderTest, case: Case) -> None:
     checkpoint = build(replace(case, shuffled=False)).qweight
     shuffled = build(case).to(backend.device)
-    result = backend.ops.gptq_unshuffle(shuffled.qweight, shuffled.rows, case.bits)
+    result = backend.ops.gptq_unshuffle(shuffled.qweight, shuffled.row_order, case.bits)
     assert torch.equal(result.cpu(), checkpoint)
 
 
@@ -42,7 +42,7 @@ def test_shuffle_writes_only_the_tensor_it_is_given(backend: BackendUnderTest, b
     rows = weight.qweight.shape[0]
     buffer = torch.full((rows + 2, weight.qweight.shape[1]), 0x5A5A5A5A, dtype=torch.int32, device=backend.device)
     buffer[1:-1] = weight.qweight
-    backend.ops.gptq_shuffle(buffer[1:-1], weight.rows, bits)
+    backend.ops.gptq_shuffle(buffer[1:-1], weight.row_order, bits)
     assert (buffer[0] == 0x5A5A5A5A).all()
     assert (buffer[-1] == 0x5A5A5A5A).all()
-    assert torch.equal(backend.ops.gptq_unshuffle(buffer[1:-1], weight.rows, bits), weight.qweight)
+    assert torch.equal(backend.ops.gptq_unshuffle(buffer[1:-1], weight.row_order, bits), weight.qweight)

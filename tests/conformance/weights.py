@@ -45,7 +45,7 @@ class Weight:
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
-    rows: Tensor  # perm, raw g_idx or empty
+    row_order: Tensor  # perm, raw g_idx or empty
     q: Tensor  # (K, N), in the rows of the checkpoint
     z: Tensor  # (G, N)
     groups: Tensor  # (K,)
@@ -59,11 +59,11 @@ class Weight:
     def args(self) -> tuple[Any, ...]:
         """Everything after x in gptq_gemm."""
         c = self.case
-        tensors = (self.qweight, self.qzeros, self.scales, self.rows)
+        tensors = (self.qweight, self.qzeros, self.scales, self.row_order)
         return (*tensors, c.shuffled, c.bits, c.v2, c.group_size)
 
     def to(self, device: str) -> Weight:
-        moved = {name: getattr(self, name).to(device) for name in ("qweight", "qzeros", "scales", "rows")}
+        moved = {name: getattr(self, name).to(device) for name in ("qweight", "qzeros", "scales", "row_order")}
         return replace(self, **moved)
 
 
@@ -125,15 +125,15 @@ def build(case: Case, q: Tensor | None = None) -> Weight:
     perm = groups.argsort(stable=True)
     in_order = q[perm] if case.order == "perm" and case.shuffled else q
     words = _shuffled_words(in_order.numpy(), bits) if case.shuffled else _stream_words(q.numpy(), bits)
-    rows = torch.empty(0, dtype=torch.int32)
+    row_order = torch.empty(0, dtype=torch.int32)
     if case.order != "sorted":
-        rows = (perm if case.shuffled else groups).to(torch.int32)
+        row_order = (perm if case.shuffled else groups).to(torch.int32)
     return Weight(
         case=case,
         qweight=torch.from_numpy(words.copy()),
         qzeros=torch.from_numpy(_stream_words(stored.t().numpy(), bits).T.copy()),
         scales=scales,
-        rows=rows,
+        row_order=row_order,
         q=q,
         z=stored + (0 if case.v2 else 1),
         groups=groups,

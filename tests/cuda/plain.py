@@ -24,9 +24,9 @@ from emulation.emulator import Emulator
 ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}
 DTYPES = (np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32))
 
-ARRAYS = ("qweight", "qzeros", "scales", "rows")
-SIZES = ("K", "N", "G", "group_size", "bits")
-FLAGS = ("shuffled", "zeros_v2")
+ARRAYS = ("qweight", "qzeros", "scales", "row_order")
+SIZES = ("K", "N", "G", "group_size", "bits", "zero_offset")
+FLAGS = ("shuffled",)
 
 Array = np.ndarray[Any, Any]
 
@@ -37,11 +37,11 @@ class _Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales")),
         ("scales_dtype", ctypes.c_int32),
-        ("rows", ctypes.c_void_p),
+        ("row_order", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("K", "N", "G", "group_size")),
         ("bits", ctypes.c_int32),
         ("shuffled", ctypes.c_bool),
-        ("zeros_v2", ctypes.c_bool),
+        ("zero_offset", ctypes.c_int32),
     ]
 
 
@@ -72,8 +72,8 @@ class PlainOps:
 
     Args:
         device: of a library that has plain_calls.cpp.
-        parts: of a product; a weight is one. Each has qweight, qzeros, scales and rows (empty: none); K, N, G,
-            group_size, bits, shuffled and zeros_v2.
+        parts: of a product; a weight is one. Each has qweight, qzeros, scales and row_order (empty: none); K, N, G,
+            group_size, bits, shuffled and zero_offset.
         allocate: the memory of results.
     """
 
@@ -203,9 +203,9 @@ def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tu
         for M in (1, len(x)):
             results[f"{algorithm} {dtype} {M} {count}"] = ops.gemm(x[:M], algorithm, count=count)
     if ops.weights[0].shuffled:
-        results["unshuffle"] = ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["rows"])
+        results["unshuffle"] = ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["row_order"])
         results["shuffle"] = results["unshuffle"].copy()
-        ops.shuffle(results["shuffle"], ops.parts[0]["rows"])
+        ops.shuffle(results["shuffle"], ops.parts[0]["row_order"])
     return results
 
 

@@ -213,9 +213,9 @@ def test_the_other_ops_in_any_order_of_blocks(ops: emulated.EmulatedOps, bits: i
     check_dx(ops, weight, 200)
     checkpoint = build(replace(weight.case, shuffled=False)).qweight
     words = checkpoint.clone()
-    ops.gptq_shuffle(words, weight.rows, bits)
+    ops.gptq_shuffle(words, weight.row_order, bits)
     assert torch.equal(words, weight.qweight)
-    assert torch.equal(ops.gptq_unshuffle(words, weight.rows, bits), checkpoint)
+    assert torch.equal(ops.gptq_unshuffle(words, weight.row_order, bits), checkpoint)
 
 
 @pytest.mark.parametrize("scales_dtype", DTYPES, ids=str)
@@ -357,9 +357,9 @@ def test_shuffle_and_unshuffle_bit_for_bit(ops: emulated.EmulatedOps, case: Case
     shuffled = build(case)
     checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight
     words = checkpoint.clone()
-    ops.gptq_shuffle(words, shuffled.rows, case.bits)
+    ops.gptq_shuffle(words, shuffled.row_order, case.bits)
     assert torch.equal(words, shuffled.qweight)
-    assert torch.equal(ops.gptq_unshuffle(words, shuffled.rows, case.bits), checkpoint)
+    assert torch.equal(ops.gptq_unshuffle(words, shuffled.row_order, case.bits), checkpoint)
 
 
 EVERY_ARCH = [on(arch, quick=arch == 80) for arch in ARCHS]
@@ -371,7 +371,7 @@ def test_what_a_permutation_with_duplicates_leaves_out_is_nan(
 ) -> None:
     torch.use_deterministic_algorithms(False)  # which fills all memory with NaN
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
-    missing, weight.rows[3] = int(weight.rows[3]), weight.rows[5]
+    missing, weight.row_order[3] = int(weight.row_order[3]), weight.row_order[5]
     others = torch.arange(weight.case.K) != missing
     W = ops.gptq_dequantize(*weight.args)
     assert W[missing].isnan().all()
@@ -383,7 +383,7 @@ def test_what_a_permutation_with_duplicates_leaves_out_is_nan(
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")  # by a dense W
     assert ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args).isnan().all()
     with pytest.raises(EmulationError, match=r"^trap at line"):
-        ops.gptq_unshuffle(weight.qweight, weight.rows, 4)
+        ops.gptq_unshuffle(weight.qweight, weight.row_order, 4)
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
@@ -447,8 +447,8 @@ def test_every_call_can_be_captured_in_a_graph(
             lambda: ops.gptq_gemm_multi(x, *multi_args([weight, weight])),
             lambda: ops.gptq_gemm_dx(grad, *weight.args),
             lambda: ops.gptq_dequantize(*weight.args),
-            lambda: ops.gptq_unshuffle(weight.qweight, weight.rows, 4),
-            lambda: ops.gptq_shuffle(weight.qweight.clone(), weight.rows, 4),
+            lambda: ops.gptq_unshuffle(weight.qweight, weight.row_order, 4),
+            lambda: ops.gptq_shuffle(weight.qweight.clone(), weight.row_order, 4),
         ):
             call()
             assert ops.calls
@@ -470,7 +470,7 @@ def test_a_replay_computes_with_the_new_data(ops: emulated.EmulatedOps, monkeypa
     # No workspace, which is gone by now; the memory of the second result is filled with NaN before.
     assert [call["call"] for call in recording.calls] == ["launch", "memset", "launch"]
     x.mul_(-3)
-    for name in ("qweight", "qzeros", "scales", "rows"):
+    for name in ("qweight", "qzeros", "scales", "row_order"):
         getattr(weight, name).copy_(getattr(other, name))
     ops.device.replay(recording)
     assert torch.equal(dense, other.dense.to(torch.float16))
@@ -487,8 +487,8 @@ def test_work_is_on_the_device_of_the_tensors_and_the_current_device_stays(ops: 
         (ops.gptq_gemm_multi, x, *multi_args([weight, weight])),
         (ops.gptq_gemm_dx, grad, *weight.args),
         (ops.gptq_dequantize, *weight.args),
-        (ops.gptq_unshuffle, weight.qweight, weight.rows, 4),
-        (ops.gptq_shuffle, weight.qweight.clone(), weight.rows, 4),
+        (ops.gptq_unshuffle, weight.qweight, weight.row_order, 4),
+        (ops.gptq_shuffle, weight.qweight.clone(), weight.row_order, 4),
     ):
         op(*args)
         assert {call["device"] for call in ops.calls} == {0}

@@ -60,9 +60,9 @@ def as_tensor(array: Array) -> torch.Tensor:
 
 def described(weight: Weight) -> dict[str, Any]:
     case = weight.case
-    arrays = {name: as_array(getattr(weight, name)) for name in ("qweight", "qzeros", "scales", "rows")}
+    arrays = {name: as_array(getattr(weight, name)) for name in ("qweight", "qzeros", "scales", "row_order")}
     return {**arrays, "K": case.K, "N": case.N, "G": len(weight.scales), "group_size": case.group_size,
-            "bits": case.bits, "shuffled": case.shuffled, "zeros_v2": case.v2}  # fmt: skip
+            "bits": case.bits, "shuffled": case.shuffled, "zero_offset": 0 if case.v2 else 1}  # fmt: skip
 
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Array]:
@@ -156,8 +156,8 @@ def moved(array: Array, offset: int) -> Array:
         ("qzeros", "perm", 4),
         ("scales", "perm", 2),
         ("float32 scales", "perm", 8),  # where four numbers of 16 bits might begin
-        ("rows", "perm", 4),
-        ("rows", "raw", 4),
+        ("row_order", "perm", 4),
+        ("row_order", "raw", 4),
         ("x", "sorted", 2),  # without a permutation x is read 16 bytes at a time, if it can be
         ("x", "perm", 2),
         ("results", "perm", 2),
@@ -191,8 +191,8 @@ INDEXED = [
     ("perm", "tiled", lambda ops, x, grad: ops.gemm(x, "tiled")),
     ("perm", "gemm_dx", lambda ops, x, grad: ops.gemm_dx(grad)),
     ("perm", "dequantize", lambda ops, x, grad: ops.dequantize()),
-    ("perm", "shuffle", lambda ops, x, grad: ops.shuffle(ops.parts[0]["qweight"].copy(), ops.parts[0]["rows"])),
-    ("perm", "unshuffle", lambda ops, x, grad: ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["rows"])),
+    ("perm", "shuffle", lambda ops, x, grad: ops.shuffle(ops.parts[0]["qweight"].copy(), ops.parts[0]["row_order"])),
+    ("perm", "unshuffle", lambda ops, x, grad: ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["row_order"])),
     ("raw", "scalar", lambda ops, x, grad: ops.gemm(x, "scalar")),
     ("raw", "tiled", lambda ops, x, grad: ops.gemm(x, "tiled")),
     ("raw", "gemm_dx", lambda ops, x, grad: ops.gemm_dx(grad)),
@@ -210,11 +210,11 @@ def test_an_index_that_leads_outside_stops_the_kernel(
     given = inputs(weight.case)
     limit = weight.case.K if order == "perm" else len(weight.scales)
     for row, index in itertools.product((0, weight.case.K - 1), (-1, limit)):
-        right = int(weight.rows[row])
-        weight.rows[row] = index
+        right = int(weight.row_order[row])
+        weight.row_order[row] = index
         with pytest.raises(EmulationError, match=r"^trap at line"):
             call(ops, given["x float16"], given["grad float16"])
-        weight.rows[row] = right
+        weight.row_order[row] = right
     call(ops, given["x float16"], given["grad float16"])
 
 
@@ -231,7 +231,7 @@ def test_every_op_replays_with_new_data(arch: int, bits: int, order: str) -> Non
     assert {call["call"] for call in recording.calls} <= {"launch", "memcpy", "memset"}
     assert any("add_splits" in call.get("kernel", "") for call in recording.calls)
     for part, other in zip(parts, others, strict=True):
-        for name in ("qweight", "qzeros", "scales", "rows"):
+        for name in ("qweight", "qzeros", "scales", "row_order"):
             getattr(part, name).copy_(getattr(other, name))
     for name, array in inputs(parts[0].case, seed=1).items():
         given[name][:] = array

@@ -44,7 +44,7 @@ def can_here(algorithm: str, case: Case, dtype: torch.dtype) -> bool:
 def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, other = (part.to("cuda") for part in build_parts(case, [128, 64]))
     x, grad = torch.randn(5, 256, dtype=dtype).cuda(), torch.randn(5, 128, dtype=dtype).cuda()
-    perm = weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
+    perm = weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     for algorithm in ALGORITHMS:
         if can_here(algorithm, case, dtype):
@@ -97,7 +97,7 @@ def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monk
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     parts = [part.to("cuda") for part in build_parts(case, [128, 64])]
     weight = parts[0]
-    perm = weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
+    perm = weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
     x = torch.randn(5, 256, dtype=torch.float16, device="cuda")
     grad = torch.randn(5, 128, dtype=torch.float16, device="cuda")
 
@@ -120,7 +120,7 @@ def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monk
         results = every_op()
     for seed in range(3):
         for part, other in zip(parts, build_parts(replace(case, seed=seed + 1), [128, 64]), strict=True):
-            for name in ("qweight", "qzeros", "scales", "rows"):
+            for name in ("qweight", "qzeros", "scales", "row_order"):
                 getattr(part, name).copy_(getattr(other, name))
         x.copy_(torch.randn(5, 256, generator=torch.Generator().manual_seed(seed)))
         grad.copy_(torch.randn(5, 128, generator=torch.Generator().manual_seed(seed)))

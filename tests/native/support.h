@@ -131,18 +131,18 @@ struct RandomWeight {
     }
     const bool shuffled = order == Order::kShuffled || order == Order::kPermuted;
     view = {words.data(), zeros.data(), scales.data(), scales_dtype, rows.empty() ? nullptr : rows.data(),
-            K, N, G, group_size, bits, shuffled, v2};
+            K, N, G, group_size, bits, shuffled, v2 ? 0 : 1};
     if (shuffled) {
       int threads = 1;
       std::vector<uint32_t> copy(words.size());
-      shuffle(words.data(), view.rows, K, N, bits, copy.data(), {Threads::run, &threads, threads});
+      shuffle(words.data(), view.row_order, K, N, bits, copy.data(), {Threads::run, &threads, threads});
     }
   }
 
   RandomWeight(const RandomWeight&) = delete;
 
   // Row k of the stored order is this row of the checkpoint.
-  int64_t stored_row(int64_t k) const { return view.shuffled && view.rows ? view.rows[k] : k; }
+  int64_t stored_row(int64_t k) const { return view.perm() ? view.perm()[k] : k; }
 
  private:
   // Bit b of value k of a column lies at bit (k * bits + b) of the column's stream.

@@ -80,7 +80,7 @@ bool is_within(double got, double sum, double bound, DType dtype) {
 // The bound of the class, per element: csrc/cpu/gemm.cpp says what is rounded where.
 void check_values(const Case& c, const std::vector<uint8_t>& out) {
   const RandomWeight& w = c.weight;
-  const bool integers = c.precision != Precision::kHighest && (w.view.shuffled || !w.view.rows);
+  const bool integers = c.precision != Precision::kHighest && (!w.view.g_idx());
   std::vector<double> sum(w.N), sum_abs(w.N), limbs(w.N), norm(w.N), block_abs(w.N);
   for (int64_t m = 0; m < c.M; ++m) {
     std::fill(sum.begin(), sum.end(), 0);
@@ -88,7 +88,7 @@ void check_values(const Case& c, const std::vector<uint8_t>& out) {
     std::fill(limbs.begin(), limbs.end(), 0);
     int64_t blocks = 0;
     for (int64_t begin = 0; begin < w.K; ++blocks) {
-      const int64_t group_end = w.view.rows && !w.view.shuffled ? w.K : (begin / w.group_size + 1) * w.group_size;
+      const int64_t group_end = w.view.g_idx() ? w.K : (begin / w.group_size + 1) * w.group_size;
       const int64_t end = std::min({begin + 128, group_end, w.K});
       double x_norm = 0, largest = 0, total = 0;
       std::fill(norm.begin(), norm.end(), 0);
@@ -195,7 +195,7 @@ void test_dequantize(const RandomWeight& weight, const std::string& text) {
 void test_unshuffle(const RandomWeight& weight, const std::string& text) {
   int threads = 2;
   std::vector<uint32_t> out(weight.words.size());
-  unshuffle(weight.words.data(), weight.view.rows, weight.K, weight.N, weight.bits, out.data(),
+  unshuffle(weight.words.data(), weight.view.row_order, weight.K, weight.N, weight.bits, out.data(),
             {Threads::run, &threads, threads});
   expect(out == weight.checkpoint, text + " unshuffle");
 }

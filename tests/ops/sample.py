@@ -29,7 +29,7 @@ def _dequantize(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
 
 def _shuffle(case: Case, dtype: torch.dtype, M: int = 3) -> tuple[Any, ...]:
     weight = build(case)
-    return weight.qweight, weight.rows if case.shuffled else torch.empty(0, dtype=torch.int32), case.bits
+    return weight.qweight, weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32), case.bits
 
 
 # name of the op -> its arguments for a case, an activation dtype and M tokens

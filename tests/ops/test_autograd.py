@@ -343,6 +343,6 @@ def test_shuffle_counts_as_a_write() -> None:
     weight = build(Case(4, 96, 64, 32, shuffled=False))
     x = torch.randn(3, 96, requires_grad=True)
     out = torch.ops.exllama.gptq_gemm(x, *weight.args)
-    torch.ops.exllama.gptq_shuffle(weight.qweight, weight.rows, 4)
+    torch.ops.exllama.gptq_shuffle(weight.qweight, weight.row_order, 4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

@@ -176,7 +176,7 @@ def stored_weight(
 def check_product(call: Call, backend: BackendUnderTest, first: Tensor, weight: Weight, result: Tensor) -> None:
     """Each element lies where its bound allows, and is inf or NaN where the exact one is."""
     first, W = first.detach(), weight.dense
-    perm = weight.rows.long() if weight.case.shuffled and weight.rows.numel() else None
+    perm = weight.row_order.long() if weight.case.shuffled and weight.row_order.numel() else None
     if call.op == "gptq_gemm_dx":
         W = W.t()
         error = backend.dx_error(W.shape[0])

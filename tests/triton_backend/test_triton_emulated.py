@@ -102,9 +102,9 @@ def test_the_other_ops(device: EmulatedDriver, bits: int) -> None:
     assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.half())
     checkpoint = build(Case(**{**vars(case), "shuffled": False})).qweight
     words = checkpoint.clone()
-    ops.gptq_shuffle(words, weight.rows, bits)
+    ops.gptq_shuffle(words, weight.row_order, bits)
     assert torch.equal(words, weight.qweight)
-    assert torch.equal(ops.gptq_unshuffle(words, weight.rows, bits), checkpoint)
+    assert torch.equal(ops.gptq_unshuffle(words, weight.row_order, bits), checkpoint)
     grad = torch.randn(3, case.N).half()
     assert_within_bound(ops.gptq_gemm_dx(grad, *weight.args), grad, weight.dense.t(), bounds.dx_error(case.N))
 
@@ -113,8 +113,8 @@ def test_the_other_ops(device: EmulatedDriver, bits: int) -> None:
 @pytest.mark.parametrize("op", ["gptq_gemm", "gptq_gemm_dx", "gptq_dequantize", "gptq_shuffle"])
 def test_a_permutation_that_leads_outside_stops_the_kernel(device: EmulatedDriver, op: str, wrong: int) -> None:
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
-    weight.rows[7] = wrong
-    arguments = {"gptq_shuffle": (weight.qweight, weight.rows, 4), "gptq_dequantize": weight.args}
+    weight.row_order[7] = wrong
+    arguments = {"gptq_shuffle": (weight.qweight, weight.row_order, 4), "gptq_dequantize": weight.args}
     x = torch.randn(3 if op == "gptq_gemm_dx" else 1, weight.case.N if op == "gptq_gemm_dx" else weight.case.K).half()
     with pytest.raises(EmulationError, match="leads outside"):
         getattr(ops, op)(*arguments.get(op, (x, *weight.args)))
@@ -124,6 +124,6 @@ def test_a_permutation_that_leads_outside_stops_the_kernel(device: EmulatedDrive
 def test_a_group_that_leads_outside_stops_the_kernel(device: EmulatedDriver, wrong: int) -> None:
     weight = build(Case(4, *SHAPES[4], 128, "raw", shuffled=False))
     assert len(weight.scales) == 8
-    weight.rows[7] = wrong
+    weight.row_order[7] = wrong
     with pytest.raises(EmulationError, match="leads outside"):
         ops.gptq_dequantize(*weight.args)

@@ -121,5 +121,5 @@ def test_words_that_are_shuffled(last_block: EmulatedDriver, order: str) -> None
     checkpoint[:, -COLUMNS:] = build(Case(4, 4096, COLUMNS, 128, order, shuffled=False)).qweight
     assert checkpoint.numel() > BEYOND
     out = zeros(512, N, dtype=np.int32)
-    shuffle._reorder(checkpoint, weight.rows, out, 4, from_shuffled=False, to_shuffled=True)
+    shuffle._reorder(checkpoint, weight.row_order, out, 4, from_shuffled=False, to_shuffled=True)
     assert torch.equal(out[-shuffle.BLOCK_B :, -COLUMNS:], weight.qweight[-shuffle.BLOCK_B :])
