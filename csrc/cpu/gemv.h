@@ -6,6 +6,7 @@
 // into L1 that run ahead of the use, and the sums of a block's columns wait in L1 from one batch of rows to the next.
 #pragma once
 
+#include "../layout/dispatch.h"
 #include "blocks.h"
 
 namespace exllama::cpu {
@@ -193,12 +194,7 @@ void run(const Gemv& gemv) {
 
 template <Dot kDot>
 void gemv(const Gemv& gemv) {
-  switch (gemv.weight->bits) {
-    case 2: return run<2, kDot>(gemv);
-    case 3: return run<3, kDot>(gemv);
-    case 4: return run<4, kDot>(gemv);
-    default: return run<8, kDot>(gemv);
-  }
+  layout::with_bits(gemv.weight->bits, [&](auto bits) { run<bits.value, kDot>(gemv); });
 }
 
 }  // namespace

@@ -175,13 +175,25 @@ inline bool fills_words(const Weight& weight, int64_t row, int rows) {
 //   4 bits: w & 0x0f0f0f0f has the rows 0 4 1 5, (w >> 4) & 0x0f0f0f0f the rows 2 6 3 7
 //   2 bits: (w >> 2 i) & 0x03030303 has the rows 2 i, 2 i + 8, 2 i + 1, 2 i + 9
 //   3 bits: two pairs interleaved, 0 2 1 3
+//   8 bits: as they are
+// Negative for a width that has no order yet.
 constexpr int quad_order(int bits, int i) {
   const int quad = i / 4, odd = i % 4 / 2, far = i % 2;
   if (bits == 4) return 2 * quad + odd + 4 * far;
   if (bits == 2) return 2 * quad + odd + 8 * far;
   if (bits == 3) return 4 * quad + odd + 2 * far;
-  return i;
+  if (bits == 8) return i;
+  return -1;
 }
+
+constexpr bool all_widths_have_a_quad_order() {
+  for (const int bits : layout::kWidths) {
+    if (quad_order(bits, 0) < 0) return false;
+  }
+  return true;
+}
+static_assert(all_widths_have_a_quad_order(),
+              "csrc/cpu has no order of quads of a width in kWidths: add it to quad_order in kernels.h");
 
 // The words of the block of values that row k begins or lies in.
 inline const uint32_t* words_of(const Weight& weight, int64_t k, int64_t column) {

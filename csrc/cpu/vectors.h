@@ -3,6 +3,8 @@
 // target attribute of all code that uses them. It stands in the anonymous namespace of each source that includes it.
 #pragma once
 
+#include "../layout/dispatch.h"
+
 namespace exllama::cpu {
 namespace {
 
@@ -19,11 +21,16 @@ EXLLAMA_VECTOR_INLINE Int both_halves(Int values) { return bit_or(values, shift_
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
+// False, but not before the template is instantiated.
+template <int bits>
+constexpr bool kNoSuchWidth = false;
+
 // Of a block of words of a shuffled weight, in a strip of columns: rows 2 p and 2 p + 1, in 16 bits each.
 template <int kBits>
 EXLLAMA_VECTOR_INLINE Int pair_of(const Int* words, int p) {
-  if (kBits == 8) return byte_pair(words[0], p);
-  if (kBits == 3) {
+  if constexpr (kBits == 8) {
+    return byte_pair(words[0], p);
+  } else if constexpr (kBits == 3) {
     if (p < 15) return bit_and(shift_right(words[p / 5], p % 5 * 3), set_int(0x00070007));
     // Bit b of the last pair is bits 15 and 31 of word b.
     const Int bit = set_int(0x00010001);
@@ -31,16 +38,25 @@ EXLLAMA_VECTOR_INLINE Int pair_of(const Int* words, int p) {
     const Int b1 = bit_and(shift_right(words[1], 14), shift_left(bit, 1));
     const Int b2 = bit_and(shift_right(words[2], 13), shift_left(bit, 2));
     return bit_or(bit_or(b0, b1), b2);
+  } else if constexpr (kBits == 2 || kBits == 4) {
+    return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x000f000f : 0x00030003));
+  } else {
+    static_assert(kNoSuchWidth<kBits>, "csrc/cpu has no unpacking of this bit width: add it to pair_of in vectors.h");
   }
-  return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x000f000f : 0x00030003));
 }
 
 // The same as quads of bytes, their rows in the order of quad_order.
 template <int kBits>
 EXLLAMA_VECTOR_INLINE Int quad_of(const Int* words, int p) {
-  if (kBits == 8) return words[0];
-  if (kBits == 3) return bit_or(pair_of<3>(words, 2 * p), shift_left(pair_of<3>(words, 2 * p + 1), 8));
-  return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x0f0f0f0f : 0x03030303));
+  if constexpr (kBits == 8) {
+    return words[0];
+  } else if constexpr (kBits == 3) {
+    return bit_or(pair_of<3>(words, 2 * p), shift_left(pair_of<3>(words, 2 * p + 1), 8));
+  } else if constexpr (kBits == 2 || kBits == 4) {
+    return bit_and(shift_right(words[0], kBits * p), set_int(kBits == 4 ? 0x0f0f0f0f : 0x03030303));
+  } else {
+    static_assert(kNoSuchWidth<kBits>, "csrc/cpu has no quads of this bit width: add them to quad_of in vectors.h");
+  }
 }
 
 template <int kBits>
@@ -73,12 +89,7 @@ EXLLAMA_VECTOR void load_zeros_of(const Weight& weight, int64_t group, int64_t c
 }
 
 inline void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
-  switch (weight.bits) {
-    case 2: return load_zeros_of<2>(weight, group, column, columns, zeros);
-    case 3: return load_zeros_of<3>(weight, group, column, columns, zeros);
-    case 4: return load_zeros_of<4>(weight, group, column, columns, zeros);
-    default: return load_zeros_of<8>(weight, group, column, columns, zeros);
-  }
+  layout::with_bits(weight.bits, [&](auto bits) { load_zeros_of<bits.value>(weight, group, column, columns, zeros); });
 }
 
 EXLLAMA_VECTOR inline void load_scales(const Weight& weight, int64_t group, int64_t column, int columns,
@@ -162,6 +173,14 @@ EXLLAMA_VECTOR void unpack_float_of(const Weight& weight, int64_t row, int rows,
   }
 }
 
+// Whether each value of a shuffled block lies in one field.
+constexpr bool has_whole_values(int bits) {
+  for (int j = 0; j < layout::block_values(bits); ++j) {
+    if (layout::place(bits, j, true).count != 1) return false;
+  }
+  return true;
+}
+
 // A strip is rows here, so its words are one or a few, each for a run of lanes.
 template <int kBits>
 EXLLAMA_VECTOR void unpack_transposed_of(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
@@ -172,6 +191,8 @@ EXLLAMA_VECTOR void unpack_transposed_of(const Weight& weight, int64_t row, int 
   constexpr int kMostWords = kStrip / kValues > 2 ? kStrip / kValues : 2;
   const layout::Format& format = layout::kFormat<kBits>;
   const Int mask = set_int((1 << kBits) - 1);
+  static_assert(has_whole_values(kBits) || kBits == 3,
+                "csrc/cpu has no transposed unpacking of a width whose values cross words: add it here");
   Int shift[kPeriod];
   int first_word[kPeriod], lane_of_word[kPeriod][kMostWords], words[kPeriod];
   for (int part = 0; part < kPeriod; ++part) {
@@ -220,22 +241,16 @@ inline void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t co
   if (!fills_words(weight, row, rows)) {
     return scalar::unpack_int16(weight, row, rows, column, columns, zeros, panel);
   }
-  switch (weight.bits) {
-    case 2: return unpack_int16_of<2>(weight, row, rows, column, columns, zeros, panel);
-    case 3: return unpack_int16_of<3>(weight, row, rows, column, columns, zeros, panel);
-    case 4: return unpack_int16_of<4>(weight, row, rows, column, columns, zeros, panel);
-    default: return unpack_int16_of<8>(weight, row, rows, column, columns, zeros, panel);
-  }
+  layout::with_bits(weight.bits, [&](auto bits) {
+    unpack_int16_of<bits.value>(weight, row, rows, column, columns, zeros, panel);
+  });
 }
 
 inline void unpack_int8(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
                  int8_t* panel, int32_t* start) {
-  switch (weight.bits) {
-    case 2: return unpack_int8_of<2>(weight, row, rows, column, columns, zeros, panel, start);
-    case 3: return unpack_int8_of<3>(weight, row, rows, column, columns, zeros, panel, start);
-    case 4: return unpack_int8_of<4>(weight, row, rows, column, columns, zeros, panel, start);
-    default: return unpack_int8_of<8>(weight, row, rows, column, columns, zeros, panel, start);
-  }
+  layout::with_bits(weight.bits, [&](auto bits) {
+    unpack_int8_of<bits.value>(weight, row, rows, column, columns, zeros, panel, start);
+  });
 }
 
 inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
@@ -243,12 +258,9 @@ inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t co
   if (!fills_words(weight, row, rows)) {
     return scalar::unpack_float(weight, row, rows, column, columns, zeros, scales, panel);
   }
-  switch (weight.bits) {
-    case 2: return unpack_float_of<2>(weight, row, rows, column, columns, zeros, scales, panel);
-    case 3: return unpack_float_of<3>(weight, row, rows, column, columns, zeros, scales, panel);
-    case 4: return unpack_float_of<4>(weight, row, rows, column, columns, zeros, scales, panel);
-    default: return unpack_float_of<8>(weight, row, rows, column, columns, zeros, scales, panel);
-  }
+  layout::with_bits(weight.bits, [&](auto bits) {
+    unpack_float_of<bits.value>(weight, row, rows, column, columns, zeros, scales, panel);
+  });
 }
 
 inline void unpack_transposed(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
@@ -256,12 +268,9 @@ inline void unpack_transposed(const Weight& weight, int64_t row, int rows, int64
   if (!fills_words(weight, row, rows) || rows % kStrip != 0) {
     return scalar::unpack_transposed(weight, row, rows, column, columns, zeros, scales, panel);
   }
-  switch (weight.bits) {
-    case 2: return unpack_transposed_of<2>(weight, row, rows, column, columns, zeros, scales, panel);
-    case 3: return unpack_transposed_of<3>(weight, row, rows, column, columns, zeros, scales, panel);
-    case 4: return unpack_transposed_of<4>(weight, row, rows, column, columns, zeros, scales, panel);
-    default: return unpack_transposed_of<8>(weight, row, rows, column, columns, zeros, scales, panel);
-  }
+  layout::with_bits(weight.bits, [&](auto bits) {
+    unpack_transposed_of<bits.value>(weight, row, rows, column, columns, zeros, scales, panel);
+  });
 }
 
 // --- products ----------------------------------------------------------------------------------------------------

@@ -38,19 +38,21 @@ struct Format {
   }
 };
 
-EXLLAMA_HOST_DEVICE constexpr int block_values(int bits) { return bits == 3 ? 32 : 32 / bits; }
-EXLLAMA_HOST_DEVICE constexpr int block_words(int bits) { return bits == 3 ? 3 : 1; }
+// The least common multiple of a value's bits and a word's, counted in values and in words. Right for every width.
+EXLLAMA_HOST_DEVICE constexpr int block_values(int bits) { return 32 / (bits & -bits); }
+EXLLAMA_HOST_DEVICE constexpr int block_words(int bits) { return bits / (bits & -bits); }
 
 // The bit of the block's stream at which bit b of value j lies, in checkpoint order.
 EXLLAMA_HOST_DEVICE constexpr int checkpoint_position(int bits, int j, int b) { return bits * j + b; }
 
 // In shuffled order: values 2 i and 2 i + 1 lie 16 bits apart. 8 bits are not moved. Of 3 bits, a word has ten whole
-// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words.
+// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words. Negative for a width that has
+// no shuffled order yet: the static_assert below kWidths refuses it.
 EXLLAMA_HOST_DEVICE constexpr int shuffled_position(int bits, int j, int b) {
   if (bits == 8) return 8 * j + b;
-  if (bits != 3) return bits * (j / 2) + 16 * (j % 2) + b;
-  if (j < 30) return 32 * (j / 10) + 3 * ((j % 10) / 2) + 16 * (j % 2) + b;
-  return 32 * b + (j == 30 ? 15 : 31);
+  if (bits == 2 || bits == 4) return bits * (j / 2) + 16 * (j % 2) + b;
+  if (bits == 3) return j < 30 ? 32 * (j / 10) + 3 * ((j % 10) / 2) + 16 * (j % 2) + b : 32 * b + (j == 30 ? 15 : 31);
+  return -1;
 }
 
 EXLLAMA_HOST_DEVICE constexpr int position(int bits, int j, int b, bool shuffled) {
@@ -88,5 +90,14 @@ inline constexpr Format kFormat = make_format(bits);
 
 // Every bit width. What is made for one width at compile time is reached through with_bits in dispatch.h.
 inline constexpr int kWidths[] = {2, 3, 4, 8};
+
+constexpr bool all_widths_have_a_shuffled_order() {
+  for (const int bits : kWidths) {
+    if (shuffled_position(bits, 0, 0) < 0) return false;
+  }
+  return true;
+}
+static_assert(all_widths_have_a_shuffled_order(),
+              "csrc/layout has no shuffled order of a width in kWidths: add it to shuffled_position in formats.h");
 
 }  // namespace exllama::layout
