@@ -1,7 +1,6 @@
 """What holds for every test: the ops are registered and compute in float32 at least, and GPU tests skip without a GPU.
 
-They skip with a reason that is counted, as do tests of what one torch makes of code under another. Tests that are
-marked slow are run by ``pytest --slow`` alone.
+They skip with a reason that is counted, as do tests of what one torch makes of code under another.
 """
 
 from __future__ import annotations
@@ -34,16 +33,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow too")
     parser.addoption("--cases", type=int, help="in tests/properties, how many random cases to run")
     parser.addoption("--first-seed", type=int, default=0, help="in tests/properties, the seed of the first of them")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skipped = {}
     if not torch.cuda.is_available():
         skipped["gpu"] = "needs a CUDA device, and there is none"

@@ -12,12 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from emulation.toolchain import cuda_include
 from exllama_ops import backends
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CUDA, Compiler
+from ptx_emulator.toolchain import cuda_include
 
 needs_nvcc = pytest.mark.skipif(compiling.find_compiler(CUDA) is None, reason="needs nvcc")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA; this one has it")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from emulation.emulator import DEVICES, Emulator, build
 from exllama_ops.ops import _library
+from ptx_emulator.emulator import DEVICES, Emulator, build
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent

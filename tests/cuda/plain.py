@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from emulation.emulator import Emulator
+from ptx_emulator.emulator import Emulator
 
 # As the enumerations of csrc number them. kDense is not one launch: its caller multiplies.
 ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}

@@ -23,7 +23,7 @@ import torch
 from conformance.bounds import assert_within_bound
 from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build, build_parts, multi_args
 from cuda import bounds, emulated
-from emulation.emulator import EmulationError, reasons_against
+from ptx_emulator.emulator import EmulationError, reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 

@@ -12,7 +12,7 @@ from conformance.extremes import drawn
 from conformance.weights import DTYPES, Case, build
 from cuda import bounds, emulated
 from cuda.test_emulated import ALGORITHMS, can
-from emulation.emulator import reasons_against
+from ptx_emulator.emulator import reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 

@@ -6,6 +6,7 @@ What is slow are other widths, and to compile the kernels again for a sanitizer.
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from conformance.bounds import assert_within_bound
 from conformance.weights import DTYPES, Case, Weight, build
 from cuda import bounds, emulated
 from cuda.plain import Array, PlainOps, every_call, fresh, save, sparse
-from emulation.emulator import DEVICES, EmulationError, Emulator, reasons_against, sanitizer_environment
+from ptx_emulator.emulator import DEVICES, EmulationError, Emulator, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
+ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 # Beyond a run and a tile, and no multiple of them.
 SHAPES = {2: (336, 80), 3: (288, 96), 4: (296, 72), 8: (292, 68)}
@@ -252,7 +254,7 @@ def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: 
     library = emulated.plain_library(arch, sanitize)
     environment = {
         **sanitizer_environment(sanitize),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tools")),
         "PYTHONMALLOC": "malloc",
         "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are none of ours
     }

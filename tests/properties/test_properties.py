@@ -7,7 +7,7 @@ A long run, whose figures are printed at its end, one of another size from other
     EXLLAMA_OPS_BACKEND=triton TRITON_INTERPRET=1 python -m pytest -n 2 --slow tests/properties
 
 A test runs the cases of a seed, the same ones every time. One that fails is shrunk, and printed as a program to be run
-with PYTHONPATH=tests.
+with PYTHONPATH=tests:tools.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from torch import Tensor
 
-from emulation.emulator import reasons_against
 from exllama_ops import backends
 from properties.arguments import bits_of
 from properties.calls import Call, calls
 from properties.conftest import FIGURES
 from properties.laws import check
 from properties.subjects import Subject, emulated_cuda, registered
+from ptx_emulator.emulator import reasons_against
 
 # By the backend that serves CPU tensors: the cases of one seed, of a plain run and of one with --slow.
 CASES = {"cpu": (250, 1000, 100_000), "reference": (250, 1000, 10_000), "triton": (25, 25, 500)}

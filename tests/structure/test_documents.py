@@ -20,7 +20,7 @@ DOCUMENTS = (
     "docs/format.md",
     "benchmarks/README.md",
     "tests/data/README.md",
-    "tests/emulation/README.md",
+    "tools/ptx_emulator/README.md",
 )
 
 

@@ -108,3 +108,10 @@ def test_every_lazy_name_exists() -> None:
     assert set(exllama_ops._LAZY) <= set(exllama_ops.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = exllama_ops.nothing
+
+
+def test_the_emulator_knows_nothing_of_the_project() -> None:
+    """tools/ptx_emulator is a tool of its own: it runs the CUDA code of anybody."""
+    for path in (PACKAGE.parent / "tools" / "ptx_emulator").rglob("*.py"):
+        for name in imported(path):
+            assert name.partition(".")[0] not in ("exllama_ops", "cuda", "conformance", "benchmarks"), f"{path}: {name}"

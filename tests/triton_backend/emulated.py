@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from emulation.emulator import DEVICES, Emulator, build
 from exllama_ops.backends.triton import tiles
+from ptx_emulator.emulator import DEVICES, Emulator, build
 
 ARCH = 80
 # What plans are made for: few processors, so that small weights are split.

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from conformance.weights import Case, build
-from emulation.emulator import reasons_against
 from exllama_ops.backends.triton import launch, ops
+from ptx_emulator.emulator import reasons_against
 from triton_backend.compiling import arguments_of, targeting, variants
 from triton_backend.emulated import EmulatedDriver
 

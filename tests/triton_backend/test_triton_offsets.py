@@ -22,9 +22,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from conformance.bounds import assert_within_bound
 from conformance.weights import Case, Weight, build
 from cuda.plain import sparse
-from emulation.emulator import reasons_against
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, shuffle, tiles
 from exllama_ops.backends.triton.weight import Weight as Packed
+from ptx_emulator.emulator import reasons_against
 from triton_backend import bounds
 from triton_backend.emulated import A100, EmulatedDriver
 

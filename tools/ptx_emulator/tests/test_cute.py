@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emulation.emulator import Emulator, build
-from emulation.test_warp import SOURCE, as_bf16, lanes
-from emulation.toolchain import cuda_include
+from ptx_emulator.emulator import Emulator, build
+from ptx_emulator.tests.test_warp import SOURCE, as_bf16, lanes
+from ptx_emulator.toolchain import cuda_include
 
 Layouts = dict[tuple[str, str], np.ndarray]
 

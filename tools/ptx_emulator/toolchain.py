@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from emulation import arithmetic, machine, ptx  # arithmetic and machine register the instructions
-from emulation.translate import Translation
+from ptx_emulator import arithmetic, machine, ptx  # arithmetic and machine register the instructions
+from ptx_emulator.translate import Translation
 
 __all__ = [
     "arithmetic", "build", "compile_kernel", "kernel_names", "machine", "reasons_against", "sanitizer_environment",
@@ -102,9 +102,9 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def cache_folder() -> Path:
-    """Where built objects stay: $EXLLAMA_OPS_EMULATION_CACHE, or a folder of this user among the temporary files."""
-    named = os.environ.get("EXLLAMA_OPS_EMULATION_CACHE")
-    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"exllama_ops_emulation_{os.getuid()}"
+    """Where built objects stay: $PTX_EMULATOR_CACHE, or a folder of this user among the temporary files."""
+    named = os.environ.get("PTX_EMULATOR_CACHE")
+    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"ptx_emulator_{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -122,7 +122,7 @@ def _versions() -> str:
 
 
 def _contents(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
+    return [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".py", ".h", ".cpp")]
 
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
@@ -207,15 +207,15 @@ def build(
     Raises:
         BuildError: a compiler failed, or the host code calls a CUDA function that the runtime does not have.
     """
-    sources, ptx_files, bindings = ([Path(p).resolve() for p in paths] for paths in (sources, ptx_files, bindings))
+    kernels, texts, hosts = ([Path(path).resolve() for path in paths] for paths in (sources, ptx_files, bindings))
     project = [Path(folder).resolve() for folder in include_dirs]
-    contents = {path: _with_includes(path, project) for path in (*sources, *ptx_files, *bindings)}
+    contents = {path: _with_includes(path, project) for path in (*kernels, *texts, *hosts)}
     options = [
         *(f"-D{d}" for d in defines),
         *(f"-I{d}" for d in project),
         *(option for d in system_include_dirs for option in ("-isystem", str(d))),  # nvcc wants two words
     ]
-    kept = [part for path, parts in contents.items() for part in (str(path), *parts)]
+    kept = [part for path, parts in contents.items() for part in (str(path).encode(), *parts)]
     ours = [*_contents(RUNTIME), *_contents(RUNTIME.parent)]
     key = _digest(str(arch), str(sanitize), *options, *flags, *link, *kept, *ours, _versions())
     library = cache_folder() / f"{key}.so"
@@ -225,15 +225,15 @@ def build(
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             # The runtime comes first: objects are initialized in the order of the link, and all register with it.
             objects = _runtime_objects(sanitize)
-            modules = [(path.read_text(), str(path)) for path in ptx_files]
-            for source in sources:
+            modules = [(path.read_text(), str(path)) for path in texts]
+            for source in kernels:
                 host, text = _compile_cuda(source, arch, options, contents[source])
                 objects.append(host)
                 modules.append((text, str(source)))
             # Their variables come before the host code that registers them.
             objects[3:3] = [_variables_object(text, path, sanitize) for text, path in modules]
             cuda = f"-isystem{cuda_include()}"
-            for path in bindings:
+            for path in hosts:
                 compiler_flags = ["-O2", "-std=c++17", "-fPIC", *options, *flags, cuda]
                 objects.append(_object(path, compiler_flags, contents[path]))
             made = Path(folder) / "library.so"

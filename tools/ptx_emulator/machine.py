@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emulation.ptx import BYTES, Address, Immediate, Instruction, Operand, Pair, PtxError, Register, Symbol, Vector
-from emulation.translate import Emitter, Modifiers, handles, identifier, value_type
+from ptx_emulator.ptx import BYTES, Address, Immediate, Instruction, Operand, Pair, PtxError, Register, Symbol, Vector
+from ptx_emulator.translate import Emitter, Modifiers, handles, identifier, value_type
 
 SPACES = {
     "global": "global", "shared": "shared", "shared::cta": "shared", "local": "local", "const": "const",
@@ -131,9 +131,9 @@ def _bar(e: Emitter, i: Instruction, m: Modifiers) -> str:
         identity, threads = (e.read(operand, "u32") for operand in i.operands)
         return f"barrier_arrive(thread, {identity}, {threads}, {i.line});"
     if m.take("sync"):
-        values = [e.read(operand, "u32") for operand in i.operands]
-        threads = values[1] if len(values) == 2 else "0"
-        return f"barrier(thread, {values[0]}, {threads}, {aligned}, Reduce::none, false, {i.line});"
+        identity, *rest = (e.read(operand, "u32") for operand in i.operands)
+        threads = rest[0] if rest else "0"
+        return f"barrier(thread, {identity}, {threads}, {aligned}, Reduce::none, false, {i.line});"
     if not m.take("red"):
         raise PtxError("this barrier is not supported")
     kind = m.type()
@@ -225,7 +225,7 @@ def _ldmatrix(e: Emitter, i: Instruction, m: Modifiers) -> str:
     )
 
 
-MMA = {
+MMA: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {
     ("f32", "f16", "f16", "f32"): ("f16", (8, 16)),
     ("f32", "bf16", "bf16", "f32"): ("bf16", (8, 16)),
     ("f32", "tf32", "tf32", "f32"): ("tf32", (4, 8)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulation.snippets import MASK, Snippet, draw, run
+from ptx_emulator.tests.snippets import MASK, Snippet, draw, run
 
 INTERESTING = [0, 1, 2, 3, 7, 8, 15, 16, 24, 31, 32, 33, 63, 64, 65, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF]
 INTERESTING += [0x00FFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1, 0x0123456789ABCDEF]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emulation.emulator import Emulator, build, reasons_against
+from ptx_emulator.emulator import Emulator, build, reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emulation.ptx import BYTES, Immediate, Instruction, Operand, Pair, PtxError, Register, Vector
-from emulation.translate import Emitter, Modifiers, handles, value_type
+from ptx_emulator.ptx import BYTES, Immediate, Instruction, Operand, Pair, PtxError, Register, Vector
+from ptx_emulator.translate import Emitter, Modifiers, handles, value_type
 
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 COMPARISONS = (
@@ -267,10 +267,13 @@ def _testp(e: Emitter, i: Instruction, m: Modifiers) -> str:
 def _mov(e: Emitter, i: Instruction, m: Modifiers) -> str:
     kind = m.type()
     destination, source = i.operands
-    if not isinstance(destination, Vector) and not isinstance(source, Vector):
-        return e.write(destination, e.read(source, kind))
     whole = f"u{8 * BYTES[kind]}" if kind != "b128" else "b128"
-    parts = destination.elements if isinstance(destination, Vector) else source.elements
+    if isinstance(destination, Vector):
+        parts = destination.elements
+    elif isinstance(source, Vector):
+        parts = source.elements
+    else:
+        return e.write(destination, e.read(source, kind))
     width = 8 * BYTES[kind] // len(parts)
     if isinstance(destination, Vector):
         writes = [e.write(p, f"static_cast<u{width}>(whole >> {n * width})") for n, p in enumerate(parts)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emulation.toolchain import (
+from ptx_emulator.toolchain import (
     build,
     compile_kernel,
     kernel_names,

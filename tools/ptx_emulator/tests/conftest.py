@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emulation.emulator import reasons_against
+from ptx_emulator.emulator import reasons_against
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emulation.emulator import Emulator, build
+from ptx_emulator.emulator import Emulator, build
 
 SOURCE = Path(__file__).parent / "kernels" / "warp.cu"
 LANES = np.arange(32)

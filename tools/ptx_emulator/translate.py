@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from emulation.ptx import (
+from ptx_emulator.ptx import (
     BYTES,
     Address,
     Function,
@@ -279,15 +279,15 @@ class Translation:
         variables = self.device_variables(self.module.variables)
         lines = ['#include "device.h"', ""]
         for v in variables:
-            if v.bytes is None:
+            if v.size_bytes is None:
                 raise PtxError(f"{v.name}: an extern .global variable is not supported")
             initial = ", ".join(map(str, v.initial))
             lines.append(
                 f'extern "C" {{ alignas({max(v.alignment, 16)}) unsigned char '
-                f"{self.global_name(v)}[{v.bytes}] = {{{initial}}}; }}"
+                f"{self.global_name(v)}[{v.size_bytes}] = {{{initial}}}; }}"
             )
         lines.append("namespace { [[gnu::constructor]] void add_all() {")
-        lines += [f'    emu::add_variable({{"{v.name}", {self.global_name(v)}, {v.bytes}}});' for v in variables]
+        lines += [f'    emu::add_variable({{"{v.name}", {self.global_name(v)}, {v.size_bytes}}});' for v in variables]
         return "\n".join([*lines, "} }", ""])
 
     def reachable(self, entry: Function) -> list[Function]:
@@ -314,13 +314,13 @@ class Translation:
         functions = self.reachable(entry)
         shared: dict[str, Place] = {}
         memory = SharedMemory()
-        dynamic = [v for v in self.module.variables if v.space == "shared" and v.bytes is None]
-        static = [v for v in self.module.variables if v.space == "shared" and v.bytes is not None]
+        dynamic = [v for v in self.module.variables if v.space == "shared" and v.size_bytes is None]
+        static = [v for v in self.module.variables if v.space == "shared" and v.size_bytes is not None]
         used = {o.name for f in functions for s in f.body if isinstance(s, Instruction) for o in _symbols(s.operands)}
         static = [v for v in static if v.name in used]
         for variable in static + [v for f in functions for v in f.variables if v.space == "shared"]:
-            assert variable.bytes is not None
-            shared[variable.name] = memory.place(variable.bytes, variable.alignment)
+            assert variable.size_bytes is not None
+            shared[variable.name] = memory.place(variable.size_bytes, variable.alignment)
         dynamic = [v for v in dynamic if v.name in used]
         if dynamic:  # all of them are one array
             place = memory.place(0, max(16, *(v.alignment for v in dynamic)))
@@ -335,10 +335,10 @@ class Translation:
             lines += self.function_text(function, shared)
         table, parameter_offset = [], 0
         for parameter in entry.parameters:
-            assert parameter.bytes is not None
+            assert parameter.size_bytes is not None
             parameter_offset = _aligned(parameter_offset, parameter.alignment)
-            table.append(f"{{{parameter_offset}, {parameter.bytes}}}")
-            parameter_offset += parameter.bytes
+            table.append(f"{{{parameter_offset}, {parameter.size_bytes}}}")
+            parameter_offset += parameter.size_bytes
         threads = 0
         for directive in ("maxntid", "reqntid"):
             if directive in entry.directives:
@@ -366,15 +366,15 @@ class Translation:
             name = identifier(parameter.name)
             places[parameter.name] = Place("param", f"reinterpret_cast<u64>({name})")
             if function.is_entry:
-                assert parameter.bytes is not None
+                assert parameter.size_bytes is not None
                 offset = _aligned(offset, parameter.alignment)
                 setup.append(f"    const unsigned char* const {name} = running.parameters + {offset};")
-                offset += parameter.bytes
+                offset += parameter.size_bytes
         for variable in function.variables:
             if variable.space in ("local", "param"):
                 name = identifier(variable.name)
                 places[variable.name] = Place(variable.space, f"reinterpret_cast<u64>({name})")
-                setup.append(f"    alignas({max(variable.alignment, 16)}) unsigned char {name}[{variable.bytes}];")
+                setup.append(f"    alignas({max(variable.alignment, 16)}) unsigned char {name}[{variable.size_bytes}];")
         emitter = Emitter(function, places, self.functions)
         arguments = ["Thread& thread"]
         if not function.is_entry:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from emulation.emulator import Emulator, build, translate_all
-from emulation.ptx import PtxError, parse
-from emulation.toolchain import BuildError
+from ptx_emulator.emulator import Emulator, build, translate_all
+from ptx_emulator.ptx import PtxError, parse
+from ptx_emulator.toolchain import BuildError
 
 MODULE = """.version 8.0
 .target sm_80

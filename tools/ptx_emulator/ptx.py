@@ -74,13 +74,13 @@ Operand = Register | Immediate | Symbol | Address | Vector | Pair | Not
 
 @dataclass
 class Variable:
-    """A declaration in any state space; `bytes` is None for an array of unknown size (dynamic shared memory)."""
+    """A declaration in any state space; `size_bytes` is None for an array of unknown size (dynamic shared memory)."""
 
     name: str
     space: str
     type: str
     alignment: int
-    bytes: int | None
+    size_bytes: int | None
     initial: bytes = b""
 
 

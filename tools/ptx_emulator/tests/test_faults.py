@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from emulation.emulator import DEVICES, EmulationError, Emulator, build, sanitizer_environment
+from ptx_emulator.emulator import DEVICES, EmulationError, Emulator, build, sanitizer_environment
 
 SOURCE = Path(__file__).parent / "kernels" / "faults.cu"
 STREAM = 0x57
@@ -178,15 +178,15 @@ def sanitized(sanitize: str, name: str, value: int = 0) -> subprocess.CompletedP
     library = build([SOURCE], sanitize=sanitize)
     script = f"""
 import ctypes
-from emulation.emulator import Emulator
-from emulation.test_faults import Kernels
+from ptx_emulator.emulator import Emulator
+from ptx_emulator.tests.test_faults import Kernels
 kernels = Kernels(Emulator({str(library)!r}))
 ctypes.memset(kernels.target, 0, 1024)
 kernels.run({name!r}, {value})
 """
     environment = {
         **sanitizer_environment(sanitize),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "PYTHONMALLOC": "malloc",
     }
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -9,9 +9,9 @@ from fractions import Fraction
 
 import pytest
 
-from emulation import exact
-from emulation.exact import BF16, F16, F32, F64, Format
-from emulation.snippets import MASK, Snippet, draw, run
+from ptx_emulator.tests import exact
+from ptx_emulator.tests.exact import BF16, F16, F32, F64, Format
+from ptx_emulator.tests.snippets import MASK, Snippet, draw, run
 
 # Zeros, subnormals, the smallest and largest normals, halves and ties, infinities, NaN, integers' limits.
 F32_VALUES = [

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from emulation.emulator import EmulationError, Emulator, build
+from ptx_emulator.emulator import EmulationError, Emulator, build
 
 BLOCK = 32
 SIGNATURES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}

@@ -1,0 +1,1 @@
+"""Tests of the emulator, which needs nvcc and g++ for them."""
