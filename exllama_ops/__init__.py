@@ -25,7 +25,7 @@ from exllama_ops.ops import (
 from exllama_ops.prepare import prepare
 
 if TYPE_CHECKING:
-    from exllama_ops.checkpoint import open_gptq, read_gptq, save_gptq
+    from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_gptq, read_gptq, save_gptq
     from exllama_ops.compile.freeze import freeze
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
@@ -36,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPS_TO_SAVE",
+    "Checkpoint",
+    "CheckpointError",
     "ExllamaLinear",
     "ExllamaLinearKernel",
     "GptqWeight",
@@ -51,6 +53,7 @@ __all__ = [
     "gptq_unshuffle",
     "is_batch_invariant",
     "load_model",
+    "open_checkpoint",
     "open_gptq",
     "prepare",
     "quantize",
@@ -64,11 +67,14 @@ __all__ = [
 backends.register()
 
 _LAZY = {
+    "Checkpoint": "exllama_ops.checkpoint",
+    "CheckpointError": "exllama_ops.checkpoint",
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
     "convert": "exllama_ops.nn",
     "freeze": "exllama_ops.compile.freeze",
     "load_model": "exllama_ops.integrations.transformers",
+    "open_checkpoint": "exllama_ops.checkpoint",
     "open_gptq": "exllama_ops.checkpoint",
     "quantize": "exllama_ops.nn",
     "read_gptq": "exllama_ops.checkpoint",

@@ -77,6 +77,11 @@ class GptqConfig(ModuleConfig):
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def zero_offset(self) -> int:
+        """What is added to a stored zero point."""
+        return 1 if self.checkpoint_format == "gptq" else 0
+
     def for_module(self, name: str) -> ModuleConfig | None:
         """The config of one module: None if ``dynamic`` says that it is not quantized.
 
@@ -104,7 +109,7 @@ class GptqConfig(ModuleConfig):
         return result
 
 
-def read_config(directory: Path) -> GptqConfig:
+def read_config(directory: Path, *, quiet: bool = False) -> GptqConfig:
     """Read the quantization config of a directory.
 
     config.json's ``quantization_config`` wins over quantize_config.json field by field; a field that it lacks comes
@@ -112,6 +117,7 @@ def read_config(directory: Path) -> GptqConfig:
 
     Args:
         directory: holds config.json, quantize_config.json or both.
+        quiet: whether to leave out the warning, where the config is read once more later.
 
     Returns:
         The parsed config.
@@ -141,9 +147,9 @@ def read_config(directory: Path) -> GptqConfig:
     (first, merged), *rest = found.items()
     for second, other in rest:
         differing = [name for name in other if name in merged and merged[name] != other[name]]
-        if differing:
+        if differing and not quiet:
             told = "; ".join(f"{name} is {shown(merged[name])} and {shown(other[name])}" for name in differing)
-            warnings.warn(f"{first} and {second} contradict each other: {told}. The first is used.", stacklevel=3)
+            warnings.warn(f"{first} and {second} contradict each other: {told}. The first is used.", stacklevel=4)
         merged = other | merged
     return parse_config(merged, first)
 

@@ -108,7 +108,7 @@ class TensorFiles:
                     f"{directory / file_name}: tensor {name} is missing: the index says that this file has it"
                 )
         if strays:
-            warnings.warn(f"{directory}: not in the index, so ignored: {', '.join(strays)}", stacklevel=3)
+            warnings.warn(f"{directory}: not in the index, so ignored: {', '.join(strays)}", stacklevel=4)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Map tensors on the CPU, each file opened once; a tensor keeps its mapping until it is freed.

@@ -1,51 +1,37 @@
-"""Reading a GPTQ checkpoint: files and config -> `GptqWeight`, with everything checked on the way."""
+"""The format GPTQ: files and config -> `GptqWeight`, with everything checked on the way."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from exllama_ops.checkpoint.base import Checkpoint
 from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, read_config
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import TensorFiles, local_directory
-from exllama_ops.checkpoint.zeros import are_constant, constant_zeros, v1_to_v2
+from exllama_ops.checkpoint.module import TENSORS, GptqModule, TensorError
 from exllama_ops.extras import require
 from exllama_ops.layout import FORMATS, GptqWeight
-from exllama_ops.layout.groups import is_trivial, num_groups
 
-TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-_INT_DTYPES = ("I32",)
-_FLOAT_DTYPES = ("F16", "BF16", "F32")
+NAME = "gptq"
 
-
-@dataclass(frozen=True)
-class _Module:
-    """One quantized module, as the headers and the config describe it; ``tensors`` has those that the file has."""
-
-    name: str
-    tensors: tuple[str, ...]
-    bits: int
-    group_size: int
-    sym: bool
-    K: int
-    N: int
-
-    @property
-    def G(self) -> int:
-        return num_groups(self.K, self.group_size)
-
-    @property
-    def qzeros_shape(self) -> tuple[int, int]:
-        return self.G, self.N * self.bits // 32
+# As the headers of safetensors name them.
+_INT_DTYPES = {"I32": torch.int32}
+_FORMULAS = {
+    "g_idx": "(K,)",
+    "scales": "(ceil(K/group_size), N)",
+    "qzeros": "(ceil(K/group_size), N*bits/32)",
+    "bias": "(N,)",
+}
+_FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-class GptqCheckpoint:
+class GptqCheckpoint(Checkpoint):
     """A GPTQ checkpoint whose headers were read and checked; tensors are read on demand, one module at a time.
 
     Made by `open_gptq`.
@@ -56,6 +42,7 @@ class GptqCheckpoint:
         files: its tensors.
 
     Attributes:
+        format: "gptq".
         path: the local directory.
         config: the parsed quantization config.
         quantized: names of the quantized modules, in the order of the files.
@@ -67,6 +54,7 @@ class GptqCheckpoint:
     """
 
     def __init__(self, path: Path, config: GptqConfig, files: TensorFiles) -> None:
+        self.format = NAME
         self.path = path
         self.config = config
         self._files = files
@@ -78,7 +66,7 @@ class GptqCheckpoint:
         if not self._modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
         self._warned_of_zeros = False
-        members = {f"{module.name}.{tensor}" for module in self._modules.values() for tensor in module.tensors}
+        members = {f"{name}.{tensor}" for name, module in self._modules.items() for tensor in module.tensors}
         self.quantized: tuple[str, ...] = tuple(self._modules)
         self.dense: tuple[str, ...] = tuple(name for name in files.tensors if name not in members)
         self.weight_bytes: int = sum(info.num_bytes for info in files.tensors.values())
@@ -88,6 +76,20 @@ class GptqCheckpoint:
             f"GptqCheckpoint({str(self.path)!r}, quantized={len(self.quantized)} modules, "
             f"dense={len(self.dense)} tensors, weight_bytes={self.weight_bytes})"
         )
+
+    def module(self, name: str) -> GptqModule:
+        """What the headers and the config say of one quantized module: its sizes, its tensors, their shapes and dtypes.
+
+        Args:
+            name: one of ``quantized``.
+
+        Raises:
+            CheckpointError: there is no such module.
+        """
+        module = self._modules.get(name)
+        if module is None:
+            raise CheckpointError(f"{self.path}: no quantized module {name!r}; there are {len(self.quantized)}")
+        return module
 
     def read(self, name: str, device: torch.device | str = "cpu") -> GptqWeight:
         """Read one quantized module.
@@ -106,26 +108,16 @@ class GptqCheckpoint:
         Warns:
             UserWarning: the zero points of a symmetric module contradict the declared format; once per checkpoint.
         """
-        module = self._modules.get(name)
-        if module is None:
-            raise CheckpointError(f"{self.path}: no quantized module {name!r}; there are {len(self.quantized)}")
+        module = self.module(name)
         tensors = self._files.read(f"{name}.{tensor}" for tensor in module.tensors)
-        scales = tensors[f"{name}.scales"]
-        finite = scales.isfinite()
-        if not finite.all():
-            group, column = (~finite).nonzero()[0].tolist()
-            raise self._error(f"{name}.scales", f"must be finite; got {scales[group, column]} at [{group}, {column}]")
-        g_idx = self._g_idx(module, tensors.get(f"{name}.g_idx"))
-        bias = tensors.get(f"{name}.bias")
-        return GptqWeight(
-            qweight=_own(tensors[f"{name}.qweight"], device),
-            qzeros=_own(self._zeros(module, tensors.get(f"{name}.qzeros")), device),
-            scales=_own(scales, device),
-            g_idx=None if g_idx is None else _own(g_idx, device),
-            bits=module.bits,
-            group_size=module.group_size,
-            bias=None if bias is None else _own(bias, device),
-        )
+        within = {tensor: tensors[f"{name}.{tensor}"] for tensor in module.tensors}
+        try:
+            decoded = module.decode(within, lambda tensor: _own(tensor, device))
+        except TensorError as error:
+            raise self._error(f"{name}.{error.tensor}", error.rule) from error
+        if decoded.contradiction is not None:
+            self._warn_of_zeros(name, decoded.contradiction)
+        return decoded.weight
 
     def read_tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one tensor as it is in the file, with memory of its own.
@@ -140,10 +132,6 @@ class GptqCheckpoint:
         if name not in self._files.tensors:
             raise CheckpointError(f"{self.path}: no tensor {name!r}; there are {len(self._files.tensors)}")
         return _own(self._files.read([name])[name], device)
-
-    def weights(self) -> Mapping[str, GptqWeight]:
-        """All quantized modules as a mapping that reads a weight on each access and keeps none."""
-        return _LazyWeights(self)
 
     def stream(self, device: torch.device | str = "cpu", *, progress: bool = True) -> Iterator[tuple[str, GptqWeight]]:
         """Read all quantized modules, one after the other.
@@ -172,7 +160,7 @@ class GptqCheckpoint:
     def _error(self, tensor: str, text: str) -> CheckpointError:
         return CheckpointError(f"{self._files.tensors[tensor].file}: tensor {tensor} {text}")
 
-    def _check_module(self, name: str, config: ModuleConfig | None) -> _Module:
+    def _check_module(self, name: str, config: ModuleConfig | None) -> GptqModule:
         """Check the headers of one module against its config."""
         tensors = self._files.tensors
         present = tuple(tensor for tensor in TENSORS if f"{name}.{tensor}" in tensors)
@@ -198,17 +186,22 @@ class GptqCheckpoint:
                 f"{name}.qweight", f"must have N, a multiple of {fmt.block_values} for bits={bits}, columns; got {N}"
             )
         group_size = K if config.group_size == -1 else config.group_size
-        module = _Module(name, present, bits, group_size, config.sym, K, N)
+        bias = tensors.get(f"{name}.bias")
+        module = GptqModule(
+            in_features=K,
+            out_features=N,
+            bits=bits,
+            group_size=group_size,
+            zero_offset=self.config.zero_offset,
+            sym=config.sym,
+            tensors=present,
+            scales_dtype=_FLOAT_DTYPES[tensors[f"{name}.scales"].dtype],
+            bias_dtype=torch.float16 if bias is None else _FLOAT_DTYPES[bias.dtype],
+        )
         given = f"K={K}, N={N}, bits={bits}, group_size={group_size}"
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-            "g_idx": ("(K,)", (K,)),
-            "scales": ("(ceil(K/group_size), N)", (module.G, N)),
-            "qzeros": ("(ceil(K/group_size), N*bits/32)", module.qzeros_shape),
-            "bias": ("(N,)", (N,)),
-        }
-        for tensor, (formula, shape) in shapes.items():
-            if tensor in present and tensors[f"{name}.{tensor}"].shape != shape:
-                got = tensors[f"{name}.{tensor}"].shape
+        for tensor, formula in _FORMULAS.items():
+            if tensor in present and tensors[f"{name}.{tensor}"].shape != module.shapes[tensor]:
+                shape, got = module.shapes[tensor], tensors[f"{name}.{tensor}"].shape
                 raise self._error(f"{name}.{tensor}", f"must have shape {formula} = {shape} for {given}; got {got}")
         return module
 
@@ -241,29 +234,7 @@ class GptqCheckpoint:
                 "gptq_v2; got 3 bits"
             )
 
-    def _g_idx(self, module: _Module, g_idx: Tensor | None) -> Tensor | None:
-        """None if the groups are runs of rows: no g_idx, one that says so, or one that was never filled in."""
-        if g_idx is None or is_trivial(g_idx, module.group_size) or not g_idx.any():
-            return None
-        low, high = int(g_idx.min()), int(g_idx.max())
-        if low < 0 or high >= module.G:
-            raise self._error(
-                f"{module.name}.g_idx", f"must lie in [0, G) = [0, {module.G}); got values from {low} to {high}"
-            )
-        return g_idx
-
-    def _zeros(self, module: _Module, stored: Tensor | None) -> Tensor:
-        """The zero points in the v2 convention."""
-        middle = 2 ** (module.bits - 1)
-        if stored is None:
-            return constant_zeros(middle, module.bits, module.qzeros_shape, torch.device("cpu"))
-        is_v1 = self.config.checkpoint_format == "gptq"
-        if module.sym and are_constant(stored, middle if is_v1 else middle - 1, module.bits):
-            self._warn_of_zeros(module, middle if is_v1 else middle - 1)
-            is_v1 = not is_v1
-        return v1_to_v2(stored, module.bits) if is_v1 else stored
-
-    def _warn_of_zeros(self, module: _Module, stored: int) -> None:
+    def _warn_of_zeros(self, name: str, stored: int) -> None:
         if self._warned_of_zeros:
             return
         self._warned_of_zeros = True
@@ -271,28 +242,9 @@ class GptqCheckpoint:
         actual = "gptq_v2" if declared == "gptq" else "gptq"
         warnings.warn(
             f"{self.path}: checkpoint_format {declared} is declared, but symmetric zero points are stored as {stored}, "
-            f"as in {actual} (first in tensor {module.name}.qzeros); such tensors are read as {actual}",
-            stacklevel=4,
+            f"as in {actual} (first in tensor {name}.qzeros); such tensors are read as {actual}",
+            stacklevel=3,
         )
-
-
-class _LazyWeights(Mapping[str, GptqWeight]):
-    def __init__(self, checkpoint: GptqCheckpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> GptqWeight:
-        if name not in self:
-            raise KeyError(name)
-        return self._checkpoint.read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._checkpoint._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.quantized)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.quantized)
 
 
 def _own(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -308,6 +260,20 @@ def _module_names(files: TensorFiles) -> dict[str, None]:
         if module and kind in ("qweight", "qzeros", "g_idx"):
             names[module] = None
     return names
+
+
+def reasons_against(directory: Path) -> list[str]:
+    """Every reason why a directory holds no GPTQ checkpoint, by its configs alone."""
+    try:
+        read_config(directory, quiet=True)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def open_directory(directory: Path) -> GptqCheckpoint:
+    """Open a local directory; `open_gptq` says what it raises and warns of."""
+    return GptqCheckpoint(directory, read_config(directory), TensorFiles(directory))
 
 
 def open_gptq(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> GptqCheckpoint:
@@ -330,10 +296,8 @@ def open_gptq(path_or_id: str | os.PathLike[str], *, revision: str | None = None
         UserWarning: config.json and quantize_config.json contradict each other, or the index leaves tensors out.
     """
     # A hub id's configs come first: what is not GPTQ is refused before its weights are downloaded.
-    directory = local_directory(path_or_id, revision, configs_only=True)
-    config = read_config(directory)
-    directory = local_directory(path_or_id, revision)
-    return GptqCheckpoint(directory, config, TensorFiles(directory))
+    read_config(local_directory(path_or_id, revision, configs_only=True), quiet=True)
+    return open_directory(local_directory(path_or_id, revision))
 
 
 def read_gptq(

@@ -18,7 +18,7 @@ from exllama_ops.checkpoint.config import CONFIG_NAME, QUANTIZE_CONFIG_NAME
 from exllama_ops.checkpoint.disk import list_directory
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import INDEX_NAME, SINGLE_NAME
-from exllama_ops.checkpoint.gptq import TENSORS
+from exllama_ops.checkpoint.module import TENSORS
 from exllama_ops.checkpoint.zeros import are_constant, v2_to_v1
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
@@ -45,7 +45,7 @@ def save_gptq(
 
     Args:
         path: the directory, made if there is none.
-        weights: module name -> weight; it may be lazy, as ``GptqCheckpoint.weights()`` is.
+        weights: module name -> weight; it may be lazy, as ``Checkpoint.weights()`` is.
         tensors: name -> any other tensor of the model.
         sym: whether all zero points are ``2**(bits - 1)``.
         desc_act: whether weights may have a ``g_idx``.

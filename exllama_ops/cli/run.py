@@ -112,9 +112,9 @@ def _device(name: str) -> torch.device:
 
 def _checkpoint(model: str | None) -> Path:
     if model is not None:
-        from exllama_ops.checkpoint import open_gptq
+        from exllama_ops.checkpoint import open_checkpoint
 
-        return open_gptq(model).path
+        return open_checkpoint(model).path
     from exllama_ops.integrations.demo import demo_checkpoint
 
     return demo_checkpoint(say)

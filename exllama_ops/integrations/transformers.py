@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exllama_ops.checkpoint import CheckpointError, GptqCheckpoint, open_gptq
+from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
@@ -41,7 +41,7 @@ def load_model(
     The model is built on the meta device and filled tensor by tensor: peak memory is about the checkpoint's size.
 
     Args:
-        path_or_id: a directory, or a hub id, as in `exllama_ops.open_gptq`.
+        path_or_id: a directory, or a hub id, as in `exllama_ops.open_checkpoint`.
         dtype: of the activations and of all dense tensors; scales keep the dtype they have in the file. None for the
             dtype of config.json, float16 if it names none.
         device: where to put the model.
@@ -61,7 +61,7 @@ def load_model(
     """
     transformers = require("transformers")
     tqdm = require("tqdm").tqdm
-    checkpoint = open_gptq(path_or_id, revision=revision)
+    checkpoint = open_checkpoint(path_or_id, revision=revision)
     config = _read_config(transformers, checkpoint.path)
     if dtype is None:
         dtype = config.dtype or torch.float16
@@ -138,7 +138,7 @@ def _tied_groups(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _must_untie(model: nn.Module, checkpoint: GptqCheckpoint) -> bool:
+def _must_untie(model: nn.Module, checkpoint: Checkpoint) -> bool:
     """Whether the files contradict a config that ties: one of the two is quantized, or both are there and differ."""
     quantized, dense = set(checkpoint.quantized), set(checkpoint.dense)
     for names in _tied_groups(model):
@@ -154,7 +154,7 @@ def _must_untie(model: nn.Module, checkpoint: GptqCheckpoint) -> bool:
     return False
 
 
-def _check_quantized(model: nn.Module, checkpoint: GptqCheckpoint) -> None:
+def _check_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
     modules = dict(model.named_modules())
     alien = [name for name in checkpoint.quantized if not isinstance(modules.get(name), nn.Linear)]
     if alien:
@@ -167,7 +167,7 @@ def _check_quantized(model: nn.Module, checkpoint: GptqCheckpoint) -> None:
 class _Weights(Mapping[str, GptqWeight]):
     """The quantized modules, each read onto ``device`` when it is asked for."""
 
-    def __init__(self, checkpoint: GptqCheckpoint, device: torch.device | str, bar: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str, bar: Any) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._bar = bar
@@ -185,7 +185,7 @@ class _Weights(Mapping[str, GptqWeight]):
 
 
 def _load_dense(
-    model: nn.Module, checkpoint: GptqCheckpoint, dtype: torch.dtype, device: torch.device | str, bar: Any
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, bar: Any
 ) -> list[str]:
     """Fill parameters and persistent buffers; return the names of the tensors that the model has no place for."""
     tied = {name: names for names in _tied_groups(model) for name in names}

@@ -1,0 +1,109 @@
+"""What every checkpoint offers, whatever its format, and what a format brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from exllama_ops.layout import GptqWeight
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """An opened checkpoint: names and sizes are known, and tensors are read when they are asked for.
+
+    `exllama_ops.open_checkpoint` makes one. A format's class inherits from this one, which brings `weights`.
+
+    Attributes:
+        format: the format's name, such as "gptq".
+        path: the local directory.
+        config: the quantization config, in the format's own type.
+        quantized: names of the quantized modules, in the order of the files.
+        dense: names of the tensors that belong to no quantized module, in the order of the files.
+        weight_bytes: bytes of all tensors.
+    """
+
+    format: str
+    path: Path
+    config: Any
+    quantized: tuple[str, ...]
+    dense: tuple[str, ...]
+    weight_bytes: int
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> GptqWeight:
+        """Read one quantized module.
+
+        Args:
+            name: one of ``quantized``.
+            device: where to put the tensors.
+
+        Returns:
+            The weight, in memory of its own: ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``, whatever the file has.
+
+        Raises:
+            CheckpointError: there is no such module, or its data is wrong.
+        """
+        ...
+
+    def read_tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor as it is in the file, in memory of its own.
+
+        Args:
+            name: one of ``dense``, or any other tensor of the files.
+            device: where to put it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file is broken.
+        """
+        ...
+
+    def weights(self) -> Mapping[str, GptqWeight]:
+        """All quantized modules, as `convert` and `save_gptq` take them. Each access reads a weight and keeps none."""
+        return _LazyWeights(self)
+
+
+class _LazyWeights(Mapping[str, GptqWeight]):
+    """The quantized modules of a checkpoint, each read on access."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict.fromkeys(checkpoint.quantized)
+
+    def __getitem__(self, name: str) -> GptqWeight:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._checkpoint.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Format(Protocol):
+    """A format of checkpoints: what a module has that is an entry of ``exllama_ops.checkpoint.opening.FORMATS``."""
+
+    NAME: str
+
+    def reasons_against(self, directory: Path, /) -> list[str]:
+        """Every reason why a directory holds no checkpoint of this format. None means that the format takes it.
+
+        It reads the JSON files alone. For a hub id nothing else has been downloaded yet.
+        """
+        ...
+
+    def open_directory(self, directory: Path, /) -> Checkpoint:
+        """Open a directory that the format takes.
+
+        Raises:
+            CheckpointError: the checkpoint is broken; the text names the file and the tensor or field.
+        """
+        ...

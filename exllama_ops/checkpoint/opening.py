@@ -1,0 +1,42 @@
+"""`open_checkpoint`: the first format that takes a folder opens it."""
+
+from __future__ import annotations
+
+import os
+
+from exllama_ops.checkpoint import gptq
+from exllama_ops.checkpoint.base import Checkpoint, Format
+from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.checkpoint.files import local_directory
+
+# In the order in which they are asked. A format is one file of this folder.
+FORMATS: tuple[Format, ...] = (gptq,)
+
+
+def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Open a quantized checkpoint of any format that is read here.
+
+    Args:
+        path_or_id: a directory, or a hub id (``owner/name``), which is downloaded into the hub's cache.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        The checkpoint. Its config and headers are read and checked, its weights are not read yet.
+
+    Raises:
+        CheckpointError: no format takes the folder, and the text has every format with its reasons; or the checkpoint
+            is broken, and the text names the file and the tensor or field.
+        ImportError: the extra ``hf`` is not installed.
+
+    Warns:
+        UserWarning: what `exllama_ops.open_gptq` warns of.
+    """
+    # The JSON files of a hub id come first. What no format takes is refused before its weights are downloaded.
+    directory = local_directory(path_or_id, revision, configs_only=True)
+    refusals: list[str] = []
+    for candidate in FORMATS:
+        reasons = candidate.reasons_against(directory)
+        if not reasons:
+            return candidate.open_directory(local_directory(path_or_id, revision))
+        refusals.append(f"{candidate.NAME}: {'; '.join(reasons)}")
+    raise CheckpointError(f"{directory}: no checkpoint format takes it. {' | '.join(refusals)}")
