@@ -1,58 +1,31 @@
-"""The gate before timing: each element of our results lies within its bound.
+"""The gate before timing: each element of our results lies within the bound that the tests hold it to.
 
-The bound is that of tests/conformance (backends.py, bounds.py), restated for the weights of `benchmarks.cases`, whose
-groups are whole, and computed for all tokens at once.
+The bound is that of `exllama_ops.testing`, computed once for all tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
 from benchmarks.cases import Weight
+from benchmarks.peers.exllama import PRECISIONS
 from exllama_ops import reference
+from exllama_ops.testing.bounds import UNIT_ROUNDOFF_F32, beyond_bound, bound_of_products, sum_bound
+from exllama_ops.testing.errors import Error, cpu_dx_error, cpu_gemm_error
 
-# Rows of a block, of which activations share a scale, at most.
-BLOCK_ROWS = 128
-UNIT_ROUNDOFF = 2.0**-24
-
-Errors = Callable[[Weight, Tensor, Tensor], Iterable[tuple[str, Tensor]]]
+Errors = Callable[[Weight, Tensor, Tensor], Iterable[tuple[str, Error]]]
 
 
 class ConformanceError(RuntimeError):
     """A result is wrong; its kernel is not timed."""
 
 
-def gamma(n: int, unit: float = UNIT_ROUNDOFF) -> float:
-    """``n u / (1 - n u)``, the relative error of n roundings in a row, to float32 by default (Higham, section 3.1)."""
-    return n * unit / (1 - n * unit)
-
-
-def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the spacing of ``dtype`` at each magnitude of ``values`` (float64), subnormals included."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values.abs().clamp_min(info.tiny))
-    return torch.ldexp(torch.full_like(values, info.eps / 2), exponent - 1)
-
-
-def cpu_errors(weight: Weight, x: Tensor, W: Tensor) -> list[tuple[str, Tensor]]:
-    """Of each precision of the CPU, before the final rounding: (M, N) float64."""
-    K = weight.case.K
-    size = min(weight.case.group_size, BLOCK_ROWS)
-    order = weight.packed.perm.long() if weight.case.act_order else torch.arange(K)
-    x, W = x.double().abs()[:, order], W[order].abs()
-    x_blocks, W_blocks = x.unflatten(1, (-1, size)), W.unflatten(0, (-1, size))
-    outliers = x_blocks.amax(2) > 16 * x_blocks.mean(2)
-    by_norms = (x_blocks.norm(dim=2) * ~outliers) @ W_blocks.norm(dim=1)
-    by_elements = (x_blocks * outliers.unsqueeze(2)).flatten(1) @ W if outliers.any() else 0.0
-    floats = gamma(size + K // size + 2) * (x @ W)
-    return [
-        ("highest", floats),
-        ("high", 2.0**-11 * (by_norms + by_elements)),
-        ("medium", x_blocks.amax(2) / 127 @ W_blocks.sum(1) + floats),
-    ]
+def cpu_errors(weight: Weight, x: Tensor, W: Tensor) -> list[tuple[str, Error]]:
+    """What each precision of the CPU declares."""
+    groups = weight.groups.long()
+    return [(precision, cpu_gemm_error(precision, x, W, groups)) for precision in PRECISIONS]
 
 
 class Gate:
@@ -62,9 +35,9 @@ class Gate:
         weight: the weight.
         x: (M, K), the activations of every timing to come: a timing of fewer tokens takes its first rows.
         grad: (M, N), likewise for the gradient of x; None if that is not timed.
-        errors: (weight, x, dense weight in float64) -> (precision, (M, N) float64) for each kernel that will be
-            checked: the error of its sums. By default those of the CPU's precisions.
-        dx_roundings: those in a sum of gptq_gemm_dx beside the N of its chain; by default the CPU's.
+        errors: (weight, x, dense weight in float64) -> (precision, the error that it declares) for each kernel that
+            will be checked. The default is `cpu_errors`.
+        dx_error: N -> the error that gptq_gemm_dx declares. The default is that of the CPU.
     """
 
     def __init__(
@@ -74,16 +47,20 @@ class Gate:
         grad: Tensor | None = None,
         *,
         errors: Errors = cpu_errors,
-        dx_roundings: int = 3,
+        dx_error: Callable[[int], Error] = cpu_dx_error,
     ) -> None:
         arguments = weight.arguments()
         W = weight.dense.double()
         self.exact = reference.gptq_gemm(x.float(), *arguments).double()
-        self.errors = {precision: error + UNIT_ROUNDOFF * self.exact.abs() for precision, error in errors(weight, x, W)}
+        # The exact products come rounded to float32.
+        rounding = UNIT_ROUNDOFF_F32 * self.exact.abs()
+        products = x.double().abs() @ W.abs()
+        self.bounds = {
+            name: bound_of_products(products, weight.case.K, *error) + rounding for name, error in errors(weight, x, W)
+        }
         if grad is not None:
             self.exact_dx = reference.gptq_gemm_dx(grad.float(), *arguments).double()
-            self.error_dx = gamma(weight.case.N + dx_roundings) * (grad.double().abs() @ W.t().abs())
-            self.error_dx += UNIT_ROUNDOFF * self.exact_dx.abs()
+            self.bound_dx = sum_bound(grad, W.t(), *dx_error(weight.case.N)) + UNIT_ROUNDOFF_F32 * self.exact_dx.abs()
 
     def check(self, out: Tensor, precision: str) -> None:
         """Refuse a result of gptq_gemm: the first rows of ``x @ W``.
@@ -91,7 +68,7 @@ class Gate:
         Raises:
             ConformanceError: an element lies beyond the bound of the precision.
         """
-        _check(f"gptq_gemm, {precision}", out, self.exact, self.errors[precision])
+        _check(f"gptq_gemm, {precision}", out, self.exact, self.bounds[precision])
 
     def check_dx(self, out: Tensor) -> None:
         """Refuse a result of gptq_gemm_dx: the first rows of ``grad @ W.T``.
@@ -99,20 +76,19 @@ class Gate:
         Raises:
             ConformanceError: an element lies beyond the bound.
         """
-        _check("gptq_gemm_dx", out, self.exact_dx, self.error_dx)
+        _check("gptq_gemm_dx", out, self.exact_dx, self.bound_dx)
 
 
-def _check(what: str, out: Tensor, exact: Tensor, error: Tensor) -> None:
+def _check(what: str, out: Tensor, exact: Tensor, bound: Tensor) -> None:
     M = out.shape[0]
-    exact, error = exact[:M], error[:M]
+    exact, bound = exact[:M], bound[:M]
     if out.shape != exact.shape:
         raise ConformanceError(f"{what}: must have shape {tuple(exact.shape)}; got {tuple(out.shape)}")
-    # Not `excess > 0`: NaN is beyond every bound.
-    within = (out.double() - exact).abs() <= error + half_ulp(exact.abs() + error, out.dtype)
-    if not within.all():
-        row, column = divmod(int((~within).flatten().nonzero()[0]), out.shape[1])
+    beyond = beyond_bound(out, exact, bound)
+    if beyond.any():
+        row, column = divmod(int(beyond.flatten().nonzero()[0]), out.shape[1])
         raise ConformanceError(
-            f"{what}: {int((~within).sum())} of {within.numel()} elements lie beyond the bound, the first at "
+            f"{what}: {int(beyond.sum())} of {beyond.numel()} elements lie beyond the bound, the first at "
             f"({row}, {column}): {float(out[row, column])} for {float(exact[row, column])}"
         )
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conformance.bounds import assert_within_bound, error_bound, gamma
 from conformance.weights import Case, build_parts, multi_args
 from exllama_ops import ExllamaLinear, quantize
 from exllama_ops.compile.decompositions import decompositions
+from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
 K, HIDDEN = 96, 64
 TOKENS = ({0: torch.export.Dim.DYNAMIC},)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conformance.bounds import assert_within_bound, error_bound, gamma
 from conformance.weights import Case, build, build_parts, multi_args
 from exllama_ops import ExllamaLinear, convert, freeze, quantize
 from exllama_ops.compile.onnx import onnx_program
+from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
 pytest.importorskip("onnxscript", reason='needs the extra "onnx"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs the extra "onnx"')

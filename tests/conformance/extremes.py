@@ -79,7 +79,7 @@ def that_cancel(case: Case, dtype: torch.dtype, rng: torch.Generator) -> Product
     signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat_interleave(N, 1)
     weight.scales.copy_(signs * quarter.scales.double().repeat(2, 2) * torch.finfo(case.scales_dtype).max)
     if case.order == "raw":
-        weight = replace(weight, case=replace(weight.case, order="raw"), rows=weight.groups.to(torch.int32))
+        weight = replace(weight, case=replace(weight.case, order="raw"), row_order=weight.groups.to(torch.int32))
     x, grad = (extremes((5, size), dtype, rng, 8).repeat(1, 2) for size in (K, N))
     x[:, -1], grad[:, -1] = 0, 0
     return Products(weight, x, grad)

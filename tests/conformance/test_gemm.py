@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conformance.backends import BackendUnderTest
-from conformance.bounds import assert_within_bound
 from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_args
 from exllama_ops import backends
+from exllama_ops.testing.bounds import assert_within_bound
 
 TOKENS = (0, 1, 7, 8, 9, 33)
 MANY_TOKENS = (64, 257)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conformance.backends import BackendUnderTest
-from conformance.bounds import assert_within_bound
 from conformance.extremes import Products, drawn, extremes
 from conformance.weights import BLOCK_VALUES, DTYPES, Case, build, multi_args
+from exllama_ops.testing.bounds import assert_within_bound
 
 
 def check_products(backend: BackendUnderTest, products: Products) -> None:

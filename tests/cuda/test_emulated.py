@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.bounds import assert_within_bound
 from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build, build_parts, multi_args
 from cuda import bounds, emulated
+from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import EmulationError, reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")

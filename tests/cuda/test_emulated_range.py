@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from conformance.bounds import assert_within_bound
 from conformance.extremes import drawn
 from conformance.weights import DTYPES, Case, build
 from cuda import bounds, emulated
 from cuda.test_emulated import ALGORITHMS, can
+from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import reasons_against
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from conformance.bounds import assert_within_bound
 from conformance.weights import DTYPES, Case, Weight, build
 from cuda import bounds, emulated
 from cuda.plain import Array, PlainOps, every_call, fresh, save, sparse
+from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import DEVICES, EmulationError, Emulator, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")

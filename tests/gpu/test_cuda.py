@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from conformance.bounds import assert_within_bound, error_bound, gamma
 from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from cuda import bounds
 from cuda.test_emulated import ALGORITHMS, can
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
 pytestmark = pytest.mark.gpu
 

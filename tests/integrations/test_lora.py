@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conformance.bounds import assert_within_bound, gamma
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.testing.bounds import assert_within_bound, gamma
 
 K, HIDDEN, RANK = 96, 160, 4
 

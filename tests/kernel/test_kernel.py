@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import exllama_ops
-from conformance.bounds import gamma
 from exllama_ops import kernel as K_
 from exllama_ops.kernel import ExllamaLinearKernel, MPLinearLayerConfig, ScalarType
 from exllama_ops.layout import pack_columns, pack_rows, unpack_columns, unpack_rows
+from exllama_ops.testing.bounds import gamma
 
 pytestmark = pytest.mark.filterwarnings("ignore::exllama_ops.backends.reference.ReferenceBackendWarning")
 

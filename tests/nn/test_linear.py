@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from conformance.bounds import error_bound, gamma, half_ulp
 from conformance.weights import DTYPES
 from exllama_ops import ExllamaLinear, GptqWeight, quantize
+from exllama_ops.testing.bounds import error_bound, gamma, half_ulp
 
 K, N = 96, 64
 

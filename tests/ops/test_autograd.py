@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.bounds import assert_within_bound, gamma
 from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from exllama_ops import gptq_gemm
+from exllama_ops.testing.bounds import assert_within_bound, gamma
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled)

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 
 import exllama_ops
 from conformance.backends import BackendUnderTest
-from conformance.bounds import assert_within_bound
 from conformance.weights import Case, Weight
 from exllama_ops import reference
 from exllama_ops.layout.pack import unpack_rows, unpack_zeros
+from exllama_ops.testing.bounds import assert_within_bound
 from properties.arguments import Arguments, bits_of
 from properties.calls import FAULTS_OF_FORM, Call
 from properties.faults import arguments
@@ -155,21 +155,28 @@ def check_result(call: Call, subject: Subject, result: Tensor | None, expected: 
 
 
 def stored_weight(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, rows: Tensor, shuffled: bool, bits: int, v2: bool, group_size: int
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    row_order: Tensor,
+    shuffled: bool,
+    bits: int,
+    v2: bool,
+    group_size: int,
 ) -> Weight:
     """A weight in the rows in which it is stored: where there is a permutation, it is x or dx that is gathered."""
     K, N, G = qweight.shape[0] * 32 // bits, scales.shape[1], scales.shape[0]
     size = group_size or -(-K // G)
-    is_raw = not shuffled and rows.numel() > 0
+    is_raw = not shuffled and row_order.numel() > 0
     return Weight(
         case=Case(bits, K, N, size, "raw" if is_raw else "sorted", shuffled, v2, scales.dtype),
         qweight=qweight,
         qzeros=qzeros,
         scales=scales,
-        rows=rows,
+        row_order=row_order,
         q=unpack_rows(qweight, bits, "shuffled" if shuffled else "checkpoint"),
         z=unpack_zeros(qzeros, bits, v2),
-        groups=rows.long() if is_raw else torch.arange(K) // size,
+        groups=row_order.long() if is_raw else torch.arange(K) // size,
     )
 
 

@@ -26,6 +26,7 @@ PARTS: dict[str, set[str]] = {
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
     "integrations": {"nn", "checkpoint", "layout", "extras", "cache"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
+    "testing": {"layout", "backends"},  # which nothing of the package imports
 }
 # optional dependency -> the parts that may import it
 EXTRAS: dict[str, set[str]] = {
@@ -93,6 +94,7 @@ torch.ops.exllama.gptq_gemm.default
 torch.ops.exllama.gptq_shuffle.default
 assert not torch.cuda.is_initialized()
 heavy = {"transformers", "safetensors", "huggingface_hub", "accelerate", "triton", "torch._dynamo", "torch._inductor"}
+heavy |= {"exllama_ops.testing"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

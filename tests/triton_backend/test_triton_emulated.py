@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
 
-from conformance.bounds import assert_within_bound
 from conformance.weights import Case, build, build_parts, multi_args
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, tiles, tuned_tiles
 from exllama_ops.backends.triton.weight import Weight as Packed
+from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import EmulationError, reasons_against
 from triton_backend import bounds
 from triton_backend.emulated import A100, EmulatedDriver

@@ -19,11 +19,11 @@ pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
 
-from conformance.bounds import assert_within_bound
 from conformance.weights import Case, Weight, build
 from cuda.plain import sparse
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, shuffle, tiles
 from exllama_ops.backends.triton.weight import Weight as Packed
+from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import reasons_against
 from triton_backend import bounds
 from triton_backend.emulated import A100, EmulatedDriver
