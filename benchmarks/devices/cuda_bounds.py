@@ -12,7 +12,7 @@ from benchmarks.conformance import Gate
 from benchmarks.peers.exllama_cuda import ALGORITHMS, AUTO
 from exllama_ops.backends.batch_invariant import is_batch_invariant
 from exllama_ops.backends.triton import tiles
-from exllama_ops.backends.triton.weight import Weight as TritonWeight
+from exllama_ops.layout.weight import Weight as TritonWeight
 from exllama_ops.testing.errors import Error, cuda_dx_error, cuda_gemm_error, triton_gemm_error
 
 TRITON = "triton"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.fx import GraphModule, Node
 from exllama_ops.extras import require
 from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.pack import unpack_rows, unpack_zeros
+from exllama_ops.layout.weight import Parts, Weight
 
 _gemm = torch.ops.exllama.gptq_gemm.default
 _gemm_multi = torch.ops.exllama.gptq_gemm_multi.default
@@ -84,21 +86,21 @@ def _replace_products(module: GraphModule) -> None:
             continue
         if node.target not in (_gemm, _gemm_multi):
             raise ValueError(f"onnx_program: {node.target} has no form in ONNX; gptq_gemm and gptq_gemm_multi have")
-        x, qweight, qzeros, scales, g_idx, use_exllama, *options = _arguments(node)
+        x, *arguments = _arguments(node)
         multi = node.target is _gemm_multi
-        parts = list(zip(qweight, qzeros, scales, strict=True)) if multi else [(qweight, qzeros, scales)]
+        # Their tensors are nodes of the graph.
+        weights = Parts.of(*arguments).weights if multi else [Weight.of(*arguments)]
+        constant = partial(_constant, module, node)
         products = []
         with graph.inserting_before(node):
-            if use_exllama and _constant(module, node, g_idx).numel():
-                x = graph.call_function(_aten.index_select.default, (x, 1, g_idx))
-            for part in parts:
-                key = (*part, g_idx, use_exllama, *options)
-                key = tuple(value.target if isinstance(value, Node) else value for value in key)
+            row_order: Any = weights[0].row_order
+            if weights[0].shuffled and constant(row_order).numel():
+                x = graph.call_function(_aten.index_select.default, (x, 1, row_order))
+            for weight in weights:
+                key = weight.map(attrgetter("target")).arguments
                 if key not in modules:
-                    tensors = (_constant(module, node, tensor) for tensor in (*part, g_idx))
-                    weight: tuple[Any, ...] = (*tensors, use_exllama, *options)
                     modules[key] = f"exllama_product_{len(modules)}"
-                    module.add_submodule(modules[key], _product(*weight))
+                    module.add_submodule(modules[key], _product(weight.map(constant)))
                 products.append(graph.call_module(modules[key], (x,)))
             result = graph.call_function(_aten.cat.default, (products, 1)) if multi else products[0]
         node.replace_all_uses_with(result)
@@ -121,27 +123,15 @@ def _constant(module: GraphModule, user: Node, node: Node) -> Tensor:
     return value.detach()
 
 
-def _product(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool,
-    group_size: int,
-) -> nn.Module:
-    q = unpack_rows(qweight, bit, "shuffled" if use_exllama else "checkpoint")
-    zeros = unpack_zeros(qzeros, bit, use_v2_format)
-    (K, _), G = q.shape, scales.shape[0]
-    if g_idx.numel() and not use_exllama:
-        return _PlainProduct(q, zeros, scales, g_idx)
-    size = group_size or K // G
+def _product(weight: Weight) -> nn.Module:
+    q = unpack_rows(weight.qweight, weight.bits, "shuffled" if weight.shuffled else "checkpoint")
+    zeros, scales = unpack_zeros(weight.qzeros, weight.bits, zero_offset=weight.zero_offset), weight.scales
+    K, G, size = weight.K, weight.G, weight.group_size or weight.K // weight.G
     block = min(size & -size, _LARGEST_BLOCK)
-    largest = max(2**bit - 1, int(zeros.max()))
+    largest = max(2**weight.bits - 1, int(zeros.max()))
     width = next((width for width in _MATMUL_NBITS_WIDTHS if largest < 2**width), None)
-    if width is None or block < _SMALLEST_BLOCK:
-        return _PlainProduct(q, zeros, scales, row_groups(K, G, size, q.device))
+    if weight.g_idx is not None or width is None or block < _SMALLEST_BLOCK:
+        return _PlainProduct(q, zeros, scales, weight.row_groups())
     blocks = row_groups(-(-K // block), G, size // block, q.device)
     return _MatMulNBits(q, zeros.index_select(0, blocks), scales.index_select(0, blocks), width, block)
 

@@ -17,6 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 
 from exllama_ops import backends, ops
+from exllama_ops.layout.weight import Weight
 from exllama_ops.ops import gptq_gemm
 
 _log = logging.getLogger(__name__)
@@ -65,31 +66,28 @@ class FuseSharedInput(CustomGraphPass):
 
 @dataclass(frozen=True)
 class _Call:
-    """A gptq_gemm in a graph, its arguments by name."""
+    """A gptq_gemm in a graph; x and the tensors of the weight are nodes of it."""
 
     node: fx.Node
-    arguments: dict[str, Any]
+    x: fx.Node
+    weight: Weight
 
     @classmethod
     def of(cls, node: fx.Node) -> _Call:
-        bound = inspect.signature(gptq_gemm).bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        return cls(node, bound.arguments)
+        x, *weight = inspect.signature(gptq_gemm).bind(*node.args, **node.kwargs).args
+        return cls(node, x, Weight.of(*weight))
 
     @property
-    def weight(self) -> tuple[fx.Node, fx.Node, fx.Node]:
-        return self.arguments["qweight"], self.arguments["qzeros"], self.arguments["scales"]
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        return tuple(self.arguments[name] for name in ("use_exllama", "bit", "use_v2_format", "group_size"))
+    def own_tensors(self) -> tuple[Any, ...]:
+        """The nodes of the tensors that gptq_gemm_multi takes of each part."""
+        return self.weight.qweight, self.weight.qzeros, self.weight.scales
 
     def reason_against(self) -> str | None:
         """Why the call cannot be one of several."""
-        x, *weight = (_value_of(self.arguments[name]) for name in ("x", "qweight", "qzeros", "scales", "g_idx"))
-        if x is None or any(tensor is None for tensor in weight):
+        x, *tensors = map(_value_of, (self.x, *self.weight.tensors))
+        if x is None or any(tensor is None for tensor in tensors):
             return "the graph does not say the shapes of its arguments"
-        if not all(isinstance(size, int) for tensor in weight for size in tensor.shape):
+        if not all(isinstance(size, int) for tensor in tensors for size in tensor.shape):
             return "the sizes of the weight are symbols"
         if not _serves_multi(x.device.type.upper()):
             return f"the kernel of gptq_gemm on {x.device.type} has no gptq_gemm_multi beside it"
@@ -97,8 +95,8 @@ class _Call:
 
     def row_order(self) -> Hashable:
         """What calls with the same order of rows have in common: the node, or that there is no order."""
-        g_idx: fx.Node = self.arguments["g_idx"]
-        return g_idx if _value_of(g_idx).shape[0] else None
+        row_order: Any = self.weight.row_order
+        return row_order if _value_of(row_order).shape[0] else None
 
 
 def _value_of(node: object) -> Any:
@@ -129,8 +127,8 @@ def _calls_that_agree(graph: fx.Graph) -> list[list[_Call]]:
             if reason is not None:
                 _log.debug("%s stays alone: %s", node, reason)
                 continue
-            x, scales = call.arguments["x"], _value_of(call.arguments["scales"])
-            key = (writes, same_as.get(x, x), call.row_order(), call.options, scales.shape[0])
+            groups_of_each = _value_of(call.weight.scales).shape[0]
+            key = (writes, same_as.get(call.x, call.x), call.row_order(), call.weight.options, groups_of_each)
             groups.setdefault(key, []).append(call)
         elif _may_write(node):
             writes += 1
@@ -193,14 +191,12 @@ def _fuse(graph: fx.Graph, calls: Sequence[_Call]) -> None:
     together = [call for call in calls if _can_stand_before(call, first)]
     if len(together) < 2:
         return
-    arguments = calls[0].arguments
-    columns = [_value_of(call.arguments["qweight"]).shape[1] for call in together]
-    qweight, qzeros, scales = (list(tensors) for tensors in zip(*(call.weight for call in together), strict=True))
+    x, shared = calls[0].x, calls[0].weight
+    columns = [_value_of(call.weight.qweight).shape[1] for call in together]
+    lists = [list(tensors) for tensors in zip(*(call.own_tensors for call in together), strict=True)]
     with graph.inserting_before(first):
-        x, g_idx = arguments["x"], arguments["g_idx"]
-        multi = graph.call_function(
-            torch.ops.exllama.gptq_gemm_multi, (x, qweight, qzeros, scales, g_idx, *calls[0].options)
-        )
+        arguments: Any = (x, *lists, shared.row_order, *shared.options)
+        multi = graph.call_function(torch.ops.exllama.gptq_gemm_multi, arguments)
         split = graph.call_function(torch.split_with_sizes, (multi, columns, 1))
         # Callers of gptq_gemm may count on a contiguous result. Of one row this is no copy, and of more Inductor makes
         # it part of the kernel that reads the result.
@@ -218,7 +214,7 @@ def _fuse(graph: fx.Graph, calls: Sequence[_Call]) -> None:
 
 def _can_stand_before(call: _Call, first: fx.Node) -> bool:
     """Whether the weight of a call is there when the first call runs; attributes are brought there."""
-    late = [node for node in call.weight if first < node]
+    late = [node for node in call.own_tensors if first < node]
     if any(node.op != "get_attr" for node in late):
         _log.debug("%s stays alone: its weight is computed after %s", call.node, first)
         return False

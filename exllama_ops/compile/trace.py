@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from exllama_ops.layout.weight import Weight
 from exllama_ops.nn import ExllamaLinear
 
 _GEMMS = (torch.ops.exllama.gptq_gemm.default, torch.ops.exllama.gptq_gemm.no_autograd)
-_QWEIGHT = 1  # its place among their arguments
 
 _aten = torch.ops.aten
 # The result has the elements of the first argument in their order.
@@ -90,7 +90,7 @@ class Trace:
         for number, node in enumerate(exported.graph.nodes):
             if node.op == "call_function" and node.target in _GEMMS:
                 order[node] = number
-                qweight = signature.inputs_to_buffers.get(node.args[_QWEIGHT].name)
+                qweight = signature.inputs_to_buffers.get(_qweight_of(node).name)
                 if qweight is not None:
                     gemms.setdefault(id(model.get_buffer(qweight)), []).append(node)
         owners = Counter(id(layer.qweight) for layer in layers.values())
@@ -183,11 +183,16 @@ def _reason_against(layer: ExllamaLinear, calls: list[Node], owners: int) -> str
         return "it has hooks"
     if len(calls) != 1:
         return f"the example calls it {len(calls)} times"
-    qweight = calls[0].args[_QWEIGHT]
-    assert isinstance(qweight, Node)
-    if owners > 1 or len(qweight.users) > 1:
+    if owners > 1 or len(_qweight_of(calls[0]).users) > 1:
         return "its weight is used outside of it too"
     return None
+
+
+def _qweight_of(gemm: Node) -> Node:
+    _, *weight = gemm.args
+    qweight: Any = Weight.of(*weight, **gemm.kwargs).qweight  # type: ignore[arg-type]  # nodes in place of tensors
+    assert isinstance(qweight, Node)
+    return qweight
 
 
 def _values(value: Any) -> Hashable:

@@ -9,12 +9,16 @@ they hold while tracing. The number of tokens M stands in none of them, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from exllama_ops.layout.formats import FORMATS, SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups
+
+if TYPE_CHECKING:
+    from exllama_ops.layout.weight import Parts, Weight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -193,76 +197,72 @@ def check_index_values(op: str, name: str, index: Tensor, limit: int, *, permuta
             )
 
 
-def check_g_idx_values(
-    op: str, g_idx: Tensor, use_exllama: bool, K: int, G: int, *, writes_to_its_rows: bool = False
-) -> None:
-    """`check_index_values` of g_idx: a permutation of the K rows, or the group of each row.
+def check_row_order_values(op: str, weight: Weight, *, writes_to_its_rows: bool = False) -> None:
+    """`check_index_values` of a weight's row order: a permutation of the K rows, or the group of each row.
 
     A gather from a list that names a row twice has a result. An op that writes to the rows of a permutation would leave
     those that it does not name as they were in memory.
     """
-    limit, permutation = (K, writes_to_its_rows) if use_exllama else (G, False)
-    check_index_values(op, "g_idx", g_idx, limit, permutation=permutation)
+    limit, permutation = (weight.K, writes_to_its_rows) if weight.shuffled else (weight.G, False)
+    check_index_values(op, "g_idx", weight.row_order, limit, permutation=permutation)
 
 
-def check_gptq_dequantize(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
+def check_weight(
+    op: str,
+    weight: Weight,
     *,
-    op: str = "gptq_dequantize",
     device: torch.device | None = None,
     K: int | None = None,
     N: int | None = None,
     part: str = "",
 ) -> None:
-    """The rules of a packed weight: gptq_dequantize, and what the other ops share.
+    """The rules of a packed weight, which all ops share.
 
-    The arguments up to group_size are the op's. ``op`` is the name that errors carry, ``device`` that of the op's
-    first argument, K or N the size that x or grad asks for, where there is one, and ``part`` the index, "[1]", of a
-    weight in lists of them.
+    Args:
+        op: the name that errors carry.
+        weight: as it came.
+        device: that of the op's first argument, where there is one before the weight.
+        K: the size that x asks for, if there is an x.
+        N: the size that a gradient asks for, if there is one.
+        part: the index, "[1]", of a weight in lists of them.
 
     Raises:
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
     """
-    del use_v2_format
-    _check_bits(op, bit)
+    qweight, qzeros, scales, row_order = weight.tensors
+    bits, group_size = weight.bits, weight.group_size
+    _check_bits(op, bits)
     _check_tensor(op, f"qweight{part}", qweight, 2, (torch.int32,), device)
     device = qweight.device if device is None else device
     _check_tensor(op, f"qzeros{part}", qzeros, 2, (torch.int32,), device)
     _check_tensor(op, f"scales{part}", scales, 2, FLOAT_DTYPES, device)
-    _check_tensor(op, "g_idx", g_idx, 1, (torch.int32,), device)
+    _check_tensor(op, "g_idx", row_order, 1, (torch.int32,), device)
 
-    K = _check_rows(op, qweight, bit) if K is None else K
+    K = _check_rows(op, qweight, bits) if K is None else K
     N = scales.shape[1] if N is None else N
     G = scales.shape[0]
-    _check_fills_words(op, "K", K, bit)
-    _check_fills_words(op, f"N{part}", N, bit)
-    _check_shape(op, f"qweight{part}", qweight, "(K*bits/32, N)", (K * bit // 32, N), f"K={K}, bits={bit}")
+    _check_fills_words(op, "K", K, bits)
+    _check_fills_words(op, f"N{part}", N, bits)
+    _check_shape(op, f"qweight{part}", qweight, "(K*bits/32, N)", (K * bits // 32, N), f"K={K}, bits={bits}")
     torch._check_value(
         G > 0, lambda: f"{op}: scales{part} must have at least one group (row); got {tuple(scales.shape)}"
     )
     _check_shape(op, f"scales{part}", scales, "(G, N)", (G, N), f"N={N}")
-    _check_shape(op, f"qzeros{part}", qzeros, "(G, N*bits/32)", (G, N * bit // 32), f"G={G}, N={N}, bits={bit}")
+    _check_shape(op, f"qzeros{part}", qzeros, "(G, N*bits/32)", (G, N * bits // 32), f"G={G}, N={N}, bits={bits}")
 
-    entries = g_idx.shape[0]
-    meaning = "the permutation argsort(g_idx)" if use_exllama else "the group of each row"
+    entries = row_order.shape[0]
+    meaning = "the permutation argsort(g_idx)" if weight.shuffled else "the group of each row"
     torch._check_value(
         entries in (0, K),
         lambda: (
-            f"{op}: g_idx ({meaning}, as use_exllama={use_exllama}) must be empty or have shape (K,) = ({K},); "
+            f"{op}: g_idx ({meaning}, as use_exllama={weight.shuffled}) must be empty or have shape (K,) = ({K},); "
             f"got ({entries},)"
         ),
     )
     torch._check_value(
         group_size >= 0, lambda: f"{op}: group_size must be at least 1, or 0 for K / G; got {group_size}"
     )
-    if not use_exllama and entries:
+    if not weight.shuffled and entries:
         return  # a raw g_idx says the group of every row: its groups may have any number and any sizes
     if group_size:
         torch._check_value(
@@ -289,17 +289,16 @@ def _check_shape(op: str, name: str, tensor: Tensor, formula: str, expected: tup
     )
 
 
-def check_gptq_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> None:
+def check_gptq_dequantize(weight: Weight) -> None:
+    """The rules of gptq_dequantize.
+
+    Raises:
+        ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
+    """
+    check_weight("gptq_dequantize", weight)
+
+
+def check_gptq_gemm(x: Tensor, weight: Weight) -> None:
     """The rules of gptq_gemm.
 
     Raises:
@@ -307,23 +306,10 @@ def check_gptq_gemm(
     """
     op = "gptq_gemm"
     _check_tensor(op, "x", x, 2, FLOAT_DTYPES)
-    check_gptq_dequantize(
-        qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size,
-        op=op, device=x.device, K=x.shape[1],
-    )  # fmt: skip
+    check_weight(op, weight, device=x.device, K=x.shape[1])
 
 
-def check_gptq_gemm_dx(
-    grad: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> None:
+def check_gptq_gemm_dx(grad: Tensor, weight: Weight) -> None:
     """The rules of gptq_gemm_dx.
 
     Raises:
@@ -331,23 +317,10 @@ def check_gptq_gemm_dx(
     """
     op = "gptq_gemm_dx"
     _check_tensor(op, "grad", grad, 2, FLOAT_DTYPES)
-    check_gptq_dequantize(
-        qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size,
-        op=op, device=grad.device, N=grad.shape[1],
-    )  # fmt: skip
+    check_weight(op, weight, device=grad.device, N=grad.shape[1])
 
 
-def check_gptq_gemm_multi(
-    x: Tensor,
-    qweight: Sequence[Tensor],
-    qzeros: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> None:
+def check_gptq_gemm_multi(x: Tensor, parts: Parts) -> None:
     """The rules of gptq_gemm_multi: those of gptq_gemm for each part, and that the parts have the same groups.
 
     Raises:
@@ -355,17 +328,14 @@ def check_gptq_gemm_multi(
     """
     op = "gptq_gemm_multi"
     _check_tensor(op, "x", x, 2, FLOAT_DTYPES)
-    lengths = len(qweight), len(qzeros), len(scales)
+    lengths = parts.lengths
     torch._check_value(
         min(lengths) == max(lengths) > 0,
         lambda: f"{op}: qweight, qzeros and scales must have one entry for each part, at least 1; got {lengths}",
     )
-    for i, tensors in enumerate(zip(qweight, qzeros, scales, strict=True)):
-        check_gptq_dequantize(
-            *tensors, g_idx, use_exllama, bit, use_v2_format, group_size,
-            op=op, device=x.device, K=x.shape[1], part=f"[{i}]",
-        )  # fmt: skip
-        _check_same_groups(op, i, scales)
+    for i, weight in enumerate(parts.weights):
+        check_weight(op, weight, device=x.device, K=x.shape[1], part=f"[{i}]")
+        _check_same_groups(op, i, parts.scales)
 
 
 def _check_same_groups(op: str, i: int, scales: Sequence[Tensor]) -> None:

@@ -1,14 +1,198 @@
-"""The two forms of a quantized weight: `GptqWeight`, as a checkpoint has it, and `PackedWeight`, as the ops take it."""
+"""A quantized weight as one value, in three forms.
+
+`GptqWeight` is what a checkpoint holds. `PackedWeight` is what a layer holds; `exllama_ops.prepare` makes it. `Weight`
+is what an op was called with, and what checks, the reference, the Triton kernels and the graph passes take. `Parts` are
+the weights of one gptq_gemm_multi.
+
+`Weight.of` and `Weight.arguments` are the one bridge between a `Weight` and the eight arguments of an op.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from exllama_ops.layout.checks import check_gptq_dequantize
+from exllama_ops.layout.checks import check_weight
 from exllama_ops.layout.formats import SUPPORTED_BITS
+from exllama_ops.layout.groups import row_groups
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A weight as an op takes it. Nothing is checked here: that is what `exllama_ops.layout.checks` is for.
+
+    The tensors may be fake, or be nodes of a graph, as long as no property that reads their shapes is asked for.
+
+    Args:
+        qweight: (K * bits / 32, N) int32.
+        qzeros: (G, N * bits / 32) int32.
+        scales: (G, N) float16, bfloat16 or float32.
+        row_order: int32. If shuffled, the permutation (K,); else the group of each row (K,). Empty for none.
+        shuffled: the order of the bits in the words of qweight.
+        bits: 2, 3, 4 or 8.
+        zero_offset: what is added to a stored zero point: 0 in the v2 format, 1 in v1.
+        group_size: rows of a group, or 0 for K / G.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "row_order")
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    row_order: Tensor
+    shuffled: bool
+    bits: int
+    zero_offset: int = 0
+    group_size: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor,
+        use_exllama: bool,
+        bit: int,
+        use_v2_format: bool = False,
+        group_size: int = 0,
+    ) -> Weight:
+        """The weight of an op's arguments, with their names and in their order."""
+        return cls(qweight, qzeros, scales, g_idx, use_exllama, bit, 0 if use_v2_format else 1, group_size)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
+        """The arguments of an op, in their order: the inverse of `of`."""
+        return (*self.tensors, *self.options)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first arguments of an op: those named in `TENSORS`."""
+        return self.qweight, self.qzeros, self.scales, self.row_order
+
+    @property
+    def options(self) -> tuple[bool, int, bool, int]:
+        """The arguments of an op after its tensors."""
+        return self.shuffled, self.bits, self.zero_offset == 0, self.group_size
+
+    def map(self, function: Callable[[Any], Any]) -> Weight:
+        """The weight with ``function(tensor)`` in place of each tensor."""
+        return replace(self, **{name: function(getattr(self, name)) for name in self.TENSORS})
+
+    @property
+    def K(self) -> int:
+        """Rows of W."""
+        return self.qweight.shape[0] * 32 // self.bits
+
+    @property
+    def N(self) -> int:
+        """Columns of W."""
+        return self.qweight.shape[1]
+
+    @property
+    def G(self) -> int:
+        """Rows of scales."""
+        return self.scales.shape[0]
+
+    @property
+    def perm(self) -> Tensor | None:
+        """The row of the checkpoint that each row of the words is; None where that is its own."""
+        return self.row_order if self.shuffled and self.row_order.shape[0] else None
+
+    @property
+    def g_idx(self) -> Tensor | None:
+        """The group of each row; None where the groups are runs of `rows_per_group` rows."""
+        return self.row_order if not self.shuffled and self.row_order.shape[0] else None
+
+    @property
+    def rows_per_group(self) -> int:
+        """Rows of a group, from 1 to K. Not to be looked at where `g_idx` gives the groups, whose sizes may be any."""
+        K = self.K
+        return max(1, min(self.group_size or K // self.G, K))
+
+    def row_groups(self) -> Tensor:
+        """The group of each row of the words, (K,) int32."""
+        if self.g_idx is not None:
+            return self.g_idx
+        return row_groups(self.K, self.G, self.group_size, self.qweight.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """The weights of one gptq_gemm_multi: lists of their tensors, and what they share, as in `Weight`."""
+
+    qweight: Sequence[Tensor]
+    qzeros: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    row_order: Tensor
+    shuffled: bool
+    bits: int
+    zero_offset: int = 0
+    group_size: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        qweight: Sequence[Tensor],
+        qzeros: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        g_idx: Tensor,
+        use_exllama: bool,
+        bit: int,
+        use_v2_format: bool = False,
+        group_size: int = 0,
+    ) -> Parts:
+        """The weights of the op's arguments, with their names and in their order."""
+        return cls(qweight, qzeros, scales, g_idx, use_exllama, bit, 0 if use_v2_format else 1, group_size)
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of the lists, which are equal once the arguments have been checked."""
+        return len(self.qweight), len(self.qzeros), len(self.scales)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weight of each part."""
+        return [
+            Weight(*tensors, self.row_order, self.shuffled, self.bits, self.zero_offset, self.group_size)
+            for tensors in zip(self.qweight, self.qzeros, self.scales, strict=True)
+        ]
+
+
+def from_op_arguments(kind: type[Weight] | type[Parts]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorator of a function whose last parameter is a `Weight` or `Parts`: it is called as an op is.
+
+    ``inspect.signature`` of the result has the op's arguments. The function itself is its ``__wrapped__``.
+
+    Args:
+        kind: the type of the last parameter.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+        of = kind.of
+        signature = inspect.signature(function)
+        first = list(signature.parameters.values())[:-1]
+        signature = signature.replace(parameters=[*first, *inspect.signature(of).parameters.values()])
+        count = len(first)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> R:
+            if kwargs:
+                args = signature.bind(*args, **kwargs).args
+            return function(*args[:count], of(*args[count:]))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 def no_order(like: Tensor) -> Tensor:
@@ -58,11 +242,14 @@ class GptqWeight:
             raise ValueError(f"GptqWeight: bits must be one of {SUPPORTED_BITS}; got {self.bits}")
         if self.group_size < 1:
             raise ValueError(f"GptqWeight: group_size must be at least 1; got {self.group_size}")
-        g_idx = no_order(self.qweight) if self.g_idx is None else self.g_idx
-        check_gptq_dequantize(
-            self.qweight, self.qzeros, self.scales, g_idx, False, self.bits, True, self.group_size, op="GptqWeight"
-        )
+        check_weight("GptqWeight", self.weight)
         _check_bias("GptqWeight", self.bias, self.out_features, self.qweight.device)
+
+    @property
+    def weight(self) -> Weight:
+        """As an op takes it, with ``use_exllama=False``."""
+        g_idx = no_order(self.qweight) if self.g_idx is None else self.g_idx
+        return Weight(self.qweight, self.qzeros, self.scales, g_idx, False, self.bits, 0, self.group_size)
 
     @property
     def in_features(self) -> int:
@@ -113,11 +300,14 @@ class PackedWeight:
             raise ValueError(
                 f"PackedWeight: {name} must be empty for shuffled={self.shuffled}; got {unused.numel()} rows"
             )
-        check_gptq_dequantize(
-            self.qweight, self.qzeros, self.scales, self.row_order, self.shuffled, self.bits, True, self.group_size,
-            op="PackedWeight",
-        )  # fmt: skip
+        check_weight("PackedWeight", self.weight)
         _check_bias("PackedWeight", self.bias, self.out_features, self.qweight.device)
+
+    @property
+    def weight(self) -> Weight:
+        """As an op takes it: ``torch.ops.exllama.gptq_gemm(x, *packed.weight.arguments)``."""
+        order = self.row_order
+        return Weight(self.qweight, self.qzeros, self.scales, order, self.shuffled, self.bits, 0, self.group_size)
 
     @property
     def row_order(self) -> Tensor:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
 from exllama_ops import backends
 from exllama_ops.backends import triton
+from exllama_ops.layout.weight import Weight
 from exllama_ops.nn.linear import ExllamaLinear
 
 # One M for each kernel and tile that Triton's table chooses by M, and one for which sums are not split.
 TOKENS = (1, 2, 5, 17, 33, 65, 2048)
-
-_WEIGHT_ARGUMENTS = 8
 
 
 def warmup(
@@ -55,29 +54,29 @@ def warmup(
         weights = list(model_or_weights)
     if not weights:
         raise ValueError("warmup: model_or_weights has no weight: neither an ExllamaLinear nor arguments of gptq_gemm")
-    for weight in weights:
-        if len(weight) != _WEIGHT_ARGUMENTS:
+    count = len(fields(Weight))
+    for arguments in weights:
+        if len(arguments) != count:
             raise ValueError(
-                f"warmup: a weight must be the {_WEIGHT_ARGUMENTS} arguments of gptq_gemm after x; got {len(weight)}"
+                f"warmup: a weight must be the {count} arguments of gptq_gemm after x; got {len(arguments)}"
             )
-        qweight, bit = weight[0], weight[5]
-        K, N = qweight.shape[0] * 32 // bit, qweight.shape[1]
+        weight = Weight.of(*arguments)
         with torch.no_grad():
             for M in tokens:
-                calls = [("gptq_gemm", qweight.new_zeros((M, K), dtype=dtype))]
+                calls = [("gptq_gemm", weight.qweight.new_zeros((M, weight.K), dtype=dtype))]
                 if gradient:
-                    calls.append(("gptq_gemm_dx", qweight.new_zeros((M, N), dtype=dtype)))
+                    calls.append(("gptq_gemm_dx", weight.qweight.new_zeros((M, weight.N), dtype=dtype)))
                 for op, x in calls:
-                    getattr(torch.ops.exllama, op)(x, *weight)
+                    getattr(torch.ops.exllama, op)(x, *arguments)
                     if autotune and M > 0:
-                        _tune(op, x, *weight)
+                        _tune(op, x, weight)
 
 
-def _tune(op: str, x: Tensor, *weight: Any) -> None:
+def _tune(op: str, x: Tensor, weight: Weight) -> None:
     key = x.device.type.upper()
     if key not in backends.PRIORITY or backends.serving(op, key) is not triton.BACKEND:
         raise ValueError(
             f"warmup: autotune chooses tiles of Triton's kernels, and on {x.device} Triton does not compute {op}: "
             "exllama_ops.backends.report() says why"
         )
-    triton.BACKEND.tune(op, x, *weight)
+    triton.BACKEND.tune(op, x, weight)

@@ -19,13 +19,14 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
+from exllama_ops.layout.weight import Weight
 from exllama_ops.ops import _library, _vmap
 
 _OPTIONS = "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
 WEIGHT_ARGUMENTS = f"Tensor qweight, Tensor qzeros, Tensor scales, {_OPTIONS}"
 WEIGHTS_ARGUMENTS = f"Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, {_OPTIONS}"
-# Of either, those that are tensors or lists of them.
-_NUM_WEIGHT_TENSORS = 4
+# How many of either are tensors or lists of them; those come first.
+_NUM_TENSORS = len(Weight.TENSORS)
 
 NO_AUTOGRAD = "no_autograd"
 
@@ -100,8 +101,8 @@ def _flops(
 ) -> int:
     """2 M K N of each weight, for any of the ops. The arguments are shapes where the op has tensors."""
     del out_shape
-    bits = kwargs["bit"] if "bit" in kwargs else args[4]
     shapes = [qweight] if isinstance(qweight, torch.Size) else qweight
+    bits = Weight.of(qweight, *args, **kwargs).bits  # type: ignore[arg-type]  # shapes in place of tensors
     return sum(2 * first_shape[0] * (rows * 32 // bits) * N for rows, N in shapes)
 
 
@@ -144,10 +145,10 @@ def _autograd_kernel(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             weight = inputs[1]
-            tensors, ctx.structure = tree_flatten(weight[:_NUM_WEIGHT_TENSORS])
+            tensors, ctx.structure = tree_flatten(weight[:_NUM_TENSORS])
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            ctx.options = weight[_NUM_WEIGHT_TENSORS:]
+            ctx.options = weight[_NUM_TENSORS:]
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *no_tangents: None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_dequantize
+from exllama_ops.layout.weight import Weight, from_op_arguments
 from exllama_ops.ops import _library, _vmap
 from exllama_ops.ops._linear import WEIGHT_ARGUMENTS
 
@@ -48,18 +49,10 @@ def gptq_dequantize(
     return result
 
 
-def fake_gptq_dequantize(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
-    check_gptq_dequantize(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    return scales.new_empty((qweight.shape[0] * 32 // bit, qweight.shape[1]))
+@from_op_arguments(Weight)
+def fake_gptq_dequantize(weight: Weight) -> Tensor:
+    check_gptq_dequantize(weight)
+    return weight.scales.new_empty((weight.K, weight.N))
 
 
 _library.define_op("gptq_dequantize", WEIGHT_ARGUMENTS, "Tensor", fake=fake_gptq_dequantize)

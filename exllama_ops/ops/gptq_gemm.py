@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm
+from exllama_ops.layout.weight import Weight, from_op_arguments
 from exllama_ops.ops._linear import WEIGHT_ARGUMENTS, define_linear_op
 
 
@@ -58,19 +59,10 @@ def gptq_gemm(
     return _call(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
-def fake_gptq_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
-    check_gptq_gemm(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    return x.new_empty((x.shape[0], qweight.shape[1]))
+@from_op_arguments(Weight)
+def fake_gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
+    check_gptq_gemm(x, weight)
+    return x.new_empty((x.shape[0], weight.N))
 
 
 def _dx(grad: Tensor, *weight: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm_dx
+from exllama_ops.layout.weight import Weight, from_op_arguments
 from exllama_ops.ops._linear import WEIGHT_ARGUMENTS, define_linear_op
 
 
@@ -50,19 +51,10 @@ def gptq_gemm_dx(
     return _call(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
-def fake_gptq_gemm_dx(
-    grad: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
-    check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    return grad.new_empty((grad.shape[0], qweight.shape[0] * 32 // bit))
+@from_op_arguments(Weight)
+def fake_gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
+    check_gptq_gemm_dx(grad, weight)
+    return grad.new_empty((grad.shape[0], weight.K))
 
 
 def _product(grad: Tensor, *weight: Any) -> Tensor:

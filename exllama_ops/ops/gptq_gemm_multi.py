@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm_multi
+from exllama_ops.layout.weight import Parts, from_op_arguments
 from exllama_ops.ops._linear import WEIGHTS_ARGUMENTS, define_linear_op
 
 
@@ -52,19 +53,10 @@ def gptq_gemm_multi(
     return _call(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
 
 
-def fake_gptq_gemm_multi(
-    x: Tensor,
-    qweight: Sequence[Tensor],
-    qzeros: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
-    check_gptq_gemm_multi(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    return x.new_empty((x.shape[0], sum(part.shape[1] for part in qweight)))
+@from_op_arguments(Parts)
+def fake_gptq_gemm_multi(x: Tensor, parts: Parts) -> Tensor:
+    check_gptq_gemm_multi(x, parts)
+    return x.new_empty((x.shape[0], sum(weight.N for weight in parts.weights)))
 
 
 def _sum_of_dx(

@@ -175,7 +175,7 @@ def stored_weight(
         scales=scales,
         row_order=row_order,
         q=unpack_rows(qweight, bits, "shuffled" if shuffled else "checkpoint"),
-        z=unpack_zeros(qzeros, bits, v2),
+        z=unpack_zeros(qzeros, bits, zero_offset=0 if v2 else 1),
         groups=row_order.long() if is_raw else torch.arange(K) // size,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch._library.simple_registry import singleton
 import exllama_ops
 from exllama_ops import backends, ops, reference
 from exllama_ops.layout import checks
+from exllama_ops.layout.weight import Parts, Weight
 from exllama_ops.ops import _library
 
 PACKAGE = Path(__file__).parents[2] / "exllama_ops"
@@ -54,7 +56,7 @@ def test_every_op_asks_inductor_for_the_traced_strides(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_op_public_function_reference_and_check_have_the_same_arguments(name: str) -> None:
+def test_op_public_function_and_reference_have_the_same_arguments(name: str) -> None:
     schema = [
         (argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty)
         for argument in getattr(torch.ops.exllama, name).default._schema.arguments
@@ -62,9 +64,25 @@ def test_op_public_function_reference_and_check_have_the_same_arguments(name: st
     for function in (getattr(ops, name), getattr(reference, name), getattr(exllama_ops, name)):
         parameters = inspect.signature(function).parameters.values()
         assert [(parameter.name, parameter.default) for parameter in parameters] == schema
-    check = getattr(checks, f"check_{name}")
-    positional = [p for p in inspect.signature(check).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    assert [(parameter.name, parameter.default) for parameter in positional] == schema
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_an_op_and_its_check_have_the_same_arguments_with_the_weight_as_one(name: str) -> None:
+    *first, last = inspect.signature(getattr(checks, f"check_{name}")).parameters
+    kind = {"weight": Weight, "parts": Parts}.get(last)
+    rest = [last] if kind is None else inspect.signature(kind.of).parameters
+    assert [*first, *rest] == [argument.name for argument in _library.overload(name)._schema.arguments]
+
+
+def test_the_arguments_of_an_op_are_spelt_out_in_ops_and_in_the_one_bridge_alone() -> None:
+    """A function that takes `use_v2_format` takes the eight arguments of a weight."""
+    spelt_out = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "use_v2_format" in {arg.arg for arg in node.args.args}:
+                spelt_out.add(path.relative_to(PACKAGE).as_posix())
+    ops_of_weights = {f"ops/{name}.py" for name in PUBLIC if "shuffle" not in name}
+    assert spelt_out == {"layout/weight.py", *ops_of_weights}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -12,7 +12,7 @@ from exllama_ops.testing.errors import triton_dx_error, triton_gemm_error
 def gemm_error(x: Tensor, weight: Weight, *, truncates: bool) -> float:
     """The relative error of gptq_gemm by the form that is chosen for x; ``truncates`` if it runs on tensor cores."""
     from exllama_ops.backends.triton import tiles
-    from exllama_ops.backends.triton.weight import Weight as Packed
+    from exllama_ops.layout.weight import Weight as Packed
 
     packed = Packed.of(*weight.args)
     plan = tiles.plan_gemm(max(1, x.shape[0]), packed, x.dtype, tiles.device_of(x.device), is_batch_invariant())

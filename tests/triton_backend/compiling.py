@@ -62,8 +62,8 @@ class Variant:
 def variants(arch: str, bits: int) -> Iterator[Variant]:
     """Every kernel for a class of devices and a width, in every tile of the table; with 4 bits, every option too."""
     values = FORMATS[bits].block_values
-    weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0, "HAS_ROWS": False, "GROUPS_OF": "tile"}
-    raw = {"SHUFFLED": False, "HAS_ROWS": True, "GROUPS_OF": "row"}
+    weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0, "HAS_ROW_ORDER": False, "GROUPS_OF": "tile"}
+    raw = {"SHUFFLED": False, "HAS_ROW_ORDER": True, "GROUPS_OF": "row"}
 
     def product(name: str, kernel: Any, rows: int, tile: tiles.Tile, **options: Any) -> Variant:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
@@ -97,14 +97,19 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         return Variant(f"dequantize{name}", dequantize.dequantize_kernel, constants, out=torch.float16)
 
     def reordered(name: str, from_shuffled: bool, to_shuffled: bool, has_rows: bool) -> Variant:
-        constants = {"BITS": bits, "FROM_SHUFFLED": from_shuffled, "TO_SHUFFLED": to_shuffled, "HAS_ROWS": has_rows}
+        constants = {
+            "BITS": bits,
+            "FROM_SHUFFLED": from_shuffled,
+            "TO_SHUFFLED": to_shuffled,
+            "HAS_ROW_ORDER": has_rows,
+        }
         constants |= {"BLOCK_B": shuffle.BLOCK_B, "BLOCK_N": shuffle.BLOCK_N}
         return Variant(name, shuffle.reorder_kernel, constants, out=torch.int32)
 
     has_matrix_units, widest = arch in tiles.TENSOR_CORES, tiles.DOT_ROWS[bits][0]
     for M in (1, tiles.GEMV_ROWS):
         yield gemv("tile", M)
-        yield gemv("block-perm", M, GROUPS_OF="block", HAS_ROWS=True)
+        yield gemv("block-perm", M, GROUPS_OF="block", HAS_ROW_ORDER=True)
         yield gemv("row", M, GROUPS_OF="row")
     yield gemv("tile-3parts", 1, parts=3)
     if has_matrix_units:
@@ -117,11 +122,11 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     for groups in ("tile", "row"):
         yield float_dot(groups)
         yield dx(groups, GROUPS_OF=groups)
-    yield dequantized("", GROUPS_OF="block", HAS_ROWS=True)
+    yield dequantized("", GROUPS_OF="block", HAS_ROW_ORDER=True)
     yield reordered("shuffle", False, True, True)
     if bits != 4:
         return
-    yield gemv("row-perm", 4, GROUPS_OF="row", HAS_ROWS=True)
+    yield gemv("row-perm", 4, GROUPS_OF="row", HAS_ROW_ORDER=True)
     yield gemv("raw", 1, **raw)
     yield gemv("tile-bf16", 4, dtype=torch.bfloat16)
     yield gemv("block-fp32", 4, GROUPS_OF="block", dtype=torch.float32)
@@ -131,8 +136,8 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         yield dot("-v1-to-fp16", 16, widest, ZERO_OFFSET=1, out=torch.float16)
         yield dot("-v1-to-bf16", 16, widest, torch.bfloat16, ZERO_OFFSET=1, out=torch.bfloat16)
         yield dot("-odd", 16, widest, size=4104)
-    yield float_dot("block", HAS_ROWS=True)
-    yield dx("block-perm", GROUPS_OF="block", HAS_ROWS=True, out=torch.float16)
+    yield float_dot("block", HAS_ROW_ORDER=True)
+    yield dx("block-perm", GROUPS_OF="block", HAS_ROW_ORDER=True, out=torch.float16)
     yield dx("raw", **raw)
     yield dequantized("-tile")
     yield dequantized("-raw", **raw)

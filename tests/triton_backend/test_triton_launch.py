@@ -47,7 +47,7 @@ def launches() -> list[dict[str, Any]]:
         {"x_ptr": tensor(torch.bfloat16)},
         {"qweight_ptrs": (tensor(words), tensor(words, offset=1), tensor(words))},
         {"scales_ptrs": (tensor(scales), tensor(scales), tensor(torch.float32))},
-        {"rows_ptr": tensor(words, offset=3)},
+        {"row_order_ptr": tensor(words, offset=3)},
         {"x_ptr": tensor(torch.float16, storage=BEYOND_INT32)},
     ]
     return [{**arguments_of(BASE), **change} for change in changes]

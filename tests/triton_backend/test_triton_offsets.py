@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from conformance.weights import Case, Weight, build
 from cuda.plain import sparse
 from exllama_ops.backends.triton import gemm, gemm_dx, ops, shuffle, tiles
-from exllama_ops.backends.triton.weight import Weight as Packed
+from exllama_ops.layout.weight import Weight as Packed
 from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import reasons_against
 from triton_backend import bounds

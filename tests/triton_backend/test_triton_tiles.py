@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from exllama_ops.backends.triton import tiles
-from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.weight import Weight
 
 A100 = tiles.Device("sm80", 108)
 T4 = tiles.Device("sm75", 40)
@@ -89,7 +89,7 @@ import itertools, torch
 import exllama_ops
 from conformance.weights import Case, build
 from exllama_ops.backends.triton import gemm, tiles
-from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.weight import Weight
 
 x = torch.randn(9, 488, dtype=torch.float16)
 for case, form in ((Case(4, 488, 24, 32), "dot"), (Case(4, 488, 24, 24), "gemv")):

@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch, exllama_ops
 from conformance.weights import Case, build
 from exllama_ops.backends.triton import gemm, gemm_dx, tiles, tune, tuned_tiles
-from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.weight import Weight
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 

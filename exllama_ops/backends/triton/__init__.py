@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.backends._types import VARIABLE, NextBest
+from exllama_ops.layout.weight import Weight
 
 __all__ = ["BACKEND", "TritonBackend"]
 
@@ -84,13 +85,13 @@ class TritonBackend:
 
         return load_and_compute
 
-    def tune(self, op: str, x: Tensor, *weight: Any) -> None:
+    def tune(self, op: str, x: Tensor, weight: Weight) -> None:
         """Choose the tile of a gptq_gemm or gptq_gemm_dx that was called before, by timing.
 
         `backends/triton/tune.py` says when it cannot be.
         """
         tune = importlib.import_module("exllama_ops.backends.triton.tune")
-        {"gptq_gemm": tune.tune_gemm, "gptq_gemm_dx": tune.tune_gemm_dx}[op](x, *weight)
+        {"gptq_gemm": tune.tune_gemm, "gptq_gemm_dx": tune.tune_gemm_dx}[op](x, weight)
 
     def load(self, dispatch_key: str) -> None:
         """Have the kernels, or a `failure`, whichever thread comes first."""

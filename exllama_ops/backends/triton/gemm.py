@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
+from exllama_ops.backends.triton.arguments import constants, sizes
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import Plan, Tile, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
-from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
+from exllama_ops.layout.weight import Parts, Weight, from_op_arguments
 
 # Parts of a gptq_gemm_multi in one launch: q, k and v, or gate and up. The kernels' arguments are counted by it.
 PARTS = 4
@@ -96,7 +97,7 @@ def gemv_kernel(
     qweight_ptrs: tl.tuple,  # of each part, as its N
     qzeros_ptrs: tl.tuple,
     scales_ptrs: tl.tuple,
-    rows_ptr: tl.tensor,
+    row_order_ptr: tl.tensor,
     out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
@@ -110,7 +111,7 @@ def gemv_kernel(
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROW_ORDER: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -132,14 +133,14 @@ def gemv_kernel(
         blocks = step * BLOCK_B + tl.arange(0, BLOCK_B)
         mask_b = blocks < K // VALUES
         weights, scales = load_weights(
-            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, mask_b, mask_n, n, G, group_size,
-            BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, GROUPS_OF == "row",
+            qweight_ptr, qzeros_ptr, scales_ptr, row_order_ptr, blocks, offs_n, mask_b, mask_n, n, G, group_size,
+            BITS, SHUFFLED, ZERO_OFFSET, HAS_ROW_ORDER, GROUPS_OF, GROUPS_OF == "row",
         )  # fmt: skip
         sums = totals if GROUPS_OF == "row" else zero_sums(BLOCK_M, BLOCK_B, BLOCK_N)
         for j in tl.static_range(VALUES):
             columns = blocks * VALUES + j
-            if HAS_ROWS and SHUFFLED:
-                columns = checked_rows(rows_ptr, columns, mask_b, K)
+            if HAS_ROW_ORDER and SHUFFLED:
+                columns = checked_rows(row_order_ptr, columns, mask_b, K)
             added = ()
             for m in tl.static_range(BLOCK_M):
                 mask = blocks < tl.where(first_m + m < M, K // VALUES, 0)
@@ -165,7 +166,7 @@ def dot_kernel(
     qweight_ptrs: tl.tuple,  # of each part, as its N
     qzeros_ptrs: tl.tuple,
     scales_ptrs: tl.tuple,
-    rows_ptr: tl.tensor,
+    row_order_ptr: tl.tensor,
     out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
@@ -179,7 +180,7 @@ def dot_kernel(
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROW_ORDER: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -203,8 +204,8 @@ def dot_kernel(
     for step in range(first, tl.minimum(first + steps_per_split, steps)):
         blocks = step * BLOCK_B + tl.arange(0, BLOCK_B)
         weights, scales = load_weights(
-            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, blocks < K // VALUES, mask_n, n, G,
-            group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, SCALED,
+            qweight_ptr, qzeros_ptr, scales_ptr, row_order_ptr, blocks, offs_n, blocks < K // VALUES, mask_n, n, G,
+            group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROW_ORDER, GROUPS_OF, SCALED,
         )  # fmt: skip
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask_m[:, None] & (offs_k < K)[None, :], 0)
@@ -258,13 +259,18 @@ def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weig
     out = x.new_empty(M, sum(N), dtype=dtype)
     most = max(plan.splits for plan in plans)
     target = out if most == 1 else x.new_empty(most, *out.shape, dtype=torch.float32)
-    constants = {"GROUPS_OF": plan.groups_of, "BLOCK_M": tile.block_m, "BLOCK_B": plan.block_b, "BLOCK_N": tile.block_n}
+    compiled_in = {
+        "GROUPS_OF": plan.groups_of,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_B": plan.block_b,
+        "BLOCK_N": tile.block_n,
+    }
     if plan.form == "gemv":
         kernel = gemv_kernel
     else:
         kernel = dot_kernel
-        constants["SCALED"] = plan.form == "float_dot"
-        constants["OPERAND"] = _OPERANDS[dtype if plan.form == "dot" else torch.float32]
+        compiled_in["SCALED"] = plan.form == "float_dot"
+        compiled_in["OPERAND"] = _OPERANDS[dtype if plan.form == "dot" else torch.float32]
     tiles_and_splits = sum(triton.cdiv(N[i], tile.block_n) * plans[i].splits for i in range(len(N)))
     launch(
         kernel,
@@ -274,11 +280,11 @@ def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weig
             "qweight_ptrs": tuple(weight.qweight for weight in weights),
             "qzeros_ptrs": tuple(weight.qzeros for weight in weights),
             "scales_ptrs": tuple(weight.scales for weight in weights),
-            "rows_ptr": weight.rows,
+            "row_order_ptr": weight.row_order,
             "out_ptr": target,
         },
-        {"M": M, **weight.sizes, "N": N, **_numbered("steps", [plan.steps_per_split for plan in plans])},
-        {**weight.constants, **constants},
+        {"M": M, **sizes(weight), "N": N, **_numbered("steps", [plan.steps_per_split for plan in plans])},
+        {**constants(weight), **compiled_in},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -303,40 +309,20 @@ def in_order_of_rows(x: Tensor, plan: Plan, weight: Weight) -> Tensor:
     return x if plan.form == "gemv" or weight.perm is None else x.index_select(1, weight.perm)
 
 
-def gptq_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
+@from_op_arguments(Weight)
+def gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_gemm` in Triton."""
-    check_gptq_gemm(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    check_gptq_gemm(x, weight)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
     return _products(x, [weight])
 
 
-def gptq_gemm_multi(
-    x: Tensor,
-    qweight: Sequence[Tensor],
-    qzeros: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
+@from_op_arguments(Parts)
+def gptq_gemm_multi(x: Tensor, parts: Parts) -> Tensor:
     """`torch.ops.exllama.gptq_gemm_multi` in Triton."""
-    check_gptq_gemm_multi(x, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    parts = zip(qweight, qzeros, scales, strict=True)
-    weights = [Weight.of(*part, g_idx, use_exllama, bit, use_v2_format, group_size) for part in parts]
+    check_gptq_gemm_multi(x, parts)
+    weights = parts.weights
     if x.shape[0] == 0:
         return x.new_empty(0, sum(weight.N for weight in weights))
     return _products(x, weights)

@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import DxPlan, device_of, plan_dx
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
-from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.layout.checks import check_gptq_gemm_dx
 from exllama_ops.layout.formats import FORMATS
+from exllama_ops.layout.weight import Weight, from_op_arguments
 
 
 @triton.jit(do_not_specialize=["M", "G", "group_size"])
@@ -21,7 +22,7 @@ def gemm_dx_kernel(
     qweight_ptr: tl.tensor,
     qzeros_ptr: tl.tensor,
     scales_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
+    row_order_ptr: tl.tensor,
     out_ptr: tl.tensor,  # (M, K)
     M: tl.tensor,
     K: tl.tensor,
@@ -31,7 +32,7 @@ def gemm_dx_kernel(
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROW_ORDER: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -49,15 +50,15 @@ def gemm_dx_kernel(
     for first_n in range(0, N, BLOCK_N):
         offs_n = first_n + tl.arange(0, BLOCK_N)
         weights, _ = load_weights(
-            qweight_ptr, qzeros_ptr, scales_ptr, rows_ptr, blocks, offs_n, blocks < K // VALUES, offs_n < N, N, G,
-            group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROWS, GROUPS_OF, True,
+            qweight_ptr, qzeros_ptr, scales_ptr, row_order_ptr, blocks, offs_n, blocks < K // VALUES, offs_n < N, N, G,
+            group_size, BITS, SHUFFLED, ZERO_OFFSET, HAS_ROW_ORDER, GROUPS_OF, True,
         )  # fmt: skip
         grad = tl.load(grad_ptr + offs_m[:, None] * N + offs_n[None, :], mask_m[:, None] & (offs_n < N)[None, :], 0)
         w = rows_of(weights, tl.float32, BLOCK_B, BLOCK_N)
         total = tl.dot(grad.to(tl.float32), tl.trans(w), total, input_precision="ieee")
     columns = offs_k
-    if HAS_ROWS and SHUFFLED:
-        columns = checked_rows(rows_ptr, offs_k, mask_k, K)
+    if HAS_ROW_ORDER and SHUFFLED:
+        columns = checked_rows(row_order_ptr, offs_k, mask_k, K)
     ptrs = out_ptr + offs_m[:, None] * K + columns[None, :]
     tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask_m[:, None] & mask_k[None, :])
 
@@ -65,40 +66,30 @@ def gemm_dx_kernel(
 def compute_dx(plan: DxPlan, grad: Tensor, weight: Weight) -> Tensor:
     """``grad @ W.T`` by a plan; M > 0."""
     M, tile = grad.shape[0], plan.tile
-    out = weight.new_rows((M, weight.K), kernel_dtype(grad.dtype))
-    constants = {
-        "GROUPS_OF": weight.groups_of(tile.block_n),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_B": tile.block_n // FORMATS[weight.bits].block_values,
-        "BLOCK_N": plan.step,
-    }
+    out = new_rows(weight, (M, weight.K), kernel_dtype(grad.dtype))
     launch(
         gemm_dx_kernel,
         (triton.cdiv(weight.K, tile.block_n) * triton.cdiv(M, tile.block_m),),
-        {"grad_ptr": grad, **weight.tensors, "out_ptr": out},
-        {"M": M, **weight.sizes},
-        {**weight.constants, **constants},
+        {"grad_ptr": grad, **pointers(weight), "out_ptr": out},
+        {"M": M, **sizes(weight)},
+        {
+            **constants(weight),
+            "GROUPS_OF": groups_of(weight, tile.block_n),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_B": tile.block_n // FORMATS[weight.bits].block_values,
+            "BLOCK_N": plan.step,
+        },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     return out.to(grad.dtype)
 
 
-def gptq_gemm_dx(
-    grad: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor,
-    use_exllama: bool,
-    bit: int,
-    use_v2_format: bool = False,
-    group_size: int = 0,
-) -> Tensor:
+@from_op_arguments(Weight)
+def gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_gemm_dx` in Triton."""
-    check_gptq_gemm_dx(grad, qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
-    weight = Weight.of(qweight, qzeros, scales, g_idx, use_exllama, bit, use_v2_format, group_size)
+    check_gptq_gemm_dx(grad, weight)
     if grad.shape[0] == 0:
         return grad.new_empty(0, weight.K)
-    plan = plan_dx(bit, device_of(grad.device))
+    plan = plan_dx(weight.bits, device_of(grad.device))
     return compute_dx(tuned(plan, grad.shape[0], weight, grad.device), grad, weight)

@@ -45,7 +45,7 @@ def compile_options(constants: Mapping[str, Any]) -> dict[str, Any]:
         # Sums are written as fma where they are to be fused: their bits do not depend on the compiler's choice.
         "enable_fp_fusion": False,
         # The assertions in `checked_rows`, and no others: Triton would add its own for integer overflow.
-        "debug": bool(constants.get("HAS_ROWS")),
+        "debug": bool(constants.get("HAS_ROW_ORDER")),
         "sanitize_overflow": False,
     }
 

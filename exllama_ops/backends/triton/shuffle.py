@@ -61,20 +61,20 @@ def value_at(
 @triton.jit
 def reorder_kernel(
     in_ptr: tl.tensor,  # (K * BITS / 32, N)
-    rows_ptr: tl.tensor,  # (K,): the row of the input that each row of the output is; or empty
+    row_order_ptr: tl.tensor,  # (K,): the row of the input that each row of the output is; or empty
     out_ptr: tl.tensor,  # like in_ptr; may be it if there are no rows
     K: tl.tensor,
     N: tl.tensor,
     BITS: tl.constexpr,
     FROM_SHUFFLED: tl.constexpr,
     TO_SHUFFLED: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROW_ORDER: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
     VALUES: tl.constexpr = block_values(BITS)
     WORDS: tl.constexpr = block_words(BITS)
-    tl.static_assert(not (HAS_ROWS and FROM_SHUFFLED))
+    tl.static_assert(not (HAS_ROW_ORDER and FROM_SHUFFLED))
     column_tiles = tl.cdiv(N, BLOCK_N)
     offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks = tl.program_id(0) // column_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -82,11 +82,11 @@ def reorder_kernel(
     mask = mask_b[:, None] & (offs_n < N)[None, :]
     zero = tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
     result = (zero, zero, zero) if BITS == 3 else (zero,)
-    if not HAS_ROWS:
+    if not HAS_ROW_ORDER:
         words = load_words(in_ptr, blocks, offs_n, mask, N, BITS)
     for j in tl.static_range(VALUES):
-        if HAS_ROWS:
-            rows = checked_rows(rows_ptr, blocks * VALUES + j, mask_b, K)
+        if HAS_ROW_ORDER:
+            rows = checked_rows(row_order_ptr, blocks * VALUES + j, mask_b, K)
             value = value_at(in_ptr, rows, offs_n, mask, N, BITS)
         else:
             value = value_of(words, BITS, FROM_SHUFFLED, j)
@@ -102,13 +102,13 @@ def _reorder(words: Tensor, rows: Tensor, out: Tensor, bits: int, *, from_shuffl
         return
     blocks = words.shape[0] // FORMATS[bits].block_words
     constants = {
-        "BITS": bits, "FROM_SHUFFLED": from_shuffled, "TO_SHUFFLED": to_shuffled, "HAS_ROWS": rows.shape[0] > 0,
+        "BITS": bits, "FROM_SHUFFLED": from_shuffled, "TO_SHUFFLED": to_shuffled, "HAS_ROW_ORDER": rows.shape[0] > 0,
         "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N,
     }  # fmt: skip
     launch(
         reorder_kernel,
         (triton.cdiv(blocks, BLOCK_B) * triton.cdiv(N, BLOCK_N),),
-        {"in_ptr": words, "rows_ptr": rows, "out_ptr": out},
+        {"in_ptr": words, "row_order_ptr": rows, "out_ptr": out},
         {"K": blocks * FORMATS[bits].block_values, "N": N},
         constants,
     )

@@ -15,8 +15,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.backends.triton.arguments import groups_of
 from exllama_ops.layout.formats import FORMATS
+from exllama_ops.layout.weight import Weight
 
 # sm75: Triton multiplies on the CUDA cores. sm80: mma.sync (8.x and 12.x). sm90: wgmma. sm100: tcgen05 (10.x, 11.x).
 # cdna, rdna: AMD's matrix cores, of gfx9 and of gfx11 and later. other: devices of which nothing is known.
@@ -148,7 +149,7 @@ def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
 
 def dot_rows(weight: Weight) -> int | None:
     """Rows in a step of dot: all in one group, and at least the 16 of a matrix instruction. None if no step does."""
-    fits = (rows for rows in DOT_ROWS[weight.bits] if weight.groups_of(rows) == "tile")
+    fits = (rows for rows in DOT_ROWS[weight.bits] if groups_of(weight, rows) == "tile")
     return next(fits, None)
 
 
@@ -178,15 +179,15 @@ def plan_gemm(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_
     else:
         rows = dot_rows(weight) if form == "dot" else None
         block_b = (rows or float_dot_rows(weight.bits, device.arch)) // values
-    groups_of = weight.groups_of(block_b * values)
-    tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M, groups_of)
+    reach = groups_of(weight, block_b * values)
+    tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M, reach)
     steps = -(-weight.K // (block_b * values))
     programs = -(-weight.N // tile.block_n) * (1 if batch_invariant else -(-M // tile.block_m))
     # Four programs on each processor, and two steps in each program.
     wanted = -(-4 * device.processors // programs)
     steps_per_split = -(-steps // max(1, min(wanted, steps // 2)))
     splits = -(-steps // steps_per_split)
-    return Plan(form, tile, block_b, groups_of, splits, steps_per_split)
+    return Plan(form, tile, block_b, reach, splits, steps_per_split)
 
 
 def device_of(device: torch.device) -> Device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from exllama_ops.backends.triton.gemm_dx import compute_dx
 from exllama_ops.backends.triton.launch import is_capturing
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, device_of, plan_dx, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import Problem, candidates, choices_of, keep
-from exllama_ops.backends.triton.weight import Weight
+from exllama_ops.layout.weight import Weight
 
 # What a device may have too little of for a tile, said by its driver or by a compiler.
 _UNFIT = (OutOfResources, PTXASError, CompileTimeAssertionFailure)
@@ -32,7 +31,7 @@ def time_ms(run: Callable[[], object]) -> float:
     return float(do_bench(run, return_mode="median"))
 
 
-def tune_gemm(x: Tensor, *weight: Any) -> None:
+def tune_gemm(x: Tensor, weight: Weight) -> None:
     """Have the fastest tile serve this gptq_gemm and those that share its plan, unless one was chosen before.
 
     The arguments are those of a call that was made before, M > 0.
@@ -41,18 +40,16 @@ def tune_gemm(x: Tensor, *weight: Any) -> None:
         RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed; or no tile fits.
     """
     _refuse_unless_timeable(x)
-    packed = Weight.of(*weight)
-    plan = plan_gemm(x.shape[0], packed, x.dtype, device_of(x.device), is_batch_invariant())
-    prepared = in_order_of_rows(x, plan, packed)
-    _tune(plan, x, packed, lambda tile: compute(tile, [plan], prepared, [packed]))
+    plan = plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant())
+    prepared = in_order_of_rows(x, plan, weight)
+    _tune(plan, x, weight, lambda tile: compute(tile, [plan], prepared, [weight]))
 
 
-def tune_gemm_dx(grad: Tensor, *weight: Any) -> None:
+def tune_gemm_dx(grad: Tensor, weight: Weight) -> None:
     """As `tune_gemm`, of a gptq_gemm_dx."""
     _refuse_unless_timeable(grad)
-    packed = Weight.of(*weight)
-    plan = plan_dx(packed.bits, device_of(grad.device))
-    _tune(plan, grad, packed, lambda tile: compute_dx(replace(plan, tile=tile), grad, packed))
+    plan = plan_dx(weight.bits, device_of(grad.device))
+    _tune(plan, grad, weight, lambda tile: compute_dx(replace(plan, tile=tile), grad, weight))
 
 
 def _refuse_unless_timeable(x: Tensor) -> None:

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
+from exllama_ops.backends.triton.arguments import groups_of
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, bucket_of, device_of
-from exllama_ops.backends.triton.weight import Weight
 from exllama_ops.cache import WHAT_TO_DO, cache_folder
 from exllama_ops.layout import formats
+from exllama_ops.layout.weight import Weight
 
 # What reading a file of other content raises.
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
@@ -55,7 +56,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, plan: Plan | DxPlan, M: int, weight: Weight) -> Problem:
         if isinstance(plan, DxPlan):
-            how = (plan.step, weight.groups_of(plan.tile.block_n), False)
+            how = (plan.step, groups_of(weight, plan.tile.block_n), False)
         else:
             how = (plan.block_b, plan.groups_of, plan.splits > 1)
         return cls(plan.form, weight.bits, weight.K, weight.N, bucket_of(M), *how, plan.tile)

@@ -84,9 +84,9 @@ def value_of(words: tl.tuple, BITS: tl.constexpr, SHUFFLED: tl.constexpr, J: tl.
 
 
 @triton.jit
-def checked_rows(rows_ptr: tl.tensor, k: tl.tensor, mask: tl.tensor, limit: tl.tensor) -> tl.tensor:
+def checked_rows(row_order_ptr: tl.tensor, k: tl.tensor, mask: tl.tensor, limit: tl.tensor) -> tl.tensor:
     """Entries ``k`` of a permutation or g_idx. One outside of [0, limit) stops the kernel, as torch's gathers do."""
-    rows = tl.load(rows_ptr + k, mask, 0)
+    rows = tl.load(row_order_ptr + k, mask, 0)
     tl.device_assert((rows >= 0) & (rows < limit), "an index in g_idx or a permutation leads outside", mask)
     return rows
 
@@ -133,7 +133,7 @@ def load_weights(
     qweight_ptr: tl.tensor,
     qzeros_ptr: tl.tensor,
     scales_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
+    row_order_ptr: tl.tensor,
     blocks: tl.tensor,
     offs_n: tl.tensor,
     mask_b: tl.tensor,
@@ -144,7 +144,7 @@ def load_weights(
     BITS: tl.constexpr,
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROW_ORDER: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     SCALED: tl.constexpr,
 ) -> tl.tuple:
@@ -169,8 +169,8 @@ def load_weights(
     for j in tl.static_range(VALUES):
         if GROUPS_OF == "row":
             groups = (blocks * VALUES + j) // group_size
-            if HAS_ROWS and not SHUFFLED:
-                groups = checked_rows(rows_ptr, blocks * VALUES + j, mask_b, G)
+            if HAS_ROW_ORDER and not SHUFFLED:
+                groups = checked_rows(row_order_ptr, blocks * VALUES + j, mask_b, G)
             zeros = load_zeros(qzeros_ptr, groups, offs_n, mask, N, BITS, ZERO_OFFSET)
             scales = load_scales(scales_ptr, groups, offs_n, mask, N)
         weight = centered(value_of(words, BITS, SHUFFLED, j), zeros)
