@@ -1,16 +1,19 @@
-"""What holds for every folder of tests and for the doctests of documents.
+"""What holds for every folder of tests, and for the examples of documents.
 
-Tests that are marked slow are run by ``pytest --slow`` alone.
-
-Doctests keep their namespace, in which Dynamo's clean-up hooks look for names when a compiled function is collected.
-In a namespace that was cleared they raise a KeyError out of the garbage collector, wherever it happens to run.
+Tests that are marked slow are run by ``pytest --slow`` alone. The Python examples of README.md and docs/ are run as
+tests, a page at a time.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tools import examples
+
+ROOT = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    for item in items:
-        if isinstance(item, pytest.DoctestItem):
-            item.runner.run = functools.partial(item.runner.run, clear_globs=False)
+
+
+class Page(pytest.File):
+    def collect(self) -> Iterator[pytest.Item]:
+        if any(examples.examples(self.path)):
+            yield PageItem.from_parent(self, name="examples")
+
+
+class PageItem(pytest.Item):
+    def runtest(self) -> None:
+        examples.run_page(self.path)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path == ROOT / "README.md" or (file_path.suffix == ".md" and file_path.is_relative_to(ROOT / "docs")):
+        return Page.from_parent(parent, path=file_path)
+    return None

@@ -1,7 +1,13 @@
-"""Throughput against M, with the limits: ``python -m benchmarks.plot RESULT.json`` draws a file again."""
+"""Pictures of results.
+
+``python -m benchmarks.plot RESULT.json`` draws throughput against M again, with the limits, beside the file.
+``python -m benchmarks.plot --summary PICTURE.svg RESULT.json`` draws how many times as fast as a dense product of torch
+our kernels are, and the best peer of each class.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -110,6 +116,72 @@ def _draw_limits(axes: Axes, measurements: list[dict[str, Any]]) -> None:
     axes.plot([m["M"] for m, _ in ours], roof, color="black", linestyle="-.", linewidth=0.9, label="DRAM limit")
 
 
+_DENSE = "torch dense fp16"
+# Label, color, and which kernels, by name or the peers of a class: the fastest of them stands for all.
+_SUMMARY: tuple[tuple[str, str, tuple[str, ...], str | None], ...] = (
+    ("exllama_ops, medium (int8 activations)", "#7f0d1a", (f"{OURS} medium",), None),
+    ("exllama_ops, high (the default)", "#c1121f", (f"{OURS} high",), None),
+    ("best peer with int8 activations", "#9fb8cc", (), "int8"),
+    ("best peer with float activations", "#4f7ea6", (), "float"),
+)
+
+
+def summary(result: dict[str, Any], path: Path) -> None:
+    """Draw bars into an SVG file: how many times as fast as torch's dense float16 product.
+
+    Args:
+        result: what `benchmarks.report.record` made, of a CPU and one weight.
+        path: of the file.
+    """
+    matplotlib.rcParams["svg.hashsalt"] = OURS
+    measurements = [m for m in result["measurements"] if m["op"] == "gptq_gemm"]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(_SUMMARY)
+    for place, (label, color, names, peers_of) in enumerate(_SUMMARY):
+        factors = [_times_dense(m, names, peers_of) for m in measurements]
+        xs = [group - 0.4 + (place + 0.5) * width for group in range(len(factors))]
+        axes.bar(xs, factors, 0.94 * width, label=label, color=color)
+        for x, factor in zip(xs, factors, strict=True):
+            axes.annotate(f"{factor:.1f}", (x, factor), ha="center", va="bottom", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(measurements)), [str(m["M"]) for m in measurements])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("times as fast as dense float16")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    configuration, machine = result["configuration"], result["machine"]
+    K, N = measurements[0]["K"], measurements[0]["N"]
+    axes.set_title(
+        f"{K} x {N}, {configuration['bits']} bits, group {configuration['group_size']}; {_device(machine)}", fontsize=10
+    )
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _times_dense(measurement: dict[str, Any], names: tuple[str, ...], peers_of: str | None) -> float:
+    kernels = measurement["kernels"]
+    (dense,) = (kernel["gop_per_s"] for kernel in kernels if kernel["name"] == _DENSE)
+    speeds = [
+        kernel["gop_per_s"]
+        for kernel in kernels
+        if kernel["name"] in names or (kernel["class"] == peers_of and not kernel["name"].startswith(OURS))
+    ]
+    return float(max(speeds) / dense)
+
+
+def main(arguments: list[str]) -> None:
+    """Draw what the command line names."""
+    parser = argparse.ArgumentParser(description="Draws results of benchmarks.run.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("--summary", type=Path, metavar="PICTURE.svg", help="draw one result as bars, into this file")
+    options = parser.parse_args(arguments)
+    for path in options.results:
+        result = json.loads(path.read_text())
+        if options.summary:
+            summary(result, options.summary)
+        else:
+            plot(result, path.with_suffix(".svg"))
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        plot(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg"))
+    main(sys.argv[1:])

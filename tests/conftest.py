@@ -15,7 +15,9 @@ import torch
 
 import exllama_ops  # registers torch.ops.exllama
 
-(TORCH_OF_CI,) = re.findall(r"torch==(\S+)", (Path(__file__).parents[1] / ".ci" / "run").read_text())
+(TORCH_OF_CI,) = re.findall(
+    r"^TORCH .*torch==(\S+)", (Path(__file__).parents[1] / "Makefile").read_text(), re.MULTILINE
+)
 
 
 @pytest.fixture(autouse=True)

@@ -145,9 +145,9 @@ def test_the_current_stream_is_used() -> None:
     assert torch.equal(out, expected)
 
 
-def test_the_example_of_the_readme_captures_a_graph() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(model\(static_x\).*?CUDAGraph.*?)```", readme, re.DOTALL)
+def test_the_example_of_the_documents_captures_a_graph() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()
+    (example,) = re.findall(r"```python not-run\n(model\(static_x\).*?CUDAGraph.*?)```", page, re.DOTALL)
     model = ExllamaLinear.from_weight(quantize(torch.randn(128, 256), 4, 64)).cuda()
     names: dict[str, Any] = {"torch": torch, "model": model, "static_x": torch.randn(1, 256).half().cuda()}
     with torch.inference_mode():

@@ -1,94 +1,177 @@
-"""The documents say what is: commands that CI runs, files that exist, no path of anybody's machine."""
+"""The documents say what is: links lead somewhere, commands exist, examples run, and prose keeps its limits."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from exllama_ops import cli
+from tools import examples, prose
+
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "docs/format.md",
-    "benchmarks/README.md",
-    "tests/data/README.md",
-    "tools/ptx_emulator/README.md",
-)
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *prose.relative_documents("docs"))
+DOCUMENTS = (*PAGES, "benchmarks/README.md", "tests/data/README.md", "tools/ptx_emulator/README.md")
 
 
-def shell_blocks(document: str) -> list[str]:
-    return re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    install, *tests = shell_blocks("README.md")[-1].strip().splitlines()
-    ci = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert len(tests) == 2
-    assert set(tests) <= set(ci)
-    assert any(line.endswith(install.removeprefix("pip install ")) for line in ci)
+def commands(document: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", text_of(document), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    here = ROOT / document
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = here.parent / name if name else here
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_a_page_keeps_the_limits_of_prose(document: str) -> None:
+    """Also a page that nobody has added to prose.HELD yet."""
+    (measured,) = prose.measure([document])
+    assert measured.faults() == []
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 150
+    assert {"make demo", "make test"} <= set(commands("README.md"))
+    assert lines.index("make demo") < 30
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in ("make demo", "make test"):
+        assert re.search(rf"^{command}\b", ci, re.MULTILINE), command
 
 
 def test_commands_that_may_install_torch_name_its_version() -> None:
+    sources = [(document, line) for document in DOCUMENTS for line in commands(document)]
+    sources += [(name, line) for name in (".ci/run", ".ci/slow") for line in text_of(name).splitlines()]
+    for source, line in sources:
+        installs = re.search(r"pip install(?!.*--no-deps)", line)
+        assert not installs or "torch==2.13.0" in line, f"{source}: {line}"
+    assert re.search(r"^TORCH \?= torch==2\.13\.0$", text_of("Makefile"), re.MULTILINE)
+    for line in text_of("Makefile").splitlines():
+        assert not re.match(r"\t.*\$\(PIP\)", line) or "$(PIP) $(TORCH)" in line, line
+
+
+def test_the_commands_of_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE))
     for document in DOCUMENTS:
-        for block in shell_blocks(document):
-            for line in block.splitlines():
-                assert "pip install" not in line or "torch==2.13.0" in line, f"{document}: {line}"
+        for line in commands(document):
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"\w+=\S*", words[0]):
+                del words[0]
+            if not words:
+                continue
+            if words[0] == "make":
+                assert words[1] in targets, f"{document}: {line}"
+            elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks"):
+                assert (ROOT / (words[2].replace(".", "/") + ".py")).exists(), f"{document}: {line}"
+            elif words[0] == "python" and words[1].endswith(".py"):
+                assert (ROOT / words[1]).exists(), f"{document}: {line}"
+            elif words[0].startswith(".ci/"):
+                assert (ROOT / words[0]).exists(), f"{document}: {line}"
 
 
-def test_examples_that_are_no_doctests_are_python() -> None:
-    """Those that need a GPU or a model; tests/gpu runs the former."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    examples = [block for block in blocks if not block.startswith(">>>")]
-    assert len(examples) == 2
-    for example in examples:
-        compile(example, "README.md", "exec")
+def test_the_command_line_of_the_documents_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `exllama-ops` line parses; nothing is run."""
+    parsed: list[str] = []
+    for command in cli._COMMANDS:
+        monkeypatch.setattr(command, command.__name__.rpartition(".")[2], lambda args: parsed.append(args))
+    lines = [line for document in DOCUMENTS for line in commands(document) if line.startswith("exllama-ops ")]
+    for line in lines:
+        assert cli.main(shlex.split(line)[1:]) == 0, line
+    assert len(parsed) == len(lines) > 3
 
 
-DOCTEST = """
->>> import torch
->>> class Model(torch.nn.Module):
-...     def forward(self, x):
-...         return len(x.shape) + x
->>> torch.compile(Model(), backend="eager")(torch.ones(1))
-tensor([2.])
+def test_the_options_of_run_are_documented(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    options = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out)) - {"--help"}
+    assert options == set(re.findall(r"^\| `(--[a-z-]+)", text_of("docs/models.md"), re.MULTILINE))
+
+
+def write_page(tmp_path: Path, text: str) -> Path:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    return page
+
+
+def test_examples_share_a_page_and_must_print_what_they_say(tmp_path: Path) -> None:
+    page = write_page(tmp_path, "```python\nx = 1\n```\n\n```python\nprint(x)\n# prints: 1\n```\n")
+    assert examples.run_page(page) == 2
+    page = write_page(tmp_path, "```python\nprint(2)\n# prints: 1\n```\n")
+    with pytest.raises(examples.ExampleError, match=r"page.md:2: the page says \['1'\]; the example printed \['2'\]"):
+        examples.run_page(page)
+    with pytest.raises(examples.ExampleError):
+        examples.run_page(write_page(tmp_path, "```python\nprint(2)\n```\n"))
+
+
+def test_an_example_that_is_not_run_is_compiled(tmp_path: Path) -> None:
+    assert examples.run_page(write_page(tmp_path, "```python not-run\nmodel(x)\n```\n")) == 0
+    with pytest.raises(SyntaxError):
+        examples.run_page(write_page(tmp_path, "```python not-run\nmodel(x\n```\n"))
+
+
+EXAMPLE_THAT_COMPILES = """
+```python
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return len(x.shape) + x
+print(torch.compile(Model(), backend="eager")(torch.ones(1)))
+# prints: tensor([2.])
+```
 """
-
-# pytest's own hook formats what was raised, for which it parses Python: inside another parser that is an error.
-RUN_DOCTEST = """
-import gc, sys, pytest, torch
-assert pytest.main(["-q", "-p", "no:unraisableexception", "--doctest-glob=*.md", "example.md"]) == 0
+RUN_EXAMPLE = """
+import gc, sys, pathlib, torch
+from tools import examples
+assert examples.run_page(pathlib.Path(sys.argv[1])) == 1
 sys.unraisablehook = lambda raised: print("raised", repr(raised.exc_value))
 torch._dynamo.reset()
 gc.collect()
 """
 
 
-def test_a_doctest_that_compiles_raises_nothing_when_it_is_collected(tmp_path: Path) -> None:
-    (tmp_path / "example.md").write_text(DOCTEST)
-    shutil.copy(ROOT / "conftest.py", tmp_path)
-    command = [sys.executable, "-c", RUN_DOCTEST]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_an_example_that_compiles_raises_nothing_when_it_is_collected(tmp_path: Path) -> None:
+    page = write_page(tmp_path, EXAMPLE_THAT_COMPILES)
+    command = [sys.executable, "-c", RUN_EXAMPLE, str(page)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "raised" not in result.stdout
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_to_files(document: str) -> None:
-    text = (ROOT / document).read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("http") or ((ROOT / document).parent / target).exists(), target
+def test_no_example_has_prompts() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"^\s*>>> ", text_of(document), re.MULTILINE), document
 
 
 def test_the_tree_of_the_architecture_exists() -> None:
-    tree = re.search(r"```\n(exllama_ops/\n.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+    tree = re.search(r"```\n(exllama_ops/\n.*?)```", text_of("ARCHITECTURE.md"), re.DOTALL)
     assert tree is not None
     named: set[Path] = set()
     top = ROOT
@@ -104,11 +187,16 @@ def test_the_tree_of_the_architecture_exists() -> None:
         assert folders <= named
 
 
+def test_every_decision_is_in_the_index() -> None:
+    index = text_of("docs/decisions/README.md")
+    for path in (ROOT / "docs" / "decisions").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in index, path.name
+
+
 def test_every_results_file_has_its_command_in_the_readme_of_the_benchmarks() -> None:
-    folder = ROOT / "benchmarks"
-    commands = {line for block in shell_blocks("benchmarks/README.md") for line in block.splitlines()}
-    for path in (folder / "results").glob("*.json"):
-        assert json.loads(path.read_text())["command"] in commands, path
+    listed = set(commands("benchmarks/README.md"))
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert json.loads(path.read_text())["command"] in listed, path
 
 
 def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:
