@@ -11,26 +11,22 @@ import pytest
 import torch
 
 import exllama_ops
-from conformance.backends import CPU_ISAS, BackendUnderTest
+from conformance.backends import BACKENDS, INTERPRETED, BackendUnderTest, OnEveryIsa
 from exllama_ops import backends, reference
 from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import CPU
 
-# Every instruction set at the default precision, and every precision on the best. Between instruction sets results are
-# the same bits at any precision: tests/backends/test_cpu_bitwise.py.
-_CPU: list[tuple[str, str]] = [("", "highest"), ("", "medium"), *((isa, "high") for isa in CPU_ISAS)]
-
-# A run of its own: EXLLAMA_OPS_BACKEND=triton TRITON_INTERPRET=1 python -m pytest tests/conformance
-INTERPRETED = {choice.backend.name for choice in backends.report() if choice.dispatch_key == "CPU"} == {"triton"}
-# Of the parameter sets of a test, each of which takes the interpreter seconds, one in so many; by default one in three.
+# Each parameter set of a test takes Triton's interpreter seconds. It runs one in so many, and one in three by default.
 _ONE_IN = {
-    "test_gemm_and_dx_are_within_the_bound": 19,
+    "test_gemm_is_within_the_bound": 19,
+    "test_dx_is_within_the_bound": 19,
     "test_dequantize_is_exact_up_to_one_rounding": 7,
     "test_one_hot_x_returns_rows_of_dequantize": 21,
     "test_one_hot_grad_returns_columns_of_dequantize": 21,
     "test_columns_of_a_part_are_those_of_gemm": 7,
-    "test_nothing_overflows_over_the_whole_range": 5,
+    "test_nothing_overflows_in_gemm_over_the_whole_range": 5,
+    "test_nothing_overflows_in_dx_and_dequantize_over_the_whole_range": 5,
 }
 
 
@@ -46,26 +42,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seen[name] += 1
 
 
-@pytest.fixture(
-    params=[pytest.param(("ops", "cpu", None), id="triton-interpreted")]
-    if INTERPRETED
-    else [
-        pytest.param(("reference", "cpu", None), id="reference"),
-        *(pytest.param(("ops", "cpu", how), id=f"ops-cpu-{how[0] or 'best'}-{how[1]}") for how in _CPU),
-        pytest.param(("ops", "cuda", None), id="ops-cuda", marks=pytest.mark.gpu),
-    ]
-)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[BackendUnderTest]:
-    source, device, how = request.param
-    ops = reference if source == "reference" else torch.ops.exllama
-    if how is None:
+    source, device, precision = request.param
+    if precision is None:
+        ops = reference if source == "reference" else torch.ops.exllama
         yield BackendUnderTest(f"{source}-{device}", ops, device)
         return
-    isa, precision = how
-    with cpu_isa(isa):
+    with cpu_isa("") as library:
         before = exllama_ops.get_cpu_matmul_precision()
         exllama_ops.set_cpu_matmul_precision(precision)
-        yield BackendUnderTest(f"{source}-{device}", ops, device, precision)
+        yield BackendUnderTest(f"{source}-{device}", OnEveryIsa(library), device, precision)
         exllama_ops.set_cpu_matmul_precision(before)
 
 

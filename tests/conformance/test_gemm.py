@@ -1,13 +1,17 @@
-"""The conformance matrix: backend x bits x group size x row order x zero format x dtype x M x shape."""
+"""The conformance matrix: backend x bits x group size x row order x zero format x dtype x M x shape.
+
+What a test of gptq_gemm or gptq_gemm_multi finds may depend on the CPU's matmul precision, so those run at each.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from conformance.backends import BackendUnderTest
+from conformance.backends import BackendUnderTest, at_every_precision, at_every_precision_of
 from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_args
 from exllama_ops import backends
 from exllama_ops.testing.bounds import assert_within_bound
@@ -35,52 +39,80 @@ def gemm_cases() -> list[Case]:
     ]
 
 
+@functools.lru_cache(maxsize=4)
+def shared(case: Case) -> Weight:
+    """One weight for all backends, whose tests of a case follow one another. No test may write to it."""
+    return build(case)
+
+
 def activations(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check_both_products(backend: BackendUnderTest, weight: Weight, M: int, dtype: torch.dtype) -> None:
-    on_device, W = weight.to(backend.device), weight.dense
-    K, N = W.shape
-    x = activations(M, K, dtype)
-    out = backend.ops.gptq_gemm(x.to(backend.device), *on_device.args)
-    assert_within_bound(out, x, W, *backend.gemm_error(x, weight))
-    grad = activations(M, N, dtype)
-    dx = backend.ops.gptq_gemm_dx(grad.to(backend.device), *on_device.args)
-    assert_within_bound(dx, grad, W.t(), *backend.dx_error(N))
+def check_gemm(backend: BackendUnderTest, weight: Weight, M: int, dtype: torch.dtype) -> None:
+    x = activations(M, weight.case.K, dtype)
+    out = backend.ops.gptq_gemm(x.to(backend.device), *weight.to(backend.device).args)
+    assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
+
+
+def check_dx(backend: BackendUnderTest, weight: Weight, M: int, dtype: torch.dtype) -> None:
+    grad = activations(M, weight.case.N, dtype)
+    dx = backend.ops.gptq_gemm_dx(grad.to(backend.device), *weight.to(backend.device).args)
+    assert_within_bound(dx, grad, weight.dense.t(), *backend.dx_error(weight.case.N))
+
+
+@at_every_precision_of(gemm_cases())
+def test_gemm_is_within_the_bound(backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest) -> None:
+    products = list(itertools.product(DTYPES, TOKENS))
+    for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
+        check_gemm(backend, shared(case), M, dtype)
 
 
 @pytest.mark.parametrize("case", gemm_cases(), ids=str)
-def test_gemm_and_dx_are_within_the_bound(
-    backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest
-) -> None:
-    weight = build(case)
+def test_dx_is_within_the_bound(backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest) -> None:
     products = list(itertools.product(DTYPES, TOKENS))
     for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
-        check_both_products(backend, weight, M, dtype)
+        check_dx(backend, shared(case), M, dtype)
 
 
-@pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_gemm_and_dx_are_within_the_bound_for_many_tokens(
-    backend: BackendUnderTest, bits: int, request: pytest.FixtureRequest
+MANY_TOKENS_CASES = [Case(bits, *SMALL_SHAPES[bits], 16, *order) for bits in SMALL_SHAPES for order in ORDERS]
+
+
+@at_every_precision_of(MANY_TOKENS_CASES)
+def test_gemm_is_within_the_bound_for_many_tokens(
+    backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest
 ) -> None:
-    K, N = SMALL_SHAPES[bits]
     products = list(itertools.product(DTYPES, MANY_TOKENS))
-    for order, shuffled in ORDERS:
-        case = Case(bits, K, N, 16, order, shuffled)
-        for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
-            check_both_products(backend, build(case), M, dtype)
+    for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
+        check_gemm(backend, shared(case), M, dtype)
+
+
+@pytest.mark.parametrize("case", MANY_TOKENS_CASES, ids=str)
+def test_dx_is_within_the_bound_for_many_tokens(
+    backend: BackendUnderTest, case: Case, request: pytest.FixtureRequest
+) -> None:
+    products = list(itertools.product(DTYPES, MANY_TOKENS))
+    for dtype, M in backend.thinned(products, case, request.config.getoption("slow")):
+        check_dx(backend, shared(case), M, dtype)
+
+
+@at_every_precision
+@pytest.mark.parametrize("scales_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", SMALL_SHAPES)
+def test_gemm_takes_scales_of_any_dtype_exactly(
+    backend: BackendUnderTest, bits: int, dtype: torch.dtype, scales_dtype: torch.dtype
+) -> None:
+    check_gemm(backend, build(Case(bits, *SMALL_SHAPES[bits], 24, scales_dtype=scales_dtype)), 9, dtype)
 
 
 @pytest.mark.parametrize("scales_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_scales_of_any_dtype_are_taken_exactly(
+def test_dx_takes_scales_of_any_dtype_exactly(
     backend: BackendUnderTest, bits: int, dtype: torch.dtype, scales_dtype: torch.dtype
 ) -> None:
-    K, N = SMALL_SHAPES[bits]
-    weight = build(Case(bits, K, N, 24, scales_dtype=scales_dtype))
-    check_both_products(backend, weight, 9, dtype)
+    check_dx(backend, build(Case(bits, *SMALL_SHAPES[bits], 24, scales_dtype=scales_dtype)), 9, dtype)
 
 
 @pytest.mark.parametrize("case", gemm_cases(), ids=str)
@@ -102,7 +134,7 @@ def test_dequantize_rounds_once_to_the_dtype_of_the_scales(
     assert torch.equal(out.cpu(), weight.dense.float().to(scales_dtype))
 
 
-@pytest.mark.parametrize("case", [c for c in gemm_cases() if c.group_size in (24, 128)], ids=str)
+@at_every_precision_of(case for case in gemm_cases() if case.group_size in (24, 128))
 def test_one_hot_x_returns_rows_of_dequantize(backend: BackendUnderTest, case: Case) -> None:
     """A random product hides one misplaced value; this cannot."""
     weight = build(case).to(backend.device)
@@ -119,13 +151,9 @@ def test_one_hot_grad_returns_columns_of_dequantize(backend: BackendUnderTest, c
     assert torch.equal(backend.ops.gptq_gemm_dx(eye, *weight.args), W.t())
 
 
-@pytest.mark.parametrize(("order", "shuffled"), ORDERS)
-@pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_one_hot_weight_columns_return_columns_of_x(
-    backend: BackendUnderTest, bits: int, order: str, shuffled: bool
-) -> None:
-    K, N = SMALL_SHAPES[bits]
-    case = Case(bits, K, N, 16, order, shuffled)
+@at_every_precision_of(Case(bits, *SMALL_SHAPES[bits], 16, *order) for order in ORDERS for bits in SMALL_SHAPES)
+def test_one_hot_weight_columns_return_columns_of_x(backend: BackendUnderTest, case: Case) -> None:
+    K, N, bits = case.K, case.N, case.bits
     z = build(case)
     q = z.z[z.groups].clamp(max=2**bits - 1)
     row_of_column = torch.randint(0, K, (N,), generator=torch.Generator().manual_seed(2))
@@ -142,6 +170,7 @@ def test_one_hot_weight_columns_return_columns_of_x(
         assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@at_every_precision
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
 def test_outliers_where_q_equals_z_leave_no_trace(backend: BackendUnderTest, bits: int) -> None:
     """An activation of 30000 times an exact zero must not cost the other terms their precision."""
@@ -166,6 +195,7 @@ def test_outliers_where_q_equals_z_leave_no_trace(backend: BackendUnderTest, bit
         assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@at_every_precision
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
 def test_subnormal_activations_and_scales_are_not_flushed(
@@ -181,6 +211,7 @@ def test_subnormal_activations_and_scales_are_not_flushed(
     assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@at_every_precision
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
@@ -199,6 +230,7 @@ def test_nan_and_inf_propagate_along_their_row_only(
     assert torch.equal(out[2:3][expected.isinf()].sign(), expected[expected.isinf()].sign().to(dtype))
 
 
+@at_every_precision
 @pytest.mark.parametrize(("bits", "magnitude"), [(2, 30000.0), (3, 4000.0), (4, 30000.0), (8, 30000.0)])
 def test_nothing_overflows_before_the_final_rounding(backend: BackendUnderTest, bits: int, magnitude: float) -> None:
     """Activations of one sign, whose unscaled float16 partial sums (the original's) are inf."""
@@ -214,6 +246,7 @@ def test_nothing_overflows_before_the_final_rounding(backend: BackendUnderTest, 
     assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@at_every_precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
 def test_sums_are_finite_up_to_the_promised_range(backend: BackendUnderTest, bits: int, dtype: torch.dtype) -> None:
@@ -228,6 +261,7 @@ def test_sums_are_finite_up_to_the_promised_range(backend: BackendUnderTest, bit
     assert_within_bound(out, x, weight.dense, *backend.gemm_error(x, weight))
 
 
+@at_every_precision
 def test_a_sum_beyond_float16_is_inf_with_its_sign(backend: BackendUnderTest) -> None:
     K, N = SMALL_SHAPES[4]
     weight = build(Case(4, K, N, K), q=torch.full((K, N), 15))
@@ -248,6 +282,7 @@ def test_v1_stored_maximum_is_zero_point_two_to_the_bits(backend: BackendUnderTe
     assert torch.equal(out.cpu(), torch.full((K, N), -float(2**bits), dtype=torch.float16))
 
 
+@at_every_precision
 @pytest.mark.parametrize("bits", SMALL_SHAPES)
 def test_results_repeat_bit_for_bit(backend: BackendUnderTest, bits: int) -> None:
     K, N = SMALL_SHAPES[bits]
@@ -273,27 +308,31 @@ def check_parts(backend: BackendUnderTest, x: torch.Tensor, parts: list[Weight])
         assert_within_bound(result.cpu()[finite], x[finite], part.dense, *backend.gemm_error(x[finite], part))
 
 
+COLUMNS = (96, 32, 160)
+
+
+@at_every_precision_of(
+    Case(bits, 8 * SMALL_SHAPES[bits][0], COLUMNS[0], 32 if bits == 4 else 24, *order, v2=bits != 4)
+    for bits in SMALL_SHAPES
+    for order in ORDERS
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("order", "shuffled"), [("sorted", True), ("perm", True), ("raw", False), ("sorted", False)])
-@pytest.mark.parametrize("bits", SMALL_SHAPES)
-def test_columns_of_a_part_are_those_of_gemm(
-    backend: BackendUnderTest, bits: int, order: str, shuffled: bool, dtype: torch.dtype
-) -> None:
-    K, columns = 8 * SMALL_SHAPES[bits][0], [96, 32, 160]
-    case = Case(bits, K, columns[0], 32 if bits == 4 else 24, order, shuffled, v2=bits != 4)
-    parts = build_parts(case, columns)
+def test_columns_of_a_part_are_those_of_gemm(backend: BackendUnderTest, case: Case, dtype: torch.dtype) -> None:
+    parts = build_parts(case, COLUMNS)
     for M in (0, 1, 5, 33):
-        x = activations(M, K, dtype)
+        x = activations(M, case.K, dtype)
         x[M // 2 : M // 2 + 1, 5] = float("nan")
         check_parts(backend, x, parts)
 
 
+@at_every_precision
 def test_scales_of_parts_may_have_other_dtypes(backend: BackendUnderTest) -> None:
     K, N = SMALL_SHAPES[4]
     parts = [build(Case(4, K, N, 32, "perm", scales_dtype=dtype)) for dtype in DTYPES]
     check_parts(backend, activations(3, K, torch.float16), parts)
 
 
+@at_every_precision
 def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:
     weight = build(Case(4, 480, 24, 96)).to(backend.device)
     x = activations(3, 480, torch.float16).to(backend.device)
@@ -301,6 +340,7 @@ def test_group_size_zero_means_K_over_G(backend: BackendUnderTest) -> None:
     assert torch.equal(said, backend.ops.gptq_gemm(x, *weight.args[:-1], 0))
 
 
+@at_every_precision
 @pytest.mark.parametrize("group_size", [488, 2**31, 2**40, 2**63 - 1])
 def test_a_group_may_be_larger_than_the_weight(backend: BackendUnderTest, group_size: int) -> None:
     weight = build(Case(4, 480, 24, 480)).to(backend.device)
@@ -310,6 +350,7 @@ def test_a_group_may_be_larger_than_the_weight(backend: BackendUnderTest, group_
     assert torch.equal(backend.ops.gptq_dequantize(*args), backend.ops.gptq_dequantize(*weight.args))
 
 
+@at_every_precision
 def test_arguments_are_neither_changed_nor_returned(backend: BackendUnderTest) -> None:
     weight = build(Case(4, 64, 32, 16, "perm")).to(backend.device)
     x = activations(3, 64, torch.float16).to(backend.device)
