@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.device_code import ARCHS, BUDGETS, GROUP, RESULTS, derived_budgets
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 KERNELS: list[dict[str, Any]] = json.loads(RESULTS.with_suffix(".json").read_text())["kernels"]
 
@@ -28,7 +29,7 @@ def test_no_kernel_was_counted_with_spills() -> None:
     assert [kernel for kernel in KERNELS if kernel["spill_bytes"]] == []
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_tensor_core_loops_keep_their_budget(bits: int) -> None:
     """Of sm_80: 1.8 a weight of 4 bits and 0.25 a multiply-add of eight tokens; within a tenth elsewhere."""
     most, most_a_mac = derived_budgets(bits)[:2]

@@ -18,6 +18,7 @@ from benchmarks.cases import Case, Weight, activations
 from benchmarks.conformance import relative_error
 from benchmarks.peers import CUDA_PEERS
 from benchmarks.peers.peer import Layer, Unsupported
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.pack import unpack_columns, unpack_rows
 
 PEERS = {peer.name: peer for peer in CUDA_PEERS}
@@ -116,7 +117,7 @@ def test_vllm_gptq_gemm_gets_shuffled_words_and_zero_points_as_they_are(monkeypa
         return exllama_ops.gptq_gemm(a, *weight, use_exllama, bit, use_v2_format=use_v2_format)
 
     modules_of(monkeypatch, "vllm._custom_ops", gptq_shuffle=shuffle, gptq_gemm=gemm)
-    for bits in (2, 3, 4, 8):
+    for bits in SUPPORTED_BITS:
         weight = Weight(Case(256, 64, bits=bits))
         before = weight.checkpoint.qweight.clone()
         layer = PEERS["vLLM gptq_gemm fp16"].prepare(weight, 1)

@@ -10,8 +10,9 @@ import torch
 
 from checkpoint.builder import decode, module, pack, unpack, write
 from exllama_ops.checkpoint import CheckpointError, open_gptq, read_gptq
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
-BITS = (2, 3, 4, 8)
+BITS = SUPPORTED_BITS
 
 
 def read(directory, tensors, **changes):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from checkpoint.builder import DATA, module, words_to_v1, write
 from exllama_ops.checkpoint import CheckpointError, open_gptq, read_gptq, save_gptq
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 
 def weight(**options) -> GptqWeight:
@@ -41,7 +42,7 @@ def assert_same(got: GptqWeight, want: GptqWeight) -> None:
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("act", [False, True])
 def test_round_trip_is_bit_exact(tmp_path, bits, checkpoint_format, act):

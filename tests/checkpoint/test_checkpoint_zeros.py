@@ -7,8 +7,9 @@ import torch
 
 from checkpoint.builder import to_int32, words_to_v1
 from exllama_ops.checkpoint.zeros import are_constant, constant_zeros, v1_to_v2, v2_to_v1
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
-BITS = (2, 3, 4, 8)
+BITS = SUPPORTED_BITS
 CPU = torch.device("cpu")
 
 

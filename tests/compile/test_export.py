@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conformance.weights import Case, build_parts, multi_args
 from exllama_ops import ExllamaLinear, quantize
 from exllama_ops.compile.decompositions import decompositions
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
 K, HIDDEN = 96, 64
@@ -45,7 +46,7 @@ def test_an_exported_mlp_is_saved_loaded_and_run_for_any_number_of_tokens(strict
         assert torch.equal(loaded.module()(x), model(x))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_decomposed_a_layer_is_plain_aten_and_within_the_bound(bits: int) -> None:
     """The sums of the reference are float64: what is left is the rounding to float32 and x's dtype."""
     layer = mlp(bits)[0]

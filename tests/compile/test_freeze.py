@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile.blocks import Recorder
 from exllama_ops import ExllamaLinear, freeze, layout, quantize, set_cpu_matmul_precision
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.weight import PackedWeight
 
 K, N, GROUP = 96, 160, 32
@@ -110,7 +111,7 @@ def assert_same_bits(model: nn.Module, example: Tensor, **expected: Any) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_an_act_order_mlp_becomes_two_products_without_a_gather(bits: int, dtype: torch.dtype) -> None:
     model = MLP(bits).to(dtype)
     assert_same_bits(

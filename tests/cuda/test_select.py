@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.device_code import GPUS
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++")
@@ -217,7 +218,7 @@ def modelled_cycles(p: Problem, c: Candidate) -> float:
 def test_no_config_is_faster_by_the_model(select: Callable[[Problem], Config], arch: int, dtype: int) -> None:
     """Of all algorithms, rows and divisions, for every M and real shapes: by the model written down a second time."""
     for K, N in SHAPES:
-        for bits in (2, 3, 4, 8):
+        for bits in SUPPORTED_BITS:
             for M in TOKENS:
                 problem = Problem(M, K, N, bits, x_dtype=dtype).on(arch)
                 config = select(problem)
@@ -227,7 +228,7 @@ def test_no_config_is_faster_by_the_model(select: Callable[[Problem], Config], a
 
 
 # 2**20 weights and more: of fewer, only thousands of tokens pay for the launches of dense.
-LARGE_WEIGHTS = [(K, N, bits) for K, N in SHAPES if K * N >= 1 << 20 for bits in (2, 3, 4, 8)]
+LARGE_WEIGHTS = [(K, N, bits) for K, N in SHAPES if K * N >= 1 << 20 for bits in SUPPORTED_BITS]
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])

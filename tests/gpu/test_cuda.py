@@ -17,13 +17,14 @@ from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from cuda import bounds
 from cuda.test_emulated import ALGORITHMS, can
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
 pytestmark = pytest.mark.gpu
 
 CASES = [
     Case(bits, 256, 128, 64, order, shuffled)
-    for bits in (2, 3, 4, 8)
+    for bits in SUPPORTED_BITS
     for order, shuffled in [("sorted", True), ("perm", True), ("raw", False)]
 ]
 
@@ -73,7 +74,7 @@ def test_every_algorithm_is_within_its_bound(case: Case, algorithm: str, monkeyp
             assert torch.equal(out, torch.ops.exllama.gptq_gemm(x.cuda(), *on_device.args))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_tensor_cores_honour_subnormal_activations(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiples of the least float16, as the results are. (Of the weight only integers are multiplied.)"""
     case = Case(bits, 256, 128, 128)

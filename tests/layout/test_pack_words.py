@@ -20,7 +20,7 @@ ORDERS = ["checkpoint", "shuffled"]
 # (blocks along the packed side, size of the other side)
 SHAPES = [(1, 1), (1, 7), (2, 3), (3, 5), (5, 2)]
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 every_order = pytest.mark.parametrize("order", ORDERS)
 every_shape = pytest.mark.parametrize(("blocks", "other"), SHAPES)
 
@@ -38,7 +38,7 @@ def random_values(bits, blocks, other, seed=0):
 
 @st.composite
 def words_of_a_width(draw):
-    bits = draw(st.sampled_from([2, 3, 4, 8]))
+    bits = draw(st.sampled_from(SUPPORTED_BITS))
     rows = draw(st.integers(1, 3)) * slow_words.BLOCK_WORDS[bits]
     N = draw(st.integers(1, 3))
     words = draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=rows * N, max_size=rows * N))
@@ -200,7 +200,7 @@ def test_unpack_after_pack_gives_every_value_back(bits_and_words, order):
 @pytest.mark.parametrize(
     ("function", "argument", "bits", "message"),
     [
-        (pack_rows, torch.zeros(32, 4), 5, "pack_rows: bits must be one of (2, 3, 4, 8); got 5"),
+        (pack_rows, torch.zeros(32, 4), 5, f"pack_rows: bits must be one of {SUPPORTED_BITS}; got 5"),
         (
             pack_rows,
             torch.zeros(32, dtype=torch.int32),
@@ -217,7 +217,7 @@ def test_unpack_after_pack_gives_every_value_back(bits_and_words, order):
         (pack_rows, torch.zeros(48, 4), 3, "pack_rows: 3-bit values fill whole words in runs of 32; got 48 values"),
         (pack_rows, torch.zeros(12, 4), 4, "pack_rows: 4-bit values fill whole words in runs of 8; got 12 values"),
         (pack_rows, torch.zeros(6, 4), 8, "pack_rows: 8-bit values fill whole words in runs of 4; got 6 values"),
-        (unpack_rows, torch.zeros(3, 4), 0, "unpack_rows: bits must be one of (2, 3, 4, 8); got 0"),
+        (unpack_rows, torch.zeros(3, 4), 0, f"unpack_rows: bits must be one of {SUPPORTED_BITS}; got 0"),
         (
             unpack_rows,
             torch.zeros(3),

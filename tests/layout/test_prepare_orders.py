@@ -5,10 +5,11 @@ import slow_words
 import torch
 
 from exllama_ops import GptqWeight, prepare
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 pytestmark = pytest.mark.filterwarnings("ignore::exllama_ops.backends.reference.ReferenceBackendWarning")
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 
 
 def weight_of(bits, K, group_size, g_idx, G=None, blocks=1, seed=0):

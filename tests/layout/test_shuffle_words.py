@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 
 from exllama_ops.layout import pack_rows, shuffle, unpack_rows, unshuffle
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.shuffle import inverse_permutation
 
 NO_PERM = torch.empty(0, dtype=torch.int32)
 SHAPES = [(1, 1), (1, 5), (3, 7), (4, 2)]
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 every_shape = pytest.mark.parametrize(("blocks", "N"), SHAPES)
 
 
@@ -25,7 +26,7 @@ def random_words_and_perm(bits, blocks, N, seed=0):
 
 @st.composite
 def words_and_perm(draw):
-    bits = draw(st.sampled_from([2, 3, 4, 8]))
+    bits = draw(st.sampled_from(SUPPORTED_BITS))
     blocks, N = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rows = blocks * slow_words.BLOCK_WORDS[bits]
     words = draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=rows * N, max_size=rows * N))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from exllama_ops import GptqWeight, PackedWeight
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 NO_ROWS = torch.empty(0, dtype=torch.int32)
 
@@ -85,7 +86,7 @@ SHARED = [
 ]
 
 GPTQ_ONLY = [
-    ({"bits": 5}, "GptqWeight: bits must be one of (2, 3, 4, 8); got 5"),
+    ({"bits": 5}, f"GptqWeight: bits must be one of {SUPPORTED_BITS}; got 5"),
     ({"g_idx": int32(32, 1)}, "GptqWeight: g_idx must have 1 dimension; got 2"),
     ({"g_idx": int32(32).long()}, "GptqWeight: g_idx must be torch.int32; got torch.int64"),
     (
@@ -96,7 +97,7 @@ GPTQ_ONLY = [
 ]
 
 PACKED_ONLY = [
-    ({"bits": 5}, "PackedWeight: bit must be one of (2, 3, 4, 8); got 5"),
+    ({"bits": 5}, f"PackedWeight: bit must be one of {SUPPORTED_BITS}; got 5"),
     ({"g_idx": int32(32)}, "PackedWeight: g_idx must be empty for shuffled=True; got 32 rows"),
     ({"shuffled": False, "perm": int32(32)}, "PackedWeight: perm must be empty for shuffled=False; got 32 rows"),
     (

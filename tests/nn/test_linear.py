@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from conformance.weights import DTYPES
 from exllama_ops import ExllamaLinear, GptqWeight, quantize
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import error_bound, gamma, half_ulp
 
 K, N = 96, 64
@@ -38,7 +40,7 @@ def layer(request: pytest.FixtureRequest) -> ExllamaLinear:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtype) -> None:
     layer = ExllamaLinear.from_weight(weight(bits, order)).to(dtype)
     x = torch.randn(2, 3, K).to(dtype)
@@ -166,7 +168,7 @@ def test_a_weight_of_another_dtype_is_not_cast_while_loading(layer: ExllamaLinea
         layer.load_state_dict(state)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
 def test_to_weight_gives_back_what_from_weight_took(bits: int, order: str) -> None:
     w = weight(bits, order)
@@ -217,7 +219,7 @@ def test_repr_says_what_a_user_wants_to_know() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((96, 64, 5, 32), r"bits must be one of \(2, 3, 4, 8\); got 5"),
+        ((96, 64, 5, 32), rf"bits must be one of {re.escape(str(SUPPORTED_BITS))}; got 5"),
         ((90, 64, 4, 32), "in_features must be a positive multiple of 8, the 4-bit values .*; got 90"),
         ((96, 60, 3, 32), "out_features must be a positive multiple of 32, the 3-bit values .*; got 60"),
         ((0, 64, 4, 32), "in_features must be a positive multiple of 8, .*; got 0"),

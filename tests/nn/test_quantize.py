@@ -7,6 +7,7 @@ import torch
 
 from exllama_ops import GptqWeight, quantize
 from exllama_ops.layout import unpack_columns, unpack_rows
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 
 def decode(weight: GptqWeight) -> torch.Tensor:
@@ -18,7 +19,7 @@ def decode(weight: GptqWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("group_size", [8, 40, 96, -1])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_every_weight_is_within_half_a_step(bits: int, group_size: int, sym: bool) -> None:
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     weight = quantize(W, bits, group_size, sym, scales_dtype=torch.float32)

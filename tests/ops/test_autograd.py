@@ -10,11 +10,12 @@ import torch
 
 from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from exllama_ops import gptq_gemm
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import assert_within_bound, gamma
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled)
-    for bits in (2, 3, 4, 8)
+    for bits in SUPPORTED_BITS
     for order, shuffled in [("sorted", True), ("perm", True), ("raw", False)]
 ]
 

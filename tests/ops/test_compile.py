@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conformance.weights import Case, build, build_parts, multi_args
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 CASE = Case(4, 96, 64, 32, "perm")
 
@@ -187,7 +188,7 @@ def test_compiled_shuffle_mutates_its_argument() -> None:
     assert torch.equal(checkpoint, expected)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_flops_are_two_M_K_N_each_way(bits: int) -> None:
     weight = build(Case(bits, 96, 64, 32))
     x = torch.randn(5, 96, requires_grad=True)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from conformance.weights import Case, build
 from exllama_ops import reference
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 CASE = Case(4, 64, 32, 16)
 GEMM_NAMES = ("x", "qweight", "qzeros", "scales", "g_idx", "use_exllama", "bit", "use_v2_format", "group_size")
@@ -42,8 +43,8 @@ class Bad:
 
 
 BAD_GEMM = [
-    Bad({"bit": 5}, "gptq_gemm: bit must be one of (2, 3, 4, 8); got 5"),
-    Bad({"bit": 0}, "gptq_gemm: bit must be one of (2, 3, 4, 8); got 0"),
+    Bad({"bit": 5}, f"gptq_gemm: bit must be one of {SUPPORTED_BITS}; got 5"),
+    Bad({"bit": 0}, f"gptq_gemm: bit must be one of {SUPPORTED_BITS}; got 0"),
     Bad({"x": empty(64, dtype=HALF)}, "gptq_gemm: x must have 2 dimensions; got 1"),
     Bad({"x": empty(1, 3, 64, dtype=HALF)}, "gptq_gemm: x must have 2 dimensions; got 3"),
     Bad(
@@ -134,7 +135,7 @@ BAD_GEMM = [
 ]
 
 SHUFFLE_BAD = [
-    ((empty(8, 32), empty(0), 7), "bit must be one of (2, 3, 4, 8); got 7"),
+    ((empty(8, 32), empty(0), 7), f"bit must be one of {SUPPORTED_BITS}; got 7"),
     ((empty(8), empty(0), 4), "qweight must have 2 dimensions; got 1"),
     ((empty(8, 32, dtype=torch.int16), empty(0), 4), "qweight must be torch.int32; got torch.int16"),
     ((empty(32, 8).t(), empty(0), 4), "qweight must be contiguous; got shape (8, 32) with strides (1, 8)"),

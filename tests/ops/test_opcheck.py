@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from conformance.weights import DTYPES, Case
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.ops import _library
 
 CASES = [
     Case(bits, 96, 64, 40, order, shuffled, v2, scales_dtype)
-    for bits in (2, 3, 4, 8)
+    for bits in SUPPORTED_BITS
     for order, shuffled, v2, scales_dtype in [
         ("sorted", True, True, torch.float16),
         ("perm", True, False, torch.bfloat16),

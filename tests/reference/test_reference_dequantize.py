@@ -6,6 +6,7 @@ import torch
 from exact_arithmetic import ExactWeight, round_product
 
 from exllama_ops import reference
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 K = 96
 N = {2: 16, 3: 32, 4: 24, 8: 12}
@@ -13,7 +14,7 @@ N = {2: 16, 3: 32, 4: 24, 8: 12}
 GROUP_SIZES = [8, 16, 24, 48, K, 40, 64]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 every_order = pytest.mark.parametrize("order", ExactWeight.ORDERS)
 every_scales_dtype = pytest.mark.parametrize("scales_dtype", DTYPES, ids=str)
 both_zero_formats = pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])

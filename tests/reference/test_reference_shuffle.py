@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from exllama_ops import reference
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 every_shape = pytest.mark.parametrize(("blocks", "N"), [(1, 3), (3, 5)])
 with_and_without_perm = pytest.mark.parametrize("with_perm", [False, True])
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from exllama_ops import ExllamaLinear, convert, freeze, open_gptq, prepare, quantize, read_gptq, reference, save_gptq
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.formats import SUPPORTED_BITS
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ class Block(nn.Module):
 
 
 def every_bits(function: Callable[[int], Any]) -> list[Any]:
-    return [function(bits) for bits in (2, 3, 4, 8)]
+    return [function(bits) for bits in SUPPORTED_BITS]
 
 
 def read(tmp_path: Path) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import triton
 
 from exllama_ops.backends.triton import tiles
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from triton_backend.compiling import MATRIX_INSTRUCTIONS, DeviceCode, compile_variant, variants
 
 CAPABILITIES = (75, 80, 90, 100, 120)
@@ -22,7 +23,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for capability in CAPABILITIES:
-            for bits in (2, 3, 4, 8):
+            for bits in SUPPORTED_BITS:
                 widest = f"-{tiles.DOT_ROWS[bits][0]}"
                 for variant in variants(tiles.arch_of_capability(capability // 10), bits):
                     if variant.name not in NAMES and variant.name.removesuffix(widest) not in NAMES:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from exllama_ops.layout.formats import SUPPORTED_BITS
+
 pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs Triton's compiler, and TRITON_INTERPRET=1 replaces it", allow_module_level=True)
@@ -48,7 +50,7 @@ NVIDIA_CASES = [
         marks=[] if (capability, bits) == (80, 4) and variant.name in QUICK else [pytest.mark.slow],
     )
     for capability in CAPABILITIES
-    for bits in (2, 3, 4, 8)
+    for bits in SUPPORTED_BITS
     for variant in variants(tiles.arch_of_capability(capability // 10), bits)
 ]
 
@@ -74,7 +76,7 @@ def test_machine_code_for_nvidia(capability: int, bits: int, variant: Variant, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("arch", AMD)
 def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
     for variant in variants(tiles.arch_of_gfx(arch), bits):
@@ -97,7 +99,7 @@ def test_every_kernel_compiles_for_amd(arch: str, bits: int) -> None:
             marks=[] if (target, bits, form, M) == ("gfx942", 4, "dot", 16) else [pytest.mark.slow],
         )
         for target in TARGETS
-        for bits in (2, 3, 4, 8)
+        for bits in SUPPORTED_BITS
         for form, M in (*(("dot", bucket or 65) for bucket in tiles.BUCKETS), ("float_dot", 65), ("dx", 65))
         if bits == 4 or (form, M) == ("dot", 65)
     ],

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from exllama_ops.layout.formats import SUPPORTED_BITS
+
 pytest.importorskip("triton", reason="needs Triton")
 
 from exllama_ops.backends.triton import tiles
@@ -45,7 +47,7 @@ def test_forms() -> None:
         assert [slow(M) for M in (1, 4, 5)] == ["gemv", "gemv", "float_dot"]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 128, 160, 4096])
 def test_a_step_of_dot_lies_in_one_group(bits: int, group_size: int) -> None:
     rows = tiles.dot_rows(weight(bits, group_size))
