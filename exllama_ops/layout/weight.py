@@ -21,6 +21,7 @@ from torch import Tensor
 from exllama_ops.layout.checks import check_weight
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import row_groups
+from exllama_ops.layout.shard import shard
 
 R = TypeVar("R")
 
@@ -260,6 +261,36 @@ class GptqWeight:
     def out_features(self) -> int:
         """N."""
         return self.qweight.shape[1]
+
+    def shard(
+        self,
+        rows: slice | range | None = None,
+        columns: slice | range | None = None,
+        *,
+        bias: bool | None = None,
+    ) -> GptqWeight:
+        """The weight of ``W[rows, columns]``: the part of a weight that one device holds under tensor parallelism.
+
+        Column shards give parts of y, to be laid side by side. Row shards take parts of x, and their products are added
+        up: ``x @ W = sum(x[:, rows] @ shard)``.
+
+        Args:
+            rows: a run of input features in steps of 1; None for all.
+            columns: a run of output features in steps of 1; None for all.
+            bias: whether the shard has the bias of its columns. None means yes where all rows are taken. A row shard of
+                a weight with a bias must say it: True for one of the shards, False for the others.
+
+        Returns:
+            The shard, in memory of its own, with the scales and zero points of its own groups alone. A run of rows that
+            starts within a group gets shorter groups, whose scales are repeated. Of a weight with activation order, the
+            groups that the rows name are numbered anew; where their sizes differ, only the g_idx says them, and
+            `prepare` leaves the shard in checkpoint order.
+
+        Raises:
+            ValueError: a run is empty, leaves the weight, or does not start and stop at whole blocks, which are 16, 32,
+                8 and 4 values for 2, 3, 4 and 8 bits; or bias is not said, or there is none.
+        """
+        return shard(self, rows, columns, bias)
 
 
 @dataclass(frozen=True, eq=False)
