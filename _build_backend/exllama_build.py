@@ -1,14 +1,15 @@
 """The build backend: setuptools, and a wheel that carries the native libraries that can be compiled.
 
-pip builds in an isolated environment, and a build that asks for torch there gets gigabytes of one that need not be the
-user's. All that a library needs of torch are headers and a file to link with, which lie in the environment that pip
-installs into: visible on disk from the isolated build, though not importable. So the build requires setuptools only.
+pip builds in an isolated environment. A build that asks for torch there gets gigabytes of one that need not be the
+user's. A library needs only headers and a file to link with. They lie in the environment that pip installs into, where
+the isolated build sees them on disk. So the build requires setuptools only.
 
-The CPU's library and that of the schemas, for programs without Python, need a C++ compiler; CUDA's needs nvcc, and a
-torch with CUDA: beside another one nobody calls it.
-A wheel always carries the sources (``exllama_ops/_csrc``), from which the package compiles a library on first use if
-the wheel has it not: without compilers or torch, or where compiling fails, the wheel is pure Python.
-An editable install has no library of its own either: the cache's, keyed by the sources, follows every edit.
+The CPU's library needs a C++ compiler, and so does that of the schemas, for programs without Python. CUDA's needs nvcc
+and a torch with CUDA, without which nobody calls it.
+
+A wheel always carries the sources (``exllama_ops/_csrc``). The package compiles a library from them on first use if
+the wheel has none. Without compilers or torch, or where compiling fails, the wheel is pure Python. An editable install
+has no library of its own either: that of the cache is keyed by the sources, and follows every edit.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Of qweight, qzeros and scales."""
+        """The bytes of qweight, qzeros and scales."""
         return sum(tensor.nbytes for tensor in (self.packed.qweight, self.packed.qzeros, self.packed.scales))
 
     @cached_property

@@ -3,9 +3,10 @@
     python -m benchmarks.device_code                 # every architecture: many minutes of nvcc on one core
     python -m benchmarks.device_code --arch 80       # this one anew, beside what the file has of the others
 
-The counts are those of `benchmarks.sass`: of the loop over rows of W, with its loads and the end of each group of 128,
-divided by the weights that a lane has had; for `mma`, also with what brings x, scales and zero points into shared
-memory.
+The counts are those of `benchmarks.sass`. They cover the loop over rows of W, with its loads and the end of each group
+of 128, and are divided by the weights that a lane has had. For `mma` they include what brings x, scales and zero points
+into shared memory.
+
 nvdisasm is looked for in PATH, in CUDA's folder and in the wheels of PyPI that have it (`pip install --no-deps
 nvidia-cuda-nvdisasm`).
 """
@@ -37,7 +38,7 @@ GROUP = 128
 BUDGETS = {"mma": (1.8, 0.25), "scalar": (2.5, 1.3)}
 # Registers of the original kernels on sm_80 at M = 1 and at M = 8: one number where they are the same.
 ORIGINAL_REGISTERS = {2: "94", 3: "124", 4: "56 / 91", 8: "128"}
-# And their instructions a weight, counted in their disassembly in the same way.
+# Their instructions a weight were counted in their disassembly in the same way.
 ORIGINAL = {2: (3.14, 7.72), 3: (2.98, 7.16), 4: (3.17, 10.41), 8: (6.37, 18.2)}
 
 
@@ -65,7 +66,7 @@ class Gpu(NamedTuple):
 
     @property
     def dram_bytes_per_cycle(self) -> float:
-        """Of one SM."""
+        """The share of DRAM bandwidth of one SM."""
         return self.dram_gb_per_s / (self.sms * self.ghz)
 
 
@@ -178,7 +179,7 @@ def _per_weight(kernel: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _staged(code: Code, bits: int, M: int) -> float:
-    """Of a whole stage of 2048 rows, of which each of the four warps along K has 512, with two barriers.
+    """Instructions a weight that stage data: each stage has 2048 rows, 512 for each of four warps, and two barriers.
 
     Beside the words a lane loads 16 bytes of x for each token, and the scales (two bytes each) and the zero points of
     four columns; it stores these as two times 16 bytes.

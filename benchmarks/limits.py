@@ -13,7 +13,7 @@ from exllama_ops.backends.native.compile import CPU, find_compiler, no_compiler
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 DRAM = "dram"
-# Of GPUs: the DRAM's nominal speed, and a dense product (`benchmarks.devices.cuda_limits`).
+# GPUs have these too: the nominal speed of DRAM, and a dense product (`benchmarks.devices.cuda_limits`).
 DRAM_PEAK = "dram_peak"
 MATMUL = "matmul"
 DOTS = ("float", "int16", "int8")

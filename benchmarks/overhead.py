@@ -20,8 +20,8 @@ from benchmarks import isa
 from benchmarks.run import RESULTS
 
 SIZE = 32
-# As long for each kind, and shorter than the turns in which an operating system shares a core: of many rounds the least
-# is then of one that nothing interrupted, for long calls as for short ones.
+# A round of each kind takes this long. It is shorter than the turns in which an operating system shares a core, so the
+# least of many rounds is one that nothing interrupted, for long calls as for short ones.
 WINDOW_SECONDS = 1e-4
 ROUNDS = 4000
 # Products of a chain that is compiled: what a chain costs more than one product, by the products that it has more.
@@ -142,7 +142,7 @@ def _calls_in_window(call: Callable[[], object]) -> int:
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:
-    """Of one of as many calls; after one that is not timed, whose code and data the kinds before have displaced."""
+    """Seconds per call, averaged over `calls`. One untimed call warms the caches first."""
     call()
     start = time.perf_counter()
     for _ in range(calls):

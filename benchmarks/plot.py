@@ -30,7 +30,7 @@ _OURS = {
     )
     for name, style in styles.items()
 }
-# Whose weight the DRAM limit is drawn for.
+# The DRAM limit is drawn for the weight of one of these.
 _ROOFED = (f"{OURS} high", f"{OURS} auto")
 _PEAKS = {"float": "float32 peak", "int16": "int16 peak", "int8": "int8 peak", MATMUL: "dense product"}
 

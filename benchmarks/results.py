@@ -1,4 +1,4 @@
-"""From samples to numbers: times, percent of the limits, ratios."""
+"""Turns samples into numbers: times, percent of the limits, ratios."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Measurement:
         return self.limit_rule(self, kernel)
 
     def seconds(self, kernel: Timed) -> Spread:
-        """Of a call."""
+        """The time of a call."""
         return Spread.of([sample.seconds for sample in kernel.samples])
 
     def percent(self, kernel: Timed) -> Spread:
-        """Of the limit that was measured around each burst: a spread of ratios, not a ratio of medians."""
+        """Percent of the limit that was measured around each burst: a spread of ratios, not a ratio of medians."""
         limit = self.limit_of(kernel)
         work = kernel.nbytes if limit == DRAM else self.operations
         return Spread.of([100 * work / (sample.seconds * sample.limits[limit]) for sample in kernel.samples])
@@ -86,7 +86,7 @@ class Measurement:
         return Spread.of([theirs.seconds / ours.seconds for ours, theirs in pairs])
 
     def record(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """What the JSON file has of it."""
         return {
             "op": self.op,
             "K": self.K,
@@ -161,5 +161,5 @@ class Comparison:
     speedup: Spread
 
     def record(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """What the JSON file has of it."""
         return {"ours": self.precision, "class": self.kind, "peer": self.peer, "times_faster": asdict(self.speedup)}

@@ -1,7 +1,7 @@
 """Instructions on the way through a kernel's machine code, counted in the text of nvdisasm.
 
 A loop body has paths that a problem does not take: other dtypes, ends of rows, a group that ends inside a step. What a
-trip costs is therefore the cheapest cycle through the control-flow graph that still does the trip's work, which is
+trip costs is therefore the cheapest cycle through the control-flow graph that still does the trip's work. The work is
 named by the instructions that must be issued: so many multiply-adds of the tensor cores, so many FFMA, so many loads.
 An instruction counts once for a warp, whether its predicate holds or not: it takes an issue slot.
 """

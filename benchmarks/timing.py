@@ -107,7 +107,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of one value or more."""
         if len(values) == 1:
             return cls(values[0], 0.0)
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

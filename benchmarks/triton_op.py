@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 class Seen(NamedTuple):
-    """Of one block.
+    """What was seen of one block.
 
     Args:
         nodes: calls in the graph that AOTAutograd makes.

@@ -1,6 +1,6 @@
-"""What holds for every test: the ops are registered and compute in float32 at least, and GPU tests skip without a GPU.
+"""What holds for every test: the ops are registered, and compute in float32 at least.
 
-They skip with a reason that is counted, as do tests of what one torch makes of code under another.
+GPU tests skip without a GPU, with a reason that is counted. So do pinned tests under another torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import exllama_ops  # registers torch.ops.exllama
 
 @pytest.fixture(autouse=True)
 def float32_arithmetic() -> Iterator[None]:
-    """The CPU's float class: tests of anything but the other classes have one bound to know, gamma of the sum."""
+    """Use the CPU's float class, so that most tests have one bound to know: gamma of the sum."""
     before = exllama_ops.get_cpu_matmul_precision()
     exllama_ops.set_cpu_matmul_precision("highest")
     yield
     exllama_ops.set_cpu_matmul_precision(before)
 
 
-# Workers of pytest-xdist share the cores: as many threads each as there are cores waits more than it computes.
+# Workers of pytest-xdist share the cores. With a thread for each core in each worker, they wait more than they compute.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 

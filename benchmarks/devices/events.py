@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from benchmarks.devices.device import DeviceError
 from benchmarks.timing import Runner
 
-# Of the device's clock, between 0.1 and 0.3 ms: in which the host launches what one call takes.
+# Cycles of the device: between 0.1 and 0.3 ms, in which the host launches what one call takes.
 _FIRST_HEAD_START = 1 << 18
 # Some 40 ms, in which the host of no kernel is late; one that is waits for the device.
 _LAST_HEAD_START = 1 << 26

@@ -51,7 +51,10 @@ class _Ggml:
         self.repacking = ctypes.c_void_p(self._named(listed, b"CPU_REPACK"))
 
     def _named(self, buffer_types: Any, name: bytes) -> int:
-        """Of a list that NULL ends. The one named AMX is passed over: it is of another class of hardware."""
+        """The address of a type by its name, in a list that NULL ends.
+
+        The one named AMX is passed over: it is of another class of hardware.
+        """
         position = 0
         while buffer_types and (address := buffer_types[position]):
             if self.call("ggml_backend_buft_name", ctypes.c_void_p(address)) == name:

@@ -1,6 +1,6 @@
 """GPTQModel's layers for GPUs in float16: Marlin, ExLlama V2, and Triton (which dequantizes for a dense product).
 
-By the classes of GPTQModel 7.7. Its extensions are compiled when they are first used.
+The classes are those of GPTQModel 7.7. Its extensions are compiled when they are first used.
 """
 
 from __future__ import annotations

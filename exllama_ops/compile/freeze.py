@@ -42,21 +42,21 @@ class FreezeReport:
 def freeze(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> FreezeReport:
     """Rewrite a model's `ExllamaLinear` layers in place, to be run and compiled faster with the same results.
 
-    * Layers beside each other that take the same tensor (q, k and v; gate and up), with weights of one format and one
-      order of rows, become one product: their weights lie side by side in one layer, and there is no second copy. A
-      reshape or cast of its own for each is another tensor: let them share one.
-    * The activation order of a layer whose input is made from the outputs of others, element by element (down_proj
-      from gate_proj and up_proj), goes into the columns of those: ``x[:, perm]`` is what they compute then, and the
+    * Layers that take the same tensor become one product: q, k and v, or gate and up. Their weights must have one
+      format and one order of rows. They lie side by side in one layer then, and there is no second copy. A reshape or
+      cast of its own for each is another tensor: let them share one.
+    * The activation order of a layer goes into the columns of the layers before, if its input is made from their
+      outputs element by element (down_proj from gate_proj and up_proj). They compute ``x[:, perm]`` then, and the
       gather before each product is gone.
 
-    Both are proven by a non-strict export of the forward on the example; a layer for which they do not follow stays as
+    Both are proven by a non-strict export of the forward on the example. A layer for which they do not follow stays as
     it is, and the report says why. The proof is one of the path that the example takes: a model that uses the
     intermediate of an MLP elsewhere on another path must not be frozen.
 
     Results are the same numbers (on a CPU the same bits). Freeze before compiling, training adapters or wrapping
-    layers. A frozen model's state_dict fits a model that was frozen likewise: fused layers have ``NAME.fused.*`` (one
-    tensor under the name of each of the group, so safetensors keeps it by ``save_model`` and ``load_model``) and keep
-    ``NAME.bias``; folded ones have an empty ``perm``, and their producers other columns.
+    layers. A frozen model's state_dict fits a model that was frozen likewise. Fused layers have ``NAME.fused.*`` and
+    keep ``NAME.bias``. One tensor stands there under several names, so safetensors keeps it by ``save_model`` and
+    ``load_model``. Folded layers have an empty ``perm``, and their producers other columns.
 
     Args:
         model: with its weights loaded; its dense layers stay as they are.

@@ -50,7 +50,7 @@ class CompiledGenerator:
 
     Two graphs serve any number of generations: prefill, whose sequence length is a symbol, and decode, whose length
     is 1 and which also takes prompts of one token. The length of the cache is a symbol in both, so a longer generation
-    moves to a larger cache without a recompile; positions are tensors in the cache, so no step is guarded on an int.
+    moves to a larger cache without a recompile. Positions are tensors in the cache, so no step is guarded on an int.
 
     Args:
         model: a transformers causal LM in eval mode whose layers have full or sliding-window attention.

@@ -1,7 +1,7 @@
 """A row's result is the same bits on every instruction set, at any number of threads and tokens, and run to run.
 
-The strongest test of a kernel: sums of integers and one order of float operations make it possible, and a wrong tail,
-a race or a value that is read twice shows in it whatever the error bound.
+This is the strongest test of a kernel. Sums of integers and one order of float operations make it possible. A wrong
+tail, a race or a value that is read twice shows in it, whatever the error bound.
 """
 
 from __future__ import annotations

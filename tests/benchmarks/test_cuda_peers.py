@@ -23,7 +23,7 @@ from exllama_ops.layout.pack import unpack_columns, unpack_rows
 
 PEERS = {peer.name: peer for peer in CUDA_PEERS}
 TINYGEMM = PEERS["torch tinygemm bf16"]
-# Of products whose operands are float16, with 256 rows.
+# This holds for products of 256 rows whose operands are float16.
 TOLERANCE = 2e-3
 
 

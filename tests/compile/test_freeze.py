@@ -457,7 +457,7 @@ def test_the_backend_keeps_what_freeze_concatenated_and_folded() -> None:
             assert torch.equal(compiled(x), unfrozen(x))
     assert recorder.before == recorder.after == 2 * [Counter({"gptq_gemm": 2 * 4})]
     assert recorder.aot == 2 * [Counter({"gptq_gemm.no_autograd": 2 * 4})]
-    # Of q/k/v, o, gate/up and down of each block; none of down's.
+    # These are q/k/v, o, gate/up and down of each block. The order of down is gone.
     assert recorder.orders == 2 * [2 * [K, 64, K, 0]]
 
 

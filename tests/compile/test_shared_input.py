@@ -22,7 +22,7 @@ from exllama_ops.compile import FuseSharedInput, shared_input
 gemm = torch.ops.exllama.gptq_gemm
 CASE = Case(4, K, 64, 32, "perm")
 A, B, C = (part.args for part in build_parts(CASE, (64, 32, 96)))
-# Of one order of rows, and in the graphs one tensor of it.
+# They have one order of rows, which is one tensor in the graphs.
 B, C = (*B[:3], A[3], *B[4:]), (*C[:3], A[3], *C[4:])
 
 
@@ -260,7 +260,7 @@ def test_a_graph_of_export_holds_its_weights_as_attributes_that_move() -> None:
 
 
 def test_meta_of_the_new_nodes_is_that_of_their_results() -> None:
-    """Of Dynamo's graphs and of export's, which keep it under another name."""
+    """This holds in Dynamo's graphs and in those of export, which keep it under another name."""
     block, x, graphs = Block(), torch.randn(5, K), []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What only a GPU can show beyond the conformance matrix (which runs there too): streams, graphs, no syncs."""
+"""What only a GPU can show: streams, graphs, no syncs. The conformance matrix runs there too."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def test_reduce_overhead_replays_cuda_graphs() -> None:
         for seed in range(5):
             x = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)).half().cuda()
             torch.compiler.cudagraph_mark_step_begin()
-            # Both take SiLU in float32, whose exp may differ by some units in the last place, and round it, where that
-            # may tip one rounding; then each rounds the product, as in tests/ops/test_compile.py.
+            # Both take SiLU in float32, whose exp may differ by some units in the last place. That may tip the
+            # rounding of SiLU. Then each rounds the product, as in tests/ops/test_compile.py.
             eps = torch.finfo(torch.float16).eps
             hidden, out = nn.functional.silu(model[0](x)).double().abs(), model(x).double()
             weights = model[2].dequantize().t().double().abs()

@@ -131,7 +131,7 @@ def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.Monke
     assert three - two == two - one
     assert len(of_projections) == 7 * (1 + 2 + 3)
     for projection in of_projections.values():
-        # Of the first layer: that forward and its helpers are the functions that were traced.
+        # The first layer has these: its forward and helpers are the functions that were traced.
         del projection["CLOSURE_MATCH"]
         assert projection == {
             "TENSOR_MATCH": 4,  # qweight, qzeros, scales, perm

@@ -83,7 +83,7 @@ def test_compiled_training_is_one_graph_and_learns_as_eager_training_does() -> N
 def adapter_gradients(
     x: Tensor, grad: Tensor, layers: list[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the adapters of two layers in a row, each (W, down, up) of ``y = x W + (x down.T) up.T``: sums of products."""
+    """Gradients of two layers in a row, each (W, down, up) of ``y = x W + (x down.T) up.T``, as sums of products."""
     (W_1, down_1, up_1), (W_2, down_2, up_2) = layers
     hidden = x @ W_1 + x @ down_1.t() @ up_1.t()
     grad_hidden = grad @ W_2.t() + grad @ up_2 @ down_2
@@ -99,8 +99,8 @@ def adapter_gradients(
 def test_the_gradients_of_adapters_are_within_the_bound_of_float64(backend: str | None) -> None:
     """Float32 sums of products err by at most gamma(n) times the sums of magnitudes, n the roundings in a row.
 
-    They are the most for a gradient that passes both layers: sums over K and over HIDDEN, over ranks and tokens, two
-    additions of an adapter to its layer, and the three roundings of the ops beside their sums.
+    A gradient that passes both layers has the most of them. It has sums over K, HIDDEN, ranks and tokens, and two
+    additions of an adapter to its layer. The ops add three roundings beside their sums.
     """
     torch._dynamo.reset()
     torch.manual_seed(0)

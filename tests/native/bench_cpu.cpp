@@ -1,9 +1,11 @@
-// Times of gemm beside the limits of the machine, measured in turns; no torch:
+// Times gemm beside the limits of the machine, in turns and without torch:
+//
 //   g++ -O2 -std=c++17 -pthread tests/native/bench_cpu.cpp csrc/cpu/*.cpp -o bench_cpu
 //   ./bench_cpu [bits=4] [group=128] [K=4096] [N=4096] [threads=1] [M, default 1 4 16 64 256]
-// For each M: the median time, and percent of the limits, DRAM reading and the dot product peak of the class. Cores are
-// shared and their clock moves, so each run stands between two measurements of the limits and the percentages are
-// medians of these ratios; in brackets the best value of a limit.
+//
+// It prints the median time for each M, and percent of two limits: reading DRAM, and the dot product peak of the class.
+// Cores are shared and their clock moves, so each run stands between two measurements of the limits. The percentages are
+// medians of these ratios, and the best value of a limit stands in brackets.
 #include <ctime>
 #include <string>
 
@@ -77,7 +79,7 @@ class Pool {
   void* context_ = nullptr;
 };
 
-// On a cache line, as torch allocates.
+// The data begins on a cache line, as torch allocates it.
 template <typename T>
 const T* aligned(const std::vector<T>& values) {
   return reinterpret_cast<const T*>((reinterpret_cast<uintptr_t>(values.data()) + 63) / 64 * 64);

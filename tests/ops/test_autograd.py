@@ -154,7 +154,7 @@ def test_forward_mode_maps_a_tangent_of_x_by_the_same_product(gemm: Callable[...
 
 
 def hessian_times(op: Callable[..., torch.Tensor], t: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
-    """Of the sum of the squares of op(x), by t."""
+    """The Hessian of the sum of the squares of op(x), times t."""
     return torch.ops.exllama.gptq_gemm_dx(2 * op(t, *args), *args)
 
 

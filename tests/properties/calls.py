@@ -86,7 +86,7 @@ def tensor_arguments(op: str) -> tuple[str, ...]:
     return *first, "qweight", "qzeros", "scales", "g_idx"
 
 
-# A strategy costs more to make than to draw from. Of its choices hypothesis draws the first more often than others.
+# A strategy costs more to make than to draw from. Hypothesis draws the first of its choices more often than others.
 _UP_TO = [st.integers(0, most) for most in range(1 << 10)]
 _FLAG = st.booleans()
 _SEED = st.integers(0, 2**32 - 1)
@@ -139,7 +139,7 @@ def _calls(
     unit = BLOCK_VALUES[bits]
 
     def multiple(most: int) -> int:
-        """Of the unit, and an odd one four times of five."""
+        """A multiple of the unit, and an odd one four times of five."""
         half = draw(_UP_TO[max(1, most // unit // 2)])
         return unit * (2 * half if half and draw(_UP_TO[4]) == 4 else 2 * half + 1)
 

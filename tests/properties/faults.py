@@ -14,7 +14,7 @@ from properties.calls import Call
 
 # Changes the arguments of a call, the one of a name where its kind leaves a choice.
 FaultOf = Callable[[Arguments, Call, str, random.Random], None]
-# To which a permutation with duplicates has a meaning.
+# A permutation with duplicates has a meaning for these ops.
 GATHERS = ("gptq_gemm", "gptq_gemm_multi")
 
 

@@ -115,7 +115,7 @@ def is_order(argument: Any) -> bool:
 
 
 def flip_last_bits(op: Any, *args: Any, if_so: Callable[[Tensor], bool]) -> Any:
-    """Of products in float32, whose bounds have room for it."""
+    """This holds for products in float32, whose bounds have room for it."""
     result = op(*args)
     if args[0].is_floating_point() and result.dtype == torch.float32 and if_so(result):
         bits_of(result).bitwise_xor_(result.isfinite().int())

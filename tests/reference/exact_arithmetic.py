@@ -197,9 +197,9 @@ def largest(dtype):
 def bound(total, size, result, terms, dtype):
     """How far a result may lie from ``total``, the exact sum of ``terms`` products of absolute sum ``size``.
 
-    1. The sum in float64, u = 2**-53, is off by at most ``terms * u * size``, in any order, with or without FMA,
-       without a term in u**2 (Jeannerod and Rump, Improved error bounds for inner products in floating-point
-       arithmetic, 2013): W is exact there (24 + 9 bits), each product rounds at most once, each sum once.
+    1. The sum in float64, u = 2**-53, is off by at most ``terms * u * size``, in any order, with or without FMA and
+       without a term in u**2. W is exact there (24 + 9 bits), each product rounds at most once, and each sum once. See
+       Jeannerod and Rump, Improved error bounds for inner products in floating-point arithmetic, 2013.
     2. Rounding that sum to float32 is off by at most 2**-24 of it, itself at most ``abs(total)`` and the error of 1;
        2**-150 among the subnormals. As abs(total) <= size, 1 and 2 stay within
        ``(2**-24 + terms * 2**-53) * size`` (the rounding is off by 2**-24 / (1 + 2**-24), which pays for the rest).

@@ -21,7 +21,7 @@ from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Of mma.sync, wgmma and tcgen05 in machine code.
+# These are mma.sync, wgmma and tcgen05 in machine code.
 MATRIX_INSTRUCTIONS = r"(HMMA|HGMMA|UTC\w*MMA)"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -251,7 +251,7 @@ class DeviceCode:
 
     @classmethod
     def of(cls, compiled: Any, folder: Path) -> DeviceCode:
-        """Of an NVIDIA GPU, by the disassembler that Triton brings."""
+        """The machine code of an NVIDIA GPU, by the disassembler that Triton brings."""
         path = folder / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _run(str(BINARIES / "cuobjdump"), "-res-usage", str(path))

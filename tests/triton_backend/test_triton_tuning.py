@@ -1,4 +1,7 @@
-"""The choice of tiles by timing, by a timer that is told the times. In Triton's interpreter, in processes apart."""
+"""The choice of tiles by timing, by a timer that is told the times.
+
+The tests run in Triton's interpreter, in processes apart.
+"""
 
 from __future__ import annotations
 

@@ -38,13 +38,13 @@ def set_cpu_matmul_precision(precision: CpuMatmulPrecision) -> None:
     exact whatever is set. `gptq_gemm_dx` always computes in float32.
 
     Args:
-        precision: what the result may differ from the exact sum, beside half an ulp of its dtype, for x of any dtype
-            (x_b and w_bj are the parts of x's row and of W's column j in a block b of min(group_size, 128) rows):
+        precision: how far the result may lie from the exact sum, beside half an ulp of its dtype, for x of any dtype.
+            A span b has min(group_size, 128) rows, and x_b and w_bj are the parts of x's row and of W's column j in it:
 
             * "highest": float32 arithmetic, ``gamma_(K+2) |x| |W|``.
-            * "high", the default: ``2**-11 * sum over b of |x_b|_2 |w_bj|_2``; where the largest of a block's |x| is
+            * "high", the default: ``2**-11 * sum over b of |x_b|_2 |w_bj|_2``; where the largest of a span's |x| is
               more than 16 times their mean, ``2**-11 |x_b| |w_bj| + 2**-29 max|x_b| |w_bj|_1`` instead.
-            * "medium": activations rounded to int8, per row and block: ``sum over b of max|x_b| / 127 * |w_bj|_1``.
+            * "medium": activations rounded to int8, per row and span: ``sum over b of max|x_b| / 127 * |w_bj|_1``.
 
             A result near the smallest float32 numbers may differ by ``K 2**-149`` beside that. Where a float32 sum
             overflows, or x or a scale is NaN or inf, the result is that of a float64 sum at any precision.

@@ -49,8 +49,8 @@ class Recipe(NamedTuple):
         compile_flags: for every file.
         link_flags: with the name of torch's library in them, the loader resolves torch's symbols from the one that
             Python has loaded.
-        device_code: of nvcc. The device code has three variants, for the tensor cores of sm_75, those from sm_80 on,
-            and none; of each, machine code for these GPUs, if this nvcc knows them, and for their minor versions
+        device_code: of nvcc. The device code has three variants: for the tensor cores of sm_75, for those from sm_80
+            on, and for none. Each is machine code for these GPUs, if this nvcc knows them, and for their minor versions
             (sm_80 runs on 8.6 and 8.9). The PTX is for GPUs to come.
     """
 
@@ -266,7 +266,7 @@ def device_flags(recipe: Recipe, compiler: Compiler, scratch: Path) -> list[str]
 
 
 def digest(path: Path) -> str:
-    """Of a library, by which a truncated one is told from a whole one."""
+    """The digest of a library, which tells a truncated file from a whole one."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
