@@ -110,7 +110,7 @@ def _runs_of_groups(rows: range, group_size: int, device: torch.device) -> tuple
     elif start % size:
         # All rows are of one group.
         size = len(rows)
-    groups = torch.arange(-(-len(rows) // size), device=device) * size + start
+    groups = torch.arange(-(-len(rows) // size), dtype=torch.int64, device=device) * size + start
     return groups // group_size, None, size
 
 

@@ -47,7 +47,8 @@ def cpu_spans(groups: Tensor, *, by_row: bool = False) -> list[Tensor]:
         by_row: whether the op looks groups up row by row, so that a span may hold rows of any group.
     """
     if by_row:
-        return list(torch.arange(len(groups)).split(CPU_SPAN_ROWS))
+        rows = torch.arange(len(groups), dtype=torch.int64, device=groups.device)
+        return list(rows.split(CPU_SPAN_ROWS))
     order = groups.argsort(stable=True)
     _, sizes = groups[order].unique_consecutive(return_counts=True)
     return [span for group in order.split(sizes.tolist()) for span in group.split(CPU_SPAN_ROWS)]
