@@ -19,9 +19,9 @@ using layout::Format;
 
 std::string str(int64_t value) { return std::to_string(value); }
 
-// Of an argument, which may be an entry of a list.
+// The name of an argument, which may be an entry of a list.
 struct Name {
-  Name(const char* argument, int64_t part = -1) : argument(argument), part(part) {}
+  Name(const char* of_argument, int64_t of_part = -1) : argument(of_argument), part(of_part) {}
   const char* argument;
   int64_t part;
 

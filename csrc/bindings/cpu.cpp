@@ -158,7 +158,7 @@ Tensor product(const cpu::Weight* parts, int64_t count, const Tensor& x) {
   if (M > 0) {
     TorchThreads pool;
     const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
-    const size_t bytes = cpu::gemm_workspace_bytes(parts, count, M, dtype_of(x), precision, pool.threads());
+    const size_t bytes = cpu::gemm_workspace_bytes(parts, count, M, precision, pool.threads());
     const ProductWorkspace workspace(bytes, x);
     cpu::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
               pool.parallel());
@@ -198,7 +198,7 @@ void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
   Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
   if (M > 0) {
     TorchThreads pool;
-    const ProductWorkspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, dtype_of(grad), pool.threads()), grad);
+    const ProductWorkspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, pool.threads()), grad);
     cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(),
                  pool.parallel());
   }

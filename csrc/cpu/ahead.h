@@ -1,15 +1,19 @@
 // What a product prefetches while it runs: the words of a panel to come.
 //
 // The words of a panel are pieces of many rows, each on another page, and the hardware alone reads them at a quarter of
-// the speed of DRAM. Prefetched all at once they fill the buffers between L1 and L2, and the product waits; so it takes
-// a share of them, as far as L2, before each of its tiles.
+// the speed of DRAM. Prefetched all at once they fill the buffers between L1 and L2, and the product waits. So it takes
+// a share of them, as far as L2, each time it goes on to other rows of x.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 
 namespace exllama::cpu {
+
+// Locality 3 is L1 and 2 is L2, on every architecture that gcc and clang compile for.
+inline void prefetch_to_l1(const void* address) { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_to_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 struct Ahead {
   const char* base;
@@ -19,7 +23,7 @@ struct Ahead {
   // One of `shares` equal shares of what is left.
   void prefetch(int shares) {
     const int32_t* stop = next + (end - next + shares - 1) / shares;
-    for (; next < stop; ++next) __builtin_prefetch(base + *next, 0, 2);
+    for (; next < stop; ++next) prefetch_to_l2(base + *next);
   }
 };
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 
 namespace exllama::cpu {
 

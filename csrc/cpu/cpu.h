@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../layout/weight.h"
+#include "layout/weight.h"
 
 namespace exllama::cpu {
 
@@ -25,9 +25,8 @@ struct Parallel {
 };
 
 // Scratch memory, 64-byte aligned, valid until the op returns; the caller owns it and sizes it by *_workspace_bytes.
-size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, DType x_dtype, Precision precision,
-                            int32_t threads);
-size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType grad_dtype, int32_t threads);
+size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, Precision precision, int32_t threads);
+size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, int32_t threads);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 
 // out (M, N of all parts) = x (M, K) @ W of each part, side by side, all of dtype x_dtype. The parts, at least one, have

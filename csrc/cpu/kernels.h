@@ -1,7 +1,7 @@
 // What each instruction set implements: one table of functions per ISA, and the layouts that they share.
 //
-// A *block* is a run of at most kBlockRows rows of one group. A *panel* is a block of rows by kPanelColumns columns,
-// unpacked: the rest of its columns, beyond N, are never read back.
+// A *span* is a run of at most kSpanRows rows of one group. A *panel* is a span by kPanelColumns columns, unpacked. What
+// a panel holds in columns beyond N is never used.
 //
 //   int16 panel  q - z as [row / 2][column][row % 2]: a 32-bit lane has the two rows that one 16-bit dot product takes
 //   int8 panel   q - z, or q - 128 of 8 bits, as [row / 4][column][row % 4], the rows of a block in quad_order
@@ -9,60 +9,57 @@
 //
 // gemm_dx sums over columns, so its panels are transposed: scale * (q - z) as [column][row], kPanelColumns rows wide.
 //
-// All sums of integers are exact, and all float operations on one element are the same ones in the same order, so
-// every ISA gives the same bits.
+// All sums of integers are exact. All float operations on one element are the same ones in the same order. So every ISA
+// gives the same bits.
+//
+// An ISA is a folder of isa/. Vector ISAs have a vocabulary there, over which generic/ writes the kernels once.
 #pragma once
 
 #include <cstdint>
 
-#include "../layout/formats.h"
-#include "ahead.h"
-#include "cpu.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define EXLLAMA_X86 1
-#else
-#define EXLLAMA_X86 0
-#endif
+#include "cpu/ahead.h"
+#include "cpu/cpu.h"
+#include "layout/formats.h"
 
 namespace exllama::cpu {
 
-// 128 rows of 8-bit weights times int16 sum to at most 128 * 256 * 32767 < 2^30: int32 holds every block.
-constexpr int kBlockRows = 128;
+// 128 rows of 8-bit weights times int16 sum to at most 128 * 256 * 32767 < 2^30: int32 holds every span.
+constexpr int kSpanRows = 128;
 
 // An int16 panel of 128 x 64 is 16 KiB and shares L1 (32 KiB or more) with the rows of x.
 constexpr int kPanelColumns = 64;
 
 // Up to this many rows of x are multiplied straight from the words.
 constexpr int kGemvRows = 8;
-// The most sums of such a task, in L2: rows of words are then read in runs of 8 KiB for 8 rows of x, and whole for few.
+// The most sums of such a task. They stay in L2, and rows of words are read in runs of 8 KiB for 8 rows of x.
 constexpr int kGemvSums = 16384;
 
-// A block of a row of x as integers: x = scale[0] * limb 0 + scale[1] * limb 1.
+// A span of a row of x as integers: x = scale[0] * limb 0 + scale[1] * limb 1.
 enum class Limbs : uint8_t { kNone = 0, kOne = 1, kTwo = 2 };  // kNone: x has NaN or inf and is multiplied as float
 
-struct BlockScale {
+struct SpanScale {
   float scale[2];
   int32_t sum[2];  // of each limb
   Limbs limbs;
 };
 
-// acc (rows, kPanelColumns) += x (rows, depth) @ panel (depth, columns), by
+// acc (rows, kPanelColumns) += x (rows, depth) @ panel (depth, columns):
 //   integers: acc = fma(float(dot) * x_scale[row], scales[column], acc)
 //   float:    acc = fma(sum of fma over ascending rows of the panel, scales[column], acc)
 template <typename X, typename Panel>
 struct Multiply {
-  const X* x;
-  int64_t x_stride;
-  const BlockScale* x_scales;  // one per row, null for float
-  int limb;
-  int rows;
-  int depth;  // rows of the panel
-  const Panel* panel;
-  int columns;
-  const float* scales;  // [kPanelColumns]
-  float* acc;
-  // For int8 panels: where the dot of column n begins, and the part of its zero point that is not in the panel, or null.
+  const X* x = nullptr;
+  int64_t x_stride = 0;
+  const SpanScale* x_scales = nullptr;  // one per row, null for float
+  int limb = 0;
+  int rows = 0;
+  int depth = 0;  // rows of the panel
+  const Panel* panel = nullptr;
+  int columns = 0;
+  const float* scales = nullptr;  // [kPanelColumns]
+  float* acc = nullptr;
+  // For int8 panels: where the dot of each column begins, and the part of its zero point that is not in the panel, or
+  // null.
   const int32_t* start = nullptr;
   const int32_t* zeros = nullptr;
 };
@@ -72,94 +69,86 @@ constexpr int kInt8Offset = 128;
 
 // A few rows of x times a range of columns, straight from the words of a shuffled weight whose groups fill whole words.
 struct Gemv {
-  const Weight* weight;
-  int rows;  // at most kGemvRows
-  // Limb 0 of block b and row m, at (b * rows + m) * x_stride: int16, or int8 in quad_order.
-  const void* x;
-  const int16_t* x_second;  // with int16
-  bool int8;
-  int64_t x_stride;
-  const BlockScale* x_scales;  // [b * rows + m]; none has Limbs::kNone
-  int64_t column;
-  int columns;  // rows * columns is at most kGemvSums
-  float* acc;  // [rows][columns], all zero
+  const Weight* weight = nullptr;
+  int rows = 0;  // at most kGemvRows
+  // Limb 0 of span s and row m, at (s * rows + m) * x_stride: int16, or int8 in quad_order.
+  const void* x = nullptr;
+  const int16_t* x_second = nullptr;  // with int16
+  bool int8 = false;
+  int64_t x_stride = 0;
+  const SpanScale* x_scales = nullptr;  // [s * rows + m]; none has Limbs::kNone
+  int64_t column = 0;
+  int columns = 0;       // rows * columns is at most kGemvSums
+  float* acc = nullptr;  // [rows][columns], all zero
 };
 
-// acc += x @ panel like Multiply, by a matrix unit. x is bytes in quad_order: signed ones, or for two_bytes x_stride / 2
-// high bytes and as many unsigned low ones. Rows up to a multiple of Tiles::rows may be read, and their sums are lost.
-struct MultiplyTiles {
-  const int8_t* x;
-  int64_t x_stride;
-  const BlockScale* x_scales;
-  int limb;
-  bool two_bytes;
-  int rows;
-  int depth;
-  int tile_depth;  // rows of W in a tile; x and the panel go on, x with zeros, to a multiple of it
-  const int8_t* panel;
-  int columns;
-  const float* scales;
-  const int32_t* zeros;
-  float* acc;
+// acc += x @ panel like Multiply, by a matrix unit. x is signed bytes in quad_order. For two_bytes it is x_stride / 2
+// signed high bytes and as many unsigned low ones. Rows up to a multiple of MatrixUnit::rows may be read, and their sums
+// are lost.
+struct MultiplyBytes {
+  const int8_t* x = nullptr;
+  int64_t x_stride = 0;
+  const SpanScale* x_scales = nullptr;
+  int limb = 0;
+  bool two_bytes = false;
+  int rows = 0;
+  int depth = 0;
+  int step = 0;  // rows of W at once; x and the panel go on, x with zeros, to a multiple of it
+  const int8_t* panel = nullptr;
+  int columns = 0;
+  const float* scales = nullptr;
+  const int32_t* zeros = nullptr;
+  float* acc = nullptr;
 };
 
 // A thread configures the unit before a run of products, and releases it afterwards.
-struct Tiles {
-  int rows;
-  void (*start)(int tile_depth);
-  void (*stop)();
-  void (*multiply)(const MultiplyTiles& multiply, Ahead& ahead);
+struct MatrixUnit {
+  int rows = 0;
+  void (*start)(int step) = nullptr;
+  void (*stop)() = nullptr;
+  void (*multiply)(const MultiplyBytes& multiply, Ahead& ahead) = nullptr;
 };
 
+// The table of an ISA. Where it leaves a field null, the result comes by another way and is the same.
 struct Kernels {
-  const char* name;
+  const char* name = nullptr;
+  // Whether this CPU has the ISA.
+  bool (*available)() = nullptr;
 
   // out[i] = x[perm ? perm[i] : i] in float32, for `count` entries from `begin` on.
-  void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out);
+  void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) = nullptr;
   // Returns whether all values are finite.
-  bool (*store)(const float* values, int count, void* out, DType dtype);
-  // Rounds a block to limbs of at most `limit` (32767, or 127 for which there is no second limb), padded with zeros
-  // to `stride` entries.
-  BlockScale (*quantize)(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second);
+  bool (*store)(const float* values, int count, void* out, DType dtype) = nullptr;
+  // Rounds a span to limbs of at most `limit`, padded with zeros to `stride` entries, a multiple of 8. The limit is 32767,
+  // or 127, for which there is no second limb.
+  SpanScale (*quantize)(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) = nullptr;
+  // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
+  void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) = nullptr;
 
   // The zero points and scales of one group, zero beyond `columns`.
-  void (*load_zeros)(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros);
-  void (*load_scales)(const Weight& weight, int64_t group, int64_t column, int columns, float* scales);
+  void (*load_zeros)(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) = nullptr;
+  void (*load_scales)(const Weight& weight, int64_t group, int64_t column, int columns, float* scales) = nullptr;
   void (*unpack_int16)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
-                       int16_t* panel);
+                       int16_t* panel) = nullptr;
+  // Without scales where they are null.
   void (*unpack_float)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
-                       const float* scales, float* panel);
-
+                       const float* scales, float* panel) = nullptr;
   // Rows [row, row + rows) of columns [column, column + columns), at most kPanelColumns of both, all of one group.
   void (*unpack_transposed)(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
-                            const int32_t* zeros, const float* scales, float* panel);
+                            const int32_t* zeros, const float* scales, float* panel) = nullptr;
 
-  void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead);
-  void (*multiply_float)(const Multiply<float, float>& multiply, Ahead& ahead);
+  void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead) = nullptr;
+  void (*multiply_float)(const Multiply<float, float>& multiply, Ahead& ahead) = nullptr;
 
-  // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
-  void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out);
-
-  // Null where an ISA has none: then int8 values go through the int16 panel, to the same result.
-  // start[column] = -kInt8Offset * (sum of the panel's column).
+  // Both null where int8 values go through the int16 panel. start[column] = -kInt8Offset * (sum of the panel's column).
   void (*unpack_int8)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
-                      int8_t* panel, int32_t* start);
-  void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead);
+                      int8_t* panel, int32_t* start) = nullptr;
+  void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead) = nullptr;
   // Null where panels serve few rows as well.
-  void (*gemv)(const Gemv& gemv);
-  // Null where there is no matrix unit.
-  const Tiles* tiles;
+  void (*gemv)(const Gemv& gemv) = nullptr;
+  // Null where there is none.
+  const MatrixUnit* matrix_unit = nullptr;
 };
-
-extern const Kernels kScalarKernels;
-#if EXLLAMA_X86
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx2VnniKernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAvx512VnniKernels;
-extern const Kernels kAmxKernels;
-extern const Tiles kAmxTiles;
-#endif
 
 // The table of the ISA in use.
 const Kernels& kernels();
@@ -170,13 +159,13 @@ inline bool fills_words(const Weight& weight, int64_t row, int rows) {
   return weight.shuffled && row % values == 0 && rows % values == 0;
 }
 
-// Where a row of x lies in a quad of bytes of the int8 panel, see quad_of: row quad_order(bits, i) of each block is
-// its i-th byte.
+// Where a row of x lies in a quad of bytes of the int8 panel: row quad_order(bits, i) of each block is its i-th byte.
+// quad_of in generic/words-inl.h unpacks them so.
 //   4 bits: w & 0x0f0f0f0f has the rows 0 4 1 5, (w >> 4) & 0x0f0f0f0f the rows 2 6 3 7
 //   2 bits: (w >> 2 i) & 0x03030303 has the rows 2 i, 2 i + 8, 2 i + 1, 2 i + 9
 //   3 bits: two pairs interleaved, 0 2 1 3
 //   8 bits: as they are
-// Negative for a width that has no order yet.
+// Negative for a width that has no order yet: the static_assert below refuses it.
 constexpr int quad_order(int bits, int i) {
   const int quad = i / 4, odd = i % 4 / 2, far = i % 2;
   if (bits == 4) return 2 * quad + odd + 4 * far;
@@ -200,9 +189,5 @@ inline const uint32_t* words_of(const Weight& weight, int64_t k, int64_t column)
   const int64_t block = k / layout::block_values(weight.bits);
   return weight.qweight + block * layout::block_words(weight.bits) * weight.N + column;
 }
-
-// Row k of q, for `columns` columns from `column` on.
-void unpack_row(const uint32_t* qweight, int64_t N, int bits, bool shuffled, int64_t k, int64_t column, int columns,
-                int32_t* out);
 
 }  // namespace exllama::cpu

@@ -1,10 +1,11 @@
 // Checkpoint order <-> shuffled order of the words.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "blocks.h"
-#include "../layout/dispatch.h"
-#include "kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+#include "layout/dispatch.h"
 
 namespace exllama::cpu {
 namespace {
@@ -20,17 +21,13 @@ void pack_block(const int32_t* values, int bits, bool shuffled, int64_t N, int c
     const layout::Place& place = format.place_of(j, shuffled);
     for (int i = 0; i < place.count; ++i) {
       const layout::Field field = place.fields[i];
-      const uint32_t mask = (1u << field.width) - 1;
       uint32_t* out = words + field.word * N;
-      for (int n = 0; n < columns; ++n) {
-        const uint32_t value = static_cast<uint32_t>(values[j * kColumns + n]);
-        out[n] |= (value >> field.low_bit & mask) << field.shift;
-      }
+      for (int n = 0; n < columns; ++n) out[n] |= field.put(static_cast<uint32_t>(values[j * kColumns + n]));
     }
   }
 }
 
-// out = in with the other order of bits, its row i being row source[i] of in; in may be out if source is null.
+// out = in with the other order of bits: row i of out is row source[i] of in. in may be out if source is null.
 void reorder(const uint32_t* in, bool in_shuffled, const int32_t* source, int64_t K, int64_t N, int bits, uint32_t* out,
              const Parallel& parallel) {
   const layout::Format& format = layout::format_of(bits);

@@ -15,14 +15,30 @@ namespace exllama::layout {
 struct Field {
   int low_bit;  // the value's bits from low_bit up
   int width;
-  int word;  // lie in this word of the block
+  int word;   // lie in this word of the block
   int shift;  // from this bit up
+
+  // What the word holds of the value, and what a word holds of `value` here and nowhere else.
+  EXLLAMA_HOST_DEVICE constexpr uint32_t get(uint32_t bits_of_word) const {
+    return (bits_of_word >> shift & mask()) << low_bit;
+  }
+  EXLLAMA_HOST_DEVICE constexpr uint32_t put(uint32_t value) const { return (value >> low_bit & mask()) << shift; }
+
+ private:
+  EXLLAMA_HOST_DEVICE constexpr uint32_t mask() const { return (1u << width) - 1; }
 };
 
 // Where the bits of one value lie: in one field, or in up to three for the values of 3 bits that cross words.
 struct Place {
   int count;
   Field fields[3];
+
+  // The value, whose block begins at `words` with its words `stride` apart.
+  EXLLAMA_HOST_DEVICE constexpr uint32_t read(const uint32_t* words, int64_t stride) const {
+    uint32_t value = 0;
+    for (int i = 0; i < count; ++i) value |= fields[i].get(words[fields[i].word * stride]);
+    return value;
+  }
 };
 
 struct Format {
@@ -32,7 +48,7 @@ struct Format {
   Place checkpoint[32];
   Place shuffled[32];
 
-  const Place& place_of(int64_t value, bool in_shuffled_order) const {
+  constexpr const Place& place_of(int64_t value, bool in_shuffled_order) const {
     const Place* places = in_shuffled_order ? shuffled : checkpoint;
     return places[value];
   }

@@ -5,8 +5,8 @@
 
 namespace exllama::cpu {
 
-size_t gemm_workspace_bytes(const Weight*, int64_t, int64_t, DType, Precision, int32_t) { return 0; }
-size_t gemm_dx_workspace_bytes(const Weight&, int64_t, DType, int32_t) { return 0; }
+size_t gemm_workspace_bytes(const Weight*, int64_t, int64_t, Precision, int32_t) { return 0; }
+size_t gemm_dx_workspace_bytes(const Weight&, int64_t, int32_t) { return 0; }
 size_t shuffle_workspace_bytes(int64_t, int64_t, int32_t, bool) { return 0; }
 void gemm(const Weight*, int64_t, const void*, DType, int64_t, void*, Precision, void*, const Parallel&) {}
 void gemm_dx(const Weight&, const void*, DType, int64_t, void*, void*, const Parallel&) {}

@@ -58,7 +58,7 @@ WORKS = 'echo "$@" >> $FOLDER/trace; while [ $# -gt 0 ]; do [ "$1" = -o ] && ech
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three sources to compile, and a place for the library."""
-    for name in (*CPU.bindings, "cpu/gemm.cpp"):
+    for name in (*CPU.bindings, "cpu/gemm/gemm.cpp"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
     (tmp_path / "out").mkdir()

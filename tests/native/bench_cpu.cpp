@@ -188,7 +188,7 @@ int main(int argc, char** argv) {
     for (uint32_t& word : words[i]) word = next();
     for (uint32_t& word : zeros[i]) word = next();
     weights.push_back({aligned(words[i]), aligned(zeros[i]), aligned(scales[i]), DType::kFloat16, nullptr, K, N, K / group,
-                       group, bits, true, true});
+                       group, bits, true, 0});
   }
   std::vector<char> memory((512 << 20) + 4096, 1);
   Pool pool(threads);
@@ -204,7 +204,7 @@ int main(int argc, char** argv) {
     for (uint16_t& value : grad) encode(normal(random), &value, DType::kFloat16, 0);
     std::printf("M=%-4ld", M);
     for (Precision precision : {Precision::kHigh, Precision::kMedium, Precision::kHighest}) {
-      const Workspace workspace(gemm_workspace_bytes(weights.data(), 1, M, DType::kFloat16, precision, threads));
+      const Workspace workspace(gemm_workspace_bytes(weights.data(), 1, M, precision, threads));
       std::vector<double> times, of_dram, of_peak;
       int copy = 0;
       double dram = 1e9, peak = 1e9;
@@ -233,7 +233,7 @@ int main(int argc, char** argv) {
                   2e-9 * M * K * N / time, 100 * median(of_peak), 1e-9 / peak);
       std::fflush(stdout);
     }
-    const Workspace workspace(gemm_dx_workspace_bytes(weights[0], M, DType::kFloat16, threads));
+    const Workspace workspace(gemm_dx_workspace_bytes(weights[0], M, threads));
     std::vector<double> of_peak;
     for (int repeat = 0; repeat < 7; ++repeat) {
       const double before = dot_time<Peak::kFloat>(pool, threads), start = now();

@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/cpu.h"
+#include "cpu/cpu.h"
 
 namespace native {
 
@@ -88,9 +88,13 @@ struct RandomWeight {
   std::vector<int64_t> group_of;  // of the checkpoint's rows
   Weight view;
 
-  RandomWeight(std::mt19937& random, int64_t K, int64_t N, int bits, int64_t group_size, Order order, bool v2,
-               DType scales_dtype)
-      : K(K), N(N), G((K + group_size - 1) / group_size), group_size(group_size), bits(bits) {
+  RandomWeight(std::mt19937& random, int64_t rows_of_W, int64_t columns, int width, int64_t rows_of_group, Order order,
+               bool v2, DType scales_dtype)
+      : K(rows_of_W),
+        N(columns),
+        G((rows_of_W + rows_of_group - 1) / rows_of_group),
+        group_size(rows_of_group),
+        bits(width) {
     std::vector<int32_t> q(K * N), z(G * N);
     for (int32_t& value : q) value = random() % (1 << bits);
     // Stored zero points reach the ends of their range, which v1 makes 2^bits.
@@ -146,9 +150,9 @@ struct RandomWeight {
 
  private:
   // Bit b of value k of a column lies at bit (k * bits + b) of the column's stream.
-  std::vector<uint32_t> pack(const std::vector<int32_t>& values, int64_t rows_, int64_t columns) const {
-    std::vector<uint32_t> result(rows_ * bits / 32 * columns);
-    for (int64_t k = 0; k < rows_; ++k) {
+  std::vector<uint32_t> pack(const std::vector<int32_t>& values, int64_t rows_of_values, int64_t columns) const {
+    std::vector<uint32_t> result(rows_of_values * bits / 32 * columns);
+    for (int64_t k = 0; k < rows_of_values; ++k) {
       for (int64_t n = 0; n < columns; ++n) {
         for (int b = 0; b < bits; ++b) {
           const int64_t position = k * bits + b;
@@ -174,7 +178,7 @@ struct Workspace {
 inline std::vector<uint8_t> run_gemm(const RandomWeight& weight, const std::vector<uint8_t>& x, DType dtype, int64_t M,
                                      Precision precision, int threads) {
   std::vector<uint8_t> out(M * weight.N * size_of(dtype), 0xff);
-  const Workspace workspace(gemm_workspace_bytes(&weight.view, 1, M, dtype, precision, threads));
+  const Workspace workspace(gemm_workspace_bytes(&weight.view, 1, M, precision, threads));
   gemm(&weight.view, 1, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
   return out;
 }
@@ -184,7 +188,7 @@ inline std::vector<uint8_t> run_gemm_of_two(const RandomWeight& weight, const st
                                             int64_t M, Precision precision, int threads) {
   const Weight parts[] = {weight.view, weight.view};
   std::vector<uint8_t> out(2 * M * weight.N * size_of(dtype), 0xff);
-  const Workspace workspace(gemm_workspace_bytes(parts, 2, M, dtype, precision, threads));
+  const Workspace workspace(gemm_workspace_bytes(parts, 2, M, precision, threads));
   gemm(parts, 2, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
   return out;
 }

@@ -1,5 +1,6 @@
 // The CPU kernels against sums in double and against themselves, without torch:
-//   g++ -O2 -std=c++17 -pthread tests/native/test_cpu.cpp csrc/cpu/*.cpp -o test_cpu && ./test_cpu
+//   g++ -O2 -std=c++17 -pthread -ffp-contract=off -Icsrc tests/native/test_cpu.cpp $(find csrc/cpu -name "*.cpp") \
+//       -o test_cpu && ./test_cpu
 // and the same with -fsanitize=address,undefined and -fsanitize=thread. `test_cpu quick` takes fewer shapes,
 // `test_cpu sampled` a third of their products too.
 #include <algorithm>
@@ -77,7 +78,7 @@ bool is_within(double got, double sum, double bound, DType dtype) {
   return rounded(sum - bound) <= got && got <= rounded(sum + bound);
 }
 
-// The bound of the class, per element: csrc/cpu/gemm.cpp says what is rounded where.
+// The bound of the class, per element: csrc/cpu/gemm/ says what is rounded where.
 void check_values(const Case& c, const std::vector<uint8_t>& out) {
   const RandomWeight& w = c.weight;
   const bool integers = c.precision != Precision::kHighest && (!w.view.g_idx());
@@ -208,7 +209,7 @@ void test_dx(std::mt19937& random, const RandomWeight& weight, DType dtype, int6
     std::vector<uint8_t> one_thread;
     for (int threads : {1, 3}) {
       std::vector<uint8_t> dx(M * weight.K * size_of(dtype), 0xff);
-      const Workspace workspace(gemm_dx_workspace_bytes(weight.view, M, dtype, threads));
+      const Workspace workspace(gemm_dx_workspace_bytes(weight.view, M, threads));
       gemm_dx(weight.view, grad.data(), dtype, M, dx.data(), workspace.data, {Threads::run, &threads, threads});
       if (threads == 1) one_thread = dx;
       expect(dx == one_thread, text + " dx threads " + isa);

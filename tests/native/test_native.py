@@ -41,11 +41,11 @@ def test_kernels_agree_with_double_sums_and_with_themselves(name: str, tmp_path:
     missing = [program for program in (build.compiler, *build.runner) if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
-    sources = [ROOT / "tests" / "native" / "test_cpu.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    flags = ["-std=c++17", "-pthread", "-ffp-contract=off", *build.flags]
+    sources = [ROOT / "tests" / "native" / "test_cpu.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
+    flags = ["-std=c++17", "-pthread", "-ffp-contract=off", "-I", str(ROOT / "csrc"), *build.flags]
     objects = []
-    for source in sources:
-        objects.append(tmp_path / f"{source.stem}.o")
+    for number, source in enumerate(sources):
+        objects.append(tmp_path / f"{number}.o")
         subprocess.run([build.compiler, *flags, "-c", source, "-o", objects[-1]], check=True)
     subprocess.run([build.compiler, *flags, *objects, "-o", tmp_path / "test_cpu"], check=True)
     command = [*build.runner, tmp_path / "test_cpu", build.extent]

@@ -1,35 +1,28 @@
-// The vocabulary of vectors.h for AVX-512 (F, BW, DQ, VL), and what its sources share beyond that.
+// The vocabulary of generic/ for AVX-512 (F, BW, DQ, VL).
 #pragma once
 
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "convert.h"
-#include "kernels.h"
-#include "kernels_scalar.h"
+#include "cpu/cpu.h"
 
 #define EXLLAMA_VECTOR __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define EXLLAMA_VECTOR_INLINE EXLLAMA_VECTOR inline __attribute__((always_inline))
 
 namespace exllama::cpu {
-
-namespace avx512 {
-void gemv(const Gemv& gemv);
-void gemv_vnni(const Gemv& gemv);
-}  // namespace avx512
-
 namespace {
 
 using Int = __m512i;
 using Float = __m512;
+using Mask = __mmask16;
+using Short = __m256i;  // kStrip numbers of 16 bits
+using Bytes = __m128i;
+
 constexpr int kStrip = 16;
 // Of 32 registers 12 x 2 sums take 24, which leaves the weights and one broadcast; fewer rows take 4 strips, so that
 // enough sums are in flight for the 5 cycles of a dot product.
 constexpr int kTallRows = 12, kWideRows = 6;
+// 8 x 2 sums of 32 registers.
 constexpr int kGemvVectors = 8;
-
-using Mask = __mmask16;
 
 EXLLAMA_VECTOR_INLINE Int lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 // The first `count` lanes.
@@ -57,6 +50,11 @@ EXLLAMA_VECTOR_INLINE Int shift_right_signed(Int a, int bits) { return _mm512_sr
 EXLLAMA_VECTOR_INLINE Int join(Int a, Int b, int lane) { return _mm512_mask_mov_epi32(b, mask_of(lane), a); }
 // Zero off the mask.
 EXLLAMA_VECTOR_INLINE Int keep(Mask mask, Int a) { return _mm512_maskz_mov_epi32(mask, a); }
+EXLLAMA_VECTOR_INLINE Int abs_int32(Int a) { return _mm512_abs_epi32(a); }
+EXLLAMA_VECTOR_INLINE Int max_int32(Int a, Int b) { return _mm512_max_epi32(a, b); }
+EXLLAMA_VECTOR_INLINE int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a); }
+EXLLAMA_VECTOR_INLINE int32_t reduce_add(Int a) { return _mm512_reduce_add_epi32(a); }
+EXLLAMA_VECTOR_INLINE bool any_bit(Int a) { return _mm512_test_epi32_mask(a, a) != 0; }
 EXLLAMA_VECTOR_INLINE Int permute(Int a, Int lane) { return _mm512_permutexvar_epi32(lane, a); }
 
 EXLLAMA_VECTOR_INLINE Float set_float(float value) { return _mm512_set1_ps(value); }
@@ -68,27 +66,51 @@ EXLLAMA_VECTOR_INLINE Float load_floats_masked(const float* from, Mask mask) {
 EXLLAMA_VECTOR_INLINE void store_floats_masked(float* to, Mask mask, Float value) {
   _mm512_mask_storeu_ps(to, mask, value);
 }
+// The first `count` entries, which may be more than there are.
+EXLLAMA_VECTOR_INLINE void store_floats_upto(float* to, Float value, int64_t count) {
+  _mm512_mask_storeu_ps(to, mask_of(count), value);
+}
+// from[index[i]], zero beyond `count` entries.
+EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* index, int64_t count) {
+  const Mask mask = mask_of(count);
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_maskz_loadu_epi32(mask, index), from, 4);
+}
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
+EXLLAMA_VECTOR_INLINE Int to_nearest_int(Float value) { return _mm512_cvtps_epi32(value); }
+EXLLAMA_VECTOR_INLINE Int as_int(Float value) { return _mm512_castps_si512(value); }
+EXLLAMA_VECTOR_INLINE Int where_nan(Float value, Int nan, Int number) {
+  return _mm512_mask_mov_epi32(number, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), nan);
+}
+EXLLAMA_VECTOR_INLINE Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 
-EXLLAMA_VECTOR_INLINE Float widen(__m256i values, DType dtype) {
+EXLLAMA_VECTOR_INLINE Short load_shorts(const uint16_t* from, int64_t count) {
+  return _mm256_maskz_loadu_epi16(mask_of(count), from);
+}
+EXLLAMA_VECTOR_INLINE void store_shorts(void* to, Short values, int64_t count) {
+  _mm256_mask_storeu_epi16(to, mask_of(count), values);
+}
+// Values that fit 16 bits.
+EXLLAMA_VECTOR_INLINE Short narrow_signed(Int values) { return _mm512_cvtepi32_epi16(values); }
+EXLLAMA_VECTOR_INLINE Short narrow_unsigned(Int values) { return _mm512_cvtepi32_epi16(values); }
+EXLLAMA_VECTOR_INLINE Short to_half(Float values) { return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
+EXLLAMA_VECTOR_INLINE Float widen(Short values, DType dtype) {
   if (dtype == DType::kFloat16) return _mm512_cvtph_ps(values);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
 // `count` entries from `index` on, zero beyond them.
 EXLLAMA_VECTOR_INLINE Float load_any(const void* from, DType dtype, int64_t index, int64_t count) {
-  const Mask mask = mask_of(count);
-  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + index);
-  return widen(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + index), dtype);
+  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask_of(count), static_cast<const float*>(from) + index);
+  return widen(load_shorts(static_cast<const uint16_t*>(from) + index, count), dtype);
 }
 
-// sum += two int16 products. As assembler, since gcc 12 copies the sums of the intrinsic to and fro, and sees to all
-// products first where there are two instructions.
-template <bool kVnni>
+// sum += two int16 products. This is assembler because gcc 12 copies the sums of the intrinsic to and fro, and computes
+// all products first where there are two instructions.
+template <bool vnni>
 EXLLAMA_VECTOR_INLINE void dot_int16(Int& sum, Int a, Int b) {
-  if (kVnni) {
+  if constexpr (vnni) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   } else {
     Int product;
@@ -101,13 +123,23 @@ EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// Of 8-bit words: rows 0 and 1, or rows 2 and 3, in 16 bits each: bytes 3 2 1 0 become . 1 . 0 or . 3 . 2.
+// Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each: bytes 3 2 1 0 become . 1 . 0 or . 3 . 2.
 EXLLAMA_VECTOR_INLINE Int byte_pair(Int words, int pair) {
   const Int low = _mm512_set4_epi32(-0x7ff27ff4, -0x7ff67ff8, -0x7ffa7ffc, -0x7ffe8000);
   return _mm512_shuffle_epi8(words, pair == 0 ? low : _mm512_add_epi8(low, set_int(0x00020002)));
 }
 
+EXLLAMA_VECTOR_INLINE Bytes load_bytes(const uint8_t* from) {
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(from));
+}
+// (from[order[i]] >> shift) + offset as a byte, for 16 entries, or as many as there are.
+EXLLAMA_VECTOR_INLINE void pack_16_bytes(const int16_t* from, int64_t count, int shift, int offset, Bytes order,
+                                         uint8_t* to) {
+  const __mmask16 mask = mask_of(count);
+  const __m256i shifted = _mm256_sra_epi16(_mm256_maskz_loadu_epi16(mask, from), _mm_cvtsi32_si128(shift));
+  const __m256i moved = _mm256_add_epi16(shifted, _mm256_set1_epi16(static_cast<int16_t>(offset)));
+  _mm_mask_storeu_epi8(to, mask, _mm_shuffle_epi8(_mm256_cvtepi16_epi8(moved), order));
+}
+
 }  // namespace
 }  // namespace exllama::cpu
-
-#include "vectors.h"

@@ -1,34 +1,33 @@
 // dx = grad @ W^T in float32, with the scales inside the sum over columns.
 //
-// The panels are transposed, so that this is a product like gemm's: a task is some rows of grad by some rows of W, in
-// panels of kPanelColumns of them, and walks the columns of W in blocks, whose sums are added in ascending order.
+// The panels are transposed, so that this is a product like gemm's. A tile is some rows of grad by some rows of W, in
+// panels of kPanelColumns of them. It walks the columns of W in chunks, whose sums are added in ascending order.
+#include <algorithm>
 #include <cmath>
 
-#include "ahead.h"
-#include "blocks.h"
-#include "convert.h"
-#include "exact.h"
-#include "kernels.h"
+#include "cpu/ahead.h"
+#include "cpu/arena.h"
+#include "cpu/convert.h"
+#include "cpu/gemm/exact.h"
+#include "cpu/gemm/partition.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/spans.h"
 
 namespace exllama::cpu {
 namespace {
 
-// Columns of W in a block, the depth of a product, two unpackings.
+// Columns of W in a chunk, the depth of a product: two unpackings.
 constexpr int kDepth = 2 * kPanelColumns;
-constexpr int kChunkRows = 256, kTaskPanels = 8;
-
-int64_t task_sums(int64_t K, int64_t M) {
-  return std::min<int64_t>(M, kChunkRows) * std::min<int64_t>(round_up(K, kPanelColumns), kTaskPanels * kPanelColumns);
-}
 
 struct Scratch {
-  float* grad;  // [block of columns][row][kDepth]
-  float* sums;  // [worker][task's sums]
+  float* grad;  // [chunk of columns][row][kDepth]
+  float* sums;  // [worker][sums of a tile]
 };
 
 Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, int32_t threads) {
   return {arena.take<float>(ceil_div(weight.N, kDepth) * M * kDepth),
-          arena.take<float>(threads * task_sums(weight.K, M))};
+          arena.take<float>(threads * tile_sums(weight.K, M))};
 }
 
 class GemmDx {
@@ -38,26 +37,23 @@ class GemmDx {
 
   void run(const Parallel& parallel) const {
     for_each(parallel, M_, [&](int64_t m) {
-      for (int64_t b = 0; b < blocks(); ++b) {
+      for (int64_t c = 0; c < chunks(); ++c) {
         const void* row = offset(source_, dtype_, m * weight_.N);
-        isa_.load(row, dtype_, nullptr, b * kDepth, depth(b), grad_ + (b * M_ + m) * kDepth);
+        isa_.load(row, dtype_, nullptr, c * kDepth, depth(c), grad_ + (c * M_ + m) * kDepth);
       }
     });
-    int64_t chunk = kChunkRows, width = kTaskPanels * kPanelColumns;
-    const auto tasks = [&] { return ceil_div(weight_.K, width) * ceil_div(M_, chunk); };
-    while (width > kPanelColumns && tasks() < 4 * parallel.threads) width /= 2;
-    while (chunk > 32 && tasks() < 4 * parallel.threads) chunk /= 2;
-    const int64_t widths = ceil_div(weight_.K, width);
-    for_each(parallel, tasks(), [&](int64_t task, int32_t worker) {
-      const int64_t begin = task / widths * chunk, row = task % widths * width;
-      multiply(begin, static_cast<int>(std::min(chunk, M_ - begin)), row, std::min(width, weight_.K - row),
-               sums_ + worker * task_sums(weight_.K, M_));
+    const Partition partition(M_, parallel.threads, [&](int64_t width) { return ceil_div(weight_.K, width); });
+    for_each(parallel, partition.tiles(), [&](int64_t task, int32_t worker) {
+      const Tile tile = partition[task];
+      const int64_t row = tile.range * partition.width();
+      multiply(tile.row, tile.rows, row, std::min(partition.width(), weight_.K - row),
+               sums_ + worker * tile_sums(weight_.K, M_));
     });
   }
 
  private:
-  int64_t blocks() const { return ceil_div(weight_.N, kDepth); }
-  int depth(int64_t b) const { return static_cast<int>(std::min<int64_t>(kDepth, weight_.N - b * kDepth)); }
+  int64_t chunks() const { return ceil_div(weight_.N, kDepth); }
+  int depth(int64_t c) const { return static_cast<int>(std::min<int64_t>(kDepth, weight_.N - c * kDepth)); }
 
   // `rows` rows of grad from `begin` on by `width` rows of W from `row` on.
   void multiply(int64_t begin, int rows, int64_t row, int64_t width, float* acc) const {
@@ -67,17 +63,24 @@ class GemmDx {
     const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
     const WordLines lines(weight_, kPanelColumns, kDepth);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
-    for (int64_t b = 0; b < blocks(); ++b) {
-      const float* grad = grad_ + (b * M_ + begin) * kDepth;
+    for (int64_t c = 0; c < chunks(); ++c) {
       for (int64_t panel = 0; panel < panels; ++panel) {
         alignas(64) float W[kDepth * kPanelColumns];
         const int64_t from = row + panel * kPanelColumns;
         const int panel_rows = rows_of(panel, width);
-        unpack(from, panel_rows, b * kDepth, depth(b), W);
+        unpack(from, panel_rows, c * kDepth, depth(c), W);
         Ahead ahead{};
-        if (b + 1 < blocks()) ahead = lines.from(words_of(weight_, from, (b + 1) * kDepth));
-        isa_.multiply_float({grad, kDepth, nullptr, 0, rows, depth(b), W, panel_rows, kOnes, acc + panel * panel_sums},
-                            ahead);
+        if (c + 1 < chunks()) ahead = lines.from(words_of(weight_, from, (c + 1) * kDepth));
+        Multiply<float, float> product;
+        product.x = grad_ + (c * M_ + begin) * kDepth;
+        product.x_stride = kDepth;
+        product.rows = rows;
+        product.depth = depth(c);
+        product.panel = W;
+        product.columns = panel_rows;
+        product.scales = kOnes;
+        product.acc = acc + panel * panel_sums;
+        isa_.multiply_float(product, ahead);
       }
     }
     bool finite = true;
@@ -102,18 +105,18 @@ class GemmDx {
 
   // scale * (q - z) as [column][row], group by group.
   void unpack(int64_t row, int rows, int64_t column, int columns, float* W) const {
-    const int64_t group_size = Blocks::grouped(weight_) ? std::min(weight_.group_size, weight_.K) : 1;
+    const int64_t group_size = Spans::grouped(weight_) ? std::min(weight_.group_size, weight_.K) : 1;
     for (int first = 0; first < rows;) {
       const int64_t k = row + first;
-      const int64_t group = Blocks::grouped(weight_) ? k / group_size : weight_.g_idx()[k];
+      const int64_t group = Spans::grouped(weight_) ? k / group_size : weight_.g_idx()[k];
       const int count = static_cast<int>(std::min<int64_t>(rows - first, group_size - k % group_size));
       for (int n = 0; n < columns; n += kPanelColumns) {
         int32_t zeros[kPanelColumns];
         float scales[kPanelColumns];
-        const int part = std::min(kPanelColumns, columns - n);
-        isa_.load_zeros(weight_, group, column + n, part, zeros);
-        isa_.load_scales(weight_, group, column + n, part, scales);
-        isa_.unpack_transposed(weight_, k, count, column + n, part, zeros, scales, W + n * kPanelColumns + first);
+        const int some = std::min(kPanelColumns, columns - n);
+        isa_.load_zeros(weight_, group, column + n, some, zeros);
+        isa_.load_scales(weight_, group, column + n, some, scales);
+        isa_.unpack_transposed(weight_, k, count, column + n, some, zeros, scales, W + n * kPanelColumns + first);
       }
       first += count;
     }
@@ -144,7 +147,7 @@ class GemmDx {
 
 }  // namespace
 
-size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, DType, int32_t threads) {
+size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, int32_t threads) {
   Arena arena(nullptr);
   take_scratch(arena, weight, M, threads);
   return arena.bytes();

@@ -1,11 +1,12 @@
-#include "exact.h"
+#include "cpu/gemm/exact.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "blocks.h"
-#include "convert.h"
-#include "kernels_scalar.h"
+#include "cpu/convert.h"
+#include "cpu/isa/scalar/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/spans.h"
 
 namespace exllama::cpu {
 namespace {
@@ -38,7 +39,7 @@ struct Group {
 
   // Those of row k, unless they are there: whether they were loaded.
   bool load(int64_t k) {
-    const int64_t group = Blocks::grouped(weight) ? k / weight.group_size : weight.g_idx()[k];
+    const int64_t group = Spans::grouped(weight) ? k / weight.group_size : weight.g_idx()[k];
     if (group == index) return false;
     index = group;
     scalar::load_zeros(weight, group, column, columns, zeros);

@@ -1,34 +1,17 @@
 // The kernels in plain C++: what runs where nothing better is known, and what the vector kernels are compared with.
-#include "../layout/dispatch.h"
-#include "kernels_scalar.h"
+#include "cpu/isa/scalar/kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
-#include "convert.h"
+#include "cpu/isa/isas.h"
+#include "cpu/rows.h"
+#include "layout/dispatch.h"
 
-namespace exllama::cpu {
+namespace exllama::cpu::scalar {
 
-void unpack_row(const uint32_t* qweight, int64_t N, int bits, bool shuffled, int64_t k, int64_t column, int columns,
-                int32_t* out) {
-  const layout::Format& format = layout::format_of(bits);
-  const int64_t block = k / format.block_values;
-  const layout::Place& place = format.place_of(k % format.block_values, shuffled);
-  const uint32_t* words = qweight + block * format.block_words * N + column;
-  for (int i = 0; i < place.count; ++i) {
-    const layout::Field field = place.fields[i];
-    const uint32_t* row = words + field.word * N;
-    const uint32_t mask = (1u << field.width) - 1;
-    for (int n = 0; n < columns; ++n) {
-      const int32_t part = static_cast<int32_t>((row[n] >> field.shift & mask) << field.low_bit);
-      out[n] = i == 0 ? part : out[n] | part;
-    }
-  }
-}
-
-namespace scalar {
 
 void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
   for (int i = 0; i < count; ++i) out[i] = load_float(x, dtype, perm ? perm[begin + i] : begin + i);
@@ -41,7 +24,7 @@ bool store(const float* values, int count, void* out, DType dtype) {
   return largest < 0x7f800000;
 }
 
-BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {
+SpanScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {
   std::memset(first, 0, stride * sizeof *first);
   uint32_t bits = 0;
   for (int i = 0; i < rows; ++i) bits = std::max(bits, float_bits(x[i]) & 0x7fffffff);
@@ -59,7 +42,7 @@ BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* fi
     sum += q;
     sum_abs += std::abs(q);
   }
-  BlockScale scale{{power_of_two(exponent), 1}, {sum, 0}, Limbs::kOne};
+  SpanScale scale{{power_of_two(exponent), 1}, {sum, 0}, Limbs::kOne};
   if (limit != 32767 || !has_outlier(rows, largest, sum_abs)) return scale;
 
   const int exponent2 = second_exponent(exponent);
@@ -78,15 +61,13 @@ BlockScale quantize(const float* x, int rows, int stride, int limit, int16_t* fi
 }
 
 void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
-  const int bits = weight.bits;
-  const uint32_t* words = weight.qzeros + group * (weight.N * bits / 32);
-  const uint32_t mask = (1u << bits) - 1;
+  // A row of zero points is in checkpoint order along its columns, and its words lie side by side.
+  const layout::Format& format = layout::format_of(weight.bits);
+  const uint32_t* words = weight.qzeros + group * (weight.N * weight.bits / 32);
   for (int n = 0; n < columns; ++n) {
-    const int64_t position = (column + n) * bits;
-    const int shift = static_cast<int>(position % 32);
-    uint32_t value = words[position / 32] >> shift;
-    if (shift + bits > 32) value |= words[position / 32 + 1] << (32 - shift);
-    zeros[n] = static_cast<int32_t>(value & mask) + weight.zero_offset;
+    const int64_t block = (column + n) / format.block_values, value = (column + n) % format.block_values;
+    const uint32_t stored = format.place_of(value, false).read(words + block * format.block_words, 1);
+    zeros[n] = static_cast<int32_t>(stored) + weight.zero_offset;
   }
   for (int n = columns; n < kPanelColumns; ++n) zeros[n] = 0;
 }
@@ -166,25 +147,25 @@ void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, 
   }
 }
 
-}  // namespace scalar
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels made;
+    made.name = "scalar";
+    made.available = [] { return true; };
+    made.load = load;
+    made.store = store;
+    made.quantize = quantize;
+    made.pack_bytes = pack_bytes;
+    made.load_zeros = load_zeros;
+    made.load_scales = load_scales;
+    made.unpack_int16 = unpack_int16;
+    made.unpack_float = unpack_float;
+    made.unpack_transposed = unpack_transposed;
+    made.multiply_int16 = multiply_int16;
+    made.multiply_float = multiply_float;
+    return made;
+  }();
+  return table;
+}
 
-const Kernels kScalarKernels = {
-    "scalar",
-    scalar::load,
-    scalar::store,
-    scalar::quantize,
-    scalar::load_zeros,
-    scalar::load_scales,
-    scalar::unpack_int16,
-    scalar::unpack_float,
-    scalar::unpack_transposed,
-    scalar::multiply_int16,
-    scalar::multiply_float,
-    scalar::pack_bytes,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-};
-
-}  // namespace exllama::cpu
+}  // namespace exllama::cpu::scalar

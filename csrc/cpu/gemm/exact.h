@@ -8,7 +8,7 @@
 // as they are, and of rows with inf only the infinite terms count, so that these stay within 8 times their usual time.
 #pragma once
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 
 namespace exllama::cpu {
 

@@ -1,0 +1,64 @@
+// x span by span, as the kernels multiply it.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/arena.h"
+#include "cpu/convert.h"
+#include "cpu/gemm/plan.h"
+#include "cpu/kernels.h"
+#include "cpu/spans.h"
+
+namespace exllama::cpu {
+
+// x as the op takes it. Row k of the words is multiplied with column perm[k], or k.
+struct Source {
+  const void* x;
+  DType dtype;
+  int64_t M;
+  int64_t K;
+  const int32_t* perm;
+
+  const void* row(int64_t m) const { return offset(x, dtype, m * K); }
+};
+
+// Entry (span, row of x) of each array is at span * M + row, and has `stride` values.
+struct PackedX {
+  int64_t M;
+  int64_t stride;
+  // Limbs of integers. Where a matrix unit multiplies int16, the two bytes of a limb lie in its place, as MultiplyBytes
+  // has them.
+  int16_t* first = nullptr;
+  int16_t* second = nullptr;
+  uint8_t* bytes = nullptr;
+  SpanScale* scales = nullptr;
+  float* floats = nullptr;
+
+  // Takes the arrays of a class, whatever plan is made for it.
+  PackedX(Arena& arena, const Weight& weight, int64_t M, NumberClass numbers);
+
+  int64_t entry(int64_t span, int64_t m) const { return span * M + m; }
+};
+
+// Rows of W that a matrix unit multiplies at once.
+int unit_step(const Weight& weight);
+
+class XPacker {
+ public:
+  XPacker(const Kernels& isa, const Source& source, const Plan& plan, const Weight& weight, const PackedX& packed)
+      : isa_(isa), source_(source), plan_(plan), bits_(weight.bits), packed_(packed) {}
+
+  // Row m of x in a span.
+  void pack(int64_t index, const Span& span, int64_t m) const;
+
+ private:
+  void pack_two_bytes(const int16_t* limb, int16_t* out) const;
+
+  const Kernels& isa_;
+  const Source& source_;
+  const Plan plan_;
+  const int bits_;
+  const PackedX& packed_;
+};
+
+}  // namespace exllama::cpu

@@ -1,0 +1,37 @@
+// How a product is computed. It is chosen once, before anything is packed or multiplied.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "cpu/spans.h"
+
+namespace exllama::cpu {
+
+// The numbers that are multiplied: x as it is, or limbs of at most 32767 or 127.
+enum class NumberClass { kFloat, kInt16, kInt8 };
+
+inline NumberClass class_of(const Weight& weight, Precision precision) {
+  if (precision == Precision::kHighest || !Spans::grouped(weight)) return NumberClass::kFloat;
+  return precision == Precision::kHigh ? NumberClass::kInt16 : NumberClass::kInt8;
+}
+
+struct Plan {
+  NumberClass numbers;
+  bool gemv;               // few rows, straight from the words
+  const MatrixUnit* unit;  // or null, for vectors
+  bool int8;               // limb 0 is multiplied as bytes
+};
+
+inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass numbers, int64_t M) {
+  const int values = layout::block_values(weight.bits);
+  const bool whole_words = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
+  const bool integers = numbers != NumberClass::kFloat && whole_words;
+  Plan plan{numbers, false, nullptr, false};
+  plan.gemv = integers && M <= kGemvRows && isa.gemv;
+  plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
+  plan.int8 = integers && numbers == NumberClass::kInt8 && isa.multiply_int8;
+  return plan;
+}
+
+}  // namespace exllama::cpu

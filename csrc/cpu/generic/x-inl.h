@@ -1,0 +1,110 @@
+// Rows of x and of the result: from any dtype to float, from float to integers, and back to any dtype.
+#pragma once
+
+#include "cpu/convert.h"
+#include "cpu/isa/scalar/kernels.h"
+#include "cpu/kernels.h"
+
+namespace exllama::cpu {
+namespace {
+
+constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;
+
+EXLLAMA_VECTOR inline void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
+  for (int i = 0; i < count; i += kStrip) {
+    const int left = count - i;
+    Float value;
+    if (!perm) {
+      value = load_any(x, dtype, begin + i, left);
+    } else if (dtype == DType::kFloat32) {
+      value = gather_floats(static_cast<const float*>(x), perm + begin + i, left);
+    } else {
+      alignas(64) uint16_t gathered[kStrip] = {};
+      const int there = left < kStrip ? left : kStrip;
+      for (int j = 0; j < there; ++j) gathered[j] = static_cast<const uint16_t*>(x)[perm[begin + i + j]];
+      value = widen(load_shorts(gathered, kStrip), dtype);
+    }
+    store_floats_upto(out + i, value, left);
+  }
+}
+
+// The bits of bfloat16 in the low half of each lane, rounded to nearest even.
+EXLLAMA_VECTOR_INLINE Int round_to_bfloat(Float value) {
+  const Int bits = as_int(value);
+  const Int odd = bit_and(shift_right(bits, 16), set_int(1));
+  const Int rounded = shift_right(add_int32(bits, add_int32(odd, set_int(0x7fff))), 16);
+  return where_nan(value, set_int(0x7fc0), rounded);
+}
+
+EXLLAMA_VECTOR inline bool store(const float* values, int count, void* out, DType dtype) {
+  Int largest = set_int(0);
+  for (int i = 0; i < count; i += kStrip) {
+    const int left = count - i;
+    const Float value = load_any(values, DType::kFloat32, i, left);
+    largest = max_int32(largest, bit_and(as_int(value), set_int(kMagnitude)));
+    if (dtype == DType::kFloat32) {
+      store_floats_upto(static_cast<float*>(out) + i, value, left);
+    } else {
+      const Short rounded = dtype == DType::kFloat16 ? to_half(value) : narrow_unsigned(round_to_bfloat(value));
+      store_shorts(static_cast<uint16_t*>(out) + i, rounded, left);
+    }
+  }
+  return reduce_max(largest) < kInfinity;
+}
+
+EXLLAMA_VECTOR inline SpanScale quantize(const float* x, int rows, int stride, int limit, int16_t* first,
+                                         int16_t* second) {
+  Int highest = set_int(0);
+  for (int i = 0; i < rows; i += kStrip) {
+    const Float value = load_any(x, DType::kFloat32, i, rows - i);
+    highest = max_int32(highest, bit_and(as_int(value), set_int(kMagnitude)));
+  }
+  const int32_t bits = reduce_max(highest);
+  if (bits == 0 || bits >= kInfinity) return scalar::quantize(x, rows, stride, limit, first, second);
+
+  const int exponent = scalar::scale_exponent(static_cast<uint32_t>(bits), limit);
+  // 1 / scale in two factors, since 2^149 is no float.
+  const Float up = set_float(power_of_two(exponent < -126 ? 126 : -exponent));
+  const Float more = set_float(power_of_two(exponent < -126 ? -exponent - 126 : 0));
+  Int largest = set_int(0), sum = largest, sum_abs = largest;
+  for (int i = 0; i < stride; i += kStrip) {
+    const Float value = load_any(x, DType::kFloat32, i, rows - i);
+    const Int q = to_nearest_int(multiply(multiply(value, up), more));
+    const Int q_abs = abs_int32(q);
+    largest = max_int32(largest, q_abs);
+    sum = add_int32(sum, q);
+    sum_abs = add_int32(sum_abs, q_abs);
+    store_shorts(first + i, narrow_signed(q), stride - i);
+  }
+  SpanScale scale{{power_of_two(exponent), 1}, {reduce_add(sum), 0}, Limbs::kOne};
+  if (limit != 32767 || !scalar::has_outlier(rows, reduce_max(largest), reduce_add(sum_abs))) return scale;
+
+  const int exponent2 = scalar::second_exponent(exponent);
+  const Float finer = set_float(power_of_two(exponent - exponent2));
+  Int any = set_int(0), second_sum = any;
+  for (int i = 0; i < stride; i += kStrip) {
+    const Float value = load_any(x, DType::kFloat32, i, rows - i);
+    const Float scaled = multiply(multiply(value, up), more);
+    const Float rest = subtract(scaled, to_float(to_nearest_int(scaled)));
+    const Int q = to_nearest_int(multiply(rest, finer));
+    any = bit_or(any, q);
+    second_sum = add_int32(second_sum, q);
+    store_shorts(second + i, narrow_signed(q), stride - i);
+  }
+  scale.scale[1] = power_of_two(exponent2);
+  scale.sum[1] = reduce_add(second_sum);
+  if (any_bit(any)) scale.limbs = Limbs::kTwo;
+  return scale;
+}
+
+EXLLAMA_VECTOR inline void pack_bytes(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) {
+  alignas(16) uint8_t order[16];
+  // Rows change places within 16 at most.
+  const int values = layout::block_values(bits) < 16 ? layout::block_values(bits) : 16;
+  for (int i = 0; i < 16; ++i) order[i] = static_cast<uint8_t>(i / values * values + quad_order(bits, i % values));
+  const Bytes in_quads = load_bytes(order);
+  for (int k = 0; k < rows; k += 16) pack_16_bytes(limb + k, rows - k, shift, offset, in_quads, out + k);
+}
+
+}  // namespace
+}  // namespace exllama::cpu

@@ -1,0 +1,38 @@
+// The tables for AVX-512 (F, BW, DQ, VL), with and without VNNI.
+#include "cpu/isa/isas.h"
+
+#if EXLLAMA_X86
+
+#include "cpu/isa/avx512/vocabulary-inl.h"
+
+#include "cpu/generic/table-inl.h"
+#include "cpu/isa/avx512/gemv.h"
+#include "cpu/isa/x86_features.h"
+
+namespace exllama::cpu {
+
+const Kernels& avx512::kernels() {
+  static const Kernels table = [] {
+    Kernels made = vector_kernels<false>();
+    made.name = "avx512";
+    made.available = x86::has_avx512;
+    made.gemv = avx512::gemv;
+    return made;
+  }();
+  return table;
+}
+
+const Kernels& avx512::vnni_kernels() {
+  static const Kernels table = [] {
+    Kernels made = vector_kernels<true>();
+    made.name = "avx512_vnni";
+    made.available = x86::has_avx512_vnni;
+    made.gemv = avx512::vnni_gemv;
+    return made;
+  }();
+  return table;
+}
+
+}  // namespace exllama::cpu
+
+#endif

@@ -1,0 +1,34 @@
+// The tables that isa.cpp chooses from. Each is defined in the folder of its instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EXLLAMA_X86 1
+#else
+#define EXLLAMA_X86 0
+#endif
+
+namespace exllama::cpu {
+
+namespace scalar {
+const Kernels& kernels();
+}
+
+#if EXLLAMA_X86
+namespace avx2 {
+const Kernels& kernels();
+const Kernels& vnni_kernels();
+}  // namespace avx2
+
+namespace avx512 {
+const Kernels& kernels();
+const Kernels& vnni_kernels();
+}  // namespace avx512
+
+namespace amx {
+const Kernels& kernels();
+}
+#endif
+
+}  // namespace exllama::cpu
