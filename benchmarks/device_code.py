@@ -43,7 +43,7 @@ ORIGINAL = {2: (3.14, 7.72), 3: (2.98, 7.16), 4: (3.17, 10.41), 8: (6.37, 18.2)}
 
 
 class Gpu(NamedTuple):
-    """One GPU of a compute capability, by data sheets and boost clocks. csrc/cuda/select.h chooses by these figures.
+    """One GPU of a compute capability, by data sheets and boost clocks. csrc/cuda/cost.h has these figures.
 
     Attributes:
         lanes: instructions of a lane that an SM issues in a cycle.

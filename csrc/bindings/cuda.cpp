@@ -69,7 +69,7 @@ void log_choice(const cuda::Problem& problem, const cuda::Config& config) {
                problem.bits, static_cast<long long>(problem.group_size), name_of(problem.x_dtype),
                name_of(problem.scales_dtype),
                problem.raw_g_idx ? "g_idx" : problem.has_perm ? "perm" : problem.shuffled ? "shuffled" : "unshuffled",
-               problem.device.arch, cuda::name_of(config.algorithm), static_cast<long long>(config.rows),
+               problem.device.arch, cuda::gemm_of(config.algorithm).name, static_cast<long long>(config.rows),
                static_cast<long long>(config.split_k), static_cast<long long>(config.chunk));
 }
 
@@ -78,10 +78,10 @@ cuda::Config choose(const cuda::Problem& problem) {
   const char* given = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
   if (given == nullptr || *given == '\0') return cuda::select_gemm(problem);
   std::string names;
-  for (cuda::Algorithm algorithm : cuda::kAlgorithms) {
-    names += (names.empty() ? "" : ", ") + std::string(cuda::name_of(algorithm));
-    if (std::strcmp(given, cuda::name_of(algorithm)) != 0) continue;
-    if (cuda::can(problem, algorithm)) return cuda::config_of(problem, algorithm);
+  for (const cuda::Gemm& gemm : cuda::Gemms::kAll) {
+    names += (names.empty() ? "" : ", ") + std::string(gemm.name);
+    if (std::strcmp(given, gemm.name) != 0) continue;
+    if (gemm.can(problem)) return gemm.config(problem);
     throw std::invalid_argument(std::string("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=") + given +
                                 " cannot compute these arguments");
   }

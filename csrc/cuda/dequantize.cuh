@@ -16,7 +16,7 @@ __device__ void store_block(const Weight& weight, const float (&values)[layout::
   if (weight.perm()) {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
-      out[source_row(weight, block * kValues + j) * columns + column] = rounded<T>(values[j]);
+      out[permuted_row(weight, block * kValues + j) * columns + column] = rounded<T>(values[j]);
     }
   } else {
     out += block * kValues * columns + column;
@@ -26,7 +26,7 @@ __device__ void store_block(const Weight& weight, const float (&values)[layout::
 }
 
 // out (K, columns) = scale * (q - z) of the columns from first_column on, rounded once from float32, where the product
-// is exact for scales of 16 bits. Row k of the words goes to row source_row(k).
+// is exact for scales of 16 bits. Row k of the words goes to row permuted_row(k).
 template <int bits, bool shuffled>
 __global__ void dequantize_columns(Weight weight, int64_t first_column, int64_t columns, void* out, DType out_dtype) {
   constexpr int kValues = layout::block_values(bits);

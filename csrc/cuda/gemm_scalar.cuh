@@ -5,7 +5,7 @@
 #pragma once
 
 #include "parts.h"
-#include "tiles.h"
+#include "gemm_scalar.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
@@ -21,7 +21,7 @@ __device__ void stage_x(const Weight& weight, const void* x, DType dtype, int64_
     const int64_t k = stage_k + i / kScalarWarpK * warp_rows + i % kScalarWarpK;
     float values[rows] = {};
     if (k < weight.K) {
-      int64_t at = first_row * weight.K + source_row(weight, k);
+      int64_t at = first_row * weight.K + permuted_row(weight, k);
 #pragma unroll
       for (int m = 0; m < rows; ++m, at += weight.K) {
         if (m < rows_of_x) values[m] = load_number(x, dtype, at);

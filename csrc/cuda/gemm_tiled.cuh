@@ -3,14 +3,14 @@
 #pragma once
 
 #include "parts.h"
-#include "tiles.h"
+#include "gemm_tiled.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
 
 // out (M, columns) = a (M, terms) @ W, where columns are those of all parts and terms K; transposed: @ W^T of the one
 // part, columns K and terms N.
-// K counts the rows of the words: they are columns source_row(k) of a, or of out if transposed.
+// K counts the rows of the words: they are columns permuted_row(k) of a, or of out if transposed.
 // Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it; with 8 bits three of
 // them spill before sm_70.
 template <int bits, bool shuffled, bool transposed>
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
       const int64_t m = first_row + row, at = first_term + term;
       const bool inside = m < M && at < terms;
       s_a[term][row] =
-          inside ? load_number(a, dtype, m * terms + (transposed ? at : source_row(weight, at))) : 0.0f;
+          inside ? load_number(a, dtype, m * terms + (transposed ? at : permuted_row(weight, at))) : 0.0f;
     }
     constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
     constexpr int kTileK = transposed ? kTiledColumns : kTiledTerms;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   for (int j = 0; j < 4; ++j) {
     const int64_t column = first_column + 4 * across + j;
     if (column >= columns) continue;
-    const int64_t to = tile.columns_before + (transposed ? source_row(weight, column) : column);
+    const int64_t to = tile.columns_before + (transposed ? permuted_row(weight, column) : column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + 4 * down + i;

@@ -154,7 +154,7 @@ __device__ inline int64_t group_of(const Weight& weight, int64_t k) {
 }
 
 // The row of the checkpoint, and so the column of x, that row k of the words is.
-__device__ inline int64_t source_row(const Weight& weight, int64_t k) {
+__device__ inline int64_t permuted_row(const Weight& weight, int64_t k) {
   if (const int32_t* perm = weight.perm()) return checked_index(perm[k], weight.K);
   return k;
 }

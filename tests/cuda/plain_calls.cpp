@@ -26,10 +26,10 @@ extern "C" {
 
 // The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
 int64_t plain_config(const Weight* parts, int64_t count, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
-  const auto chosen = static_cast<Algorithm>(algorithm);
+  const Gemm& chosen = gemm_of(static_cast<Algorithm>(algorithm));
   const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
-  if (!can(problem, chosen)) return -1;
-  *config = config_of(problem, chosen);
+  if (!chosen.can(problem)) return -1;
+  *config = chosen.config(problem);
   return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
 }
 

@@ -1,5 +1,5 @@
-// select_gemm for Python: the fields of a problem in their order, the fields of a config, and the modelled cycles of each
-// algorithm (negative: it cannot).
+// select_gemm for Python: the fields of a problem in their order, the fields of a config, and the modelled cycles of
+// each algorithm, which are negative if it cannot.
 #include "cuda/select.h"
 
 using namespace exllama::cuda;
@@ -28,14 +28,14 @@ extern "C" void select(const int64_t* problem, int64_t* config, double* algorith
   config[3] = c.k_per_split;
   config[4] = c.chunk;
   for (int i = 0; i < 4; ++i) {
-    const auto algorithm = static_cast<Algorithm>(i);
-    algorithm_cycles[i] = can(p, algorithm) ? cycles(p, config_of(p, algorithm)) : -1;
+    const Gemm& gemm = gemm_of(static_cast<Algorithm>(i));
+    algorithm_cycles[i] = gemm.can(p) ? gemm.cycles(p, gemm.config(p)) : -1;
   }
 }
 
-// Of an SM in a clock cycle, in the order of the fields.
+// What an SM does in a clock cycle, in the order of the fields.
 extern "C" void rates(int64_t arch, double* out) {
-  const selection::Rates of_arch = selection::rates_of(static_cast<int32_t>(arch));
+  const cost::Rates of_arch = cost::rates_of(static_cast<int32_t>(arch));
   out[0] = of_arch.dram_bytes;
   out[1] = of_arch.issues;
   out[2] = of_arch.floats;
@@ -45,7 +45,6 @@ extern "C" void rates(int64_t arch, double* out) {
 
 // What the model takes for the instructions of a weight, by a kernel for so many rows of x.
 extern "C" double instructions(const int64_t* problem, int64_t algorithm, int64_t rows) {
-  const auto count = static_cast<Algorithm>(algorithm) == Algorithm::kScalar ? selection::scalar_instructions
-                                                                             : selection::mma_instructions;
-  return count(problem_of(problem), rows);
+  const bool scalar = static_cast<Algorithm>(algorithm) == Algorithm::kScalar;
+  return (scalar ? GemmScalar::instructions : GemmMma::instructions)(problem_of(problem), rows);
 }

@@ -43,9 +43,9 @@ using namespace exllama::cuda;
 namespace exllama::cuda {
 INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
 INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8, false)
-template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaShape, float*, __half*);
+template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaCut, float*, __half*);
 template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
-    Parts, const __nv_bfloat16*, int64_t, MmaShape, float*, __nv_bfloat16*);
+    Parts, const __nv_bfloat16*, int64_t, MmaCut, float*, __nv_bfloat16*);
 }
 """
 

@@ -180,7 +180,7 @@ def candidates(p: Problem) -> Iterator[Candidate]:
 
 
 def modelled_cycles(p: Problem, c: Candidate) -> float:
-    """What select.h documents, again: resources overlap but for a tenth, and each launch takes 4000 cycles."""
+    """The model of cost.h and gemm_*.h, again: resources overlap but for a tenth, and a launch takes 4000 cycles."""
     gpu, weights = DEVICES[p.arch], p.K * p.N
     words = weights * p.bits / 8 + p.K / p.group_size * p.N * (2 + p.bits / 8)
 

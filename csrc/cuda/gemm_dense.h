@@ -1,0 +1,44 @@
+// A gemm by torch's matmul and dequantize, which the bindings call chunk by chunk: what select_gemm asks of it.
+#pragma once
+
+#include "cost.h"
+
+namespace exllama::cuda {
+
+struct GemmDense {
+  static constexpr Algorithm kAlgorithm = Algorithm::kDense;
+  static constexpr const char* kName = "dense";
+
+  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles. torch's matmul of float32 may
+  // run in TF32, as its user set it, and the product is promised in float32.
+  static constexpr bool can(const Problem& p) { return !p.batch_invariant && p.x_dtype != DType::kFloat32; }
+
+  // A chunk of W in x's dtype and its float32 result take no more than 64 MiB and half the L2 together, or else the
+  // chunk has 64 columns. The result is no larger than the chunk, or has no more than 64 rows: x is divided for that.
+  static constexpr Config config(const Problem& p) {
+    using namespace cost;
+    const int64_t bytes = at_most(int64_t{64} << 20, p.device.l2_bytes / 2);
+    const int64_t rows = at_least(at_most(p.M, at_least(p.K / 2, 64)), 1);
+    const int64_t columns = bytes / (2 * p.K + 4 * rows) / 64 * 64;
+    return {kAlgorithm, rows, 1, p.K, at_most(at_least(columns, 64), at_least(p.N, 1))};
+  }
+
+  // Instructions of dequantize for a weight: a thread has a block of words.
+  static constexpr double dequantize_instructions(int32_t bits) { return 15 + 120.0 / layout::block_values(bits); }
+
+  // Chunk by chunk, W is dequantized into L2 and multiplied, and the float32 result is rounded into place.
+  static constexpr double cycles(const Problem& p, const Config& config) {
+    using namespace cost;
+    const Rates rates = rates_of(p.device.arch);
+    const double weights = weights_of(p), sms = p.device.sm_count;
+    const double dequantize = overlapped(p, p.device.sm_count, weight_bytes(p), 2 * weights,
+                                         weights * dequantize_instructions(p.bits) / rates.issues);
+    const double blas = p.x_dtype == DType::kFloat16 || p.device.arch >= 80 ? rates.blas : rates.floats;
+    const double products = weights * static_cast<double>(p.M) / (blas * sms);
+    const double rounding = 10 * static_cast<double>(p.M) * static_cast<double>(p.N) / (kL2BytesPerCycle * sms);
+    const auto launches = static_cast<double>(divide_up(p.N, config.chunk) * (1 + 2 * divide_up(p.M, config.rows)));
+    return dequantize + products + rounding + kLaunchCycles * launches;
+  }
+};
+
+}  // namespace exllama::cuda

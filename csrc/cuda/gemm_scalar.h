@@ -1,0 +1,44 @@
+// gemm_scalar: the sizes of its pieces, and what select_gemm asks of it.
+#pragma once
+
+#include "cost.h"
+
+namespace exllama::cuda {
+
+// A warp has 128 columns, and the warps of a thread block share the rows of W of a stage.
+inline constexpr int kScalarWarps = 4;
+inline constexpr int kScalarThreads = 32 * kScalarWarps;
+inline constexpr int kScalarColumns = 128;
+inline constexpr int kScalarWarpK = 64;  // rows of W that a warp has of a stage
+inline constexpr int kScalarStageK = kScalarWarps * kScalarWarpK;  // for which x lies in shared memory at a time
+inline constexpr int kScalarRows[] = {1, 2, 4, 8};  // of x, for which a word is read once
+
+struct GemmScalar {
+  static constexpr Algorithm kAlgorithm = Algorithm::kScalar;
+  static constexpr const char* kName = "scalar";
+
+  static constexpr bool can(const Problem&) { return true; }
+
+  // The config for so many rows of x at a time.
+  static constexpr Config config_of(const Problem& p, int rows) {
+    return cost::split({kAlgorithm, rows, 1, 0, 0}, p, kScalarStageK, kScalarColumns, 1);
+  }
+  static constexpr Config config(const Problem& p) { return cost::fastest<GemmScalar>(p, kScalarRows); }
+
+  // Instructions for a weight, by benchmarks/results/cuda-device-code.md. A row costs an FFMA and its share of a load of
+  // x. A weight costs a LOP3, a subtraction and its share of shifts, loads and ends of groups. Where any row may begin a
+  // group, it costs what that loop needs.
+  static constexpr double instructions(const Problem& p, int64_t rows) {
+    const bool by_row = p.raw_g_idx || p.group_size % layout::block_values(p.bits) != 0 || !p.aligned;
+    return (by_row ? 24 : p.bits == 3 ? 2.6 : 2.4) + 1.1 * static_cast<double>(rows);
+  }
+
+  static constexpr double cycles(const Problem& p, const Config& config) {
+    const cost::Rates rates = cost::rates_of(p.device.arch);
+    const double weight_cycles = cost::larger(instructions(p, config.rows) / rates.issues,
+                                              static_cast<double>(1 + config.rows) / rates.floats);
+    return cost::kernel_cycles(p, config, kScalarColumns, weight_cycles);
+  }
+};
+
+}  // namespace exllama::cuda

@@ -1,0 +1,29 @@
+// gemm_tiled: the sizes of its pieces, and what select_gemm asks of it.
+#pragma once
+
+#include "cost.h"
+
+namespace exllama::cuda {
+
+// A thread block computes a tile of 64 by 64. 32 terms of its sums lie in shared memory at a time.
+inline constexpr int kTiledThreads = 256;
+inline constexpr int kTiledRows = 64, kTiledColumns = 64, kTiledTerms = 32;
+
+struct GemmTiled {
+  static constexpr Algorithm kAlgorithm = Algorithm::kTiled;
+  static constexpr const char* kName = "tiled";
+
+  // In batch-invariant mode a row must not depend on M, by which the choice falls on these tiles.
+  static constexpr bool can(const Problem& p) { return !p.batch_invariant; }
+
+  static constexpr Config config(const Problem& p) { return {kAlgorithm, kTiledRows, 1, p.K, 0}; }
+
+  // There are two reads of shared memory for 16 multiply-adds, and the tile of W is unpacked for every 64 rows.
+  static constexpr double cycles(const Problem& p, const Config& config) {
+    const cost::Rates rates = cost::rates_of(p.device.arch);
+    const double weight_cycles = cost::larger((12 + 1.2 * kTiledRows) / rates.issues, kTiledRows / rates.floats);
+    return cost::kernel_cycles(p, config, kTiledColumns, weight_cycles);
+  }
+};
+
+}  // namespace exllama::cuda

@@ -1,0 +1,44 @@
+// A gemm as select_gemm sees it, and what it chooses. Nothing here needs CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout/weight.h"
+
+namespace exllama::cuda {
+
+using layout::DType;
+using layout::Weight;
+
+struct Device {
+  int32_t arch;  // 10 * major + minor of its compute capability
+  int32_t sm_count;
+  int64_t l2_bytes;
+};
+
+struct Problem {
+  int64_t M, K, N;
+  int32_t bits;
+  int64_t group_size;
+  DType x_dtype;
+  DType scales_dtype;
+  bool shuffled;
+  bool has_perm;
+  bool raw_g_idx;
+  bool aligned;  // qweight to 16 bytes, scales to four numbers
+  bool batch_invariant;
+  Device device;
+};
+
+// Each has a struct of this name in a header gemm_*.h, which is a row of the table in select.h.
+enum class Algorithm : int32_t { kScalar, kMma, kTiled, kDense };
+
+struct Config {
+  Algorithm algorithm;
+  int64_t rows;     // of x, for which a word is read once; kDense: of one matmul
+  int64_t split_k;  // thread blocks that share the rows of W
+  int64_t k_per_split;
+  int64_t chunk;  // columns of W that kDense dequantizes at a time
+};
+
+}  // namespace exllama::cuda
