@@ -15,7 +15,7 @@ namespace exllama::cuda {
 // A cudaStream_t.
 using Stream = void*;
 
-// Of a CUDA device, asked once per device.
+// The properties of a CUDA device, which is asked once.
 const Device& device_properties(int32_t index);
 
 // Makes a device the current one until the end of the scope.
@@ -36,9 +36,10 @@ size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
 
-// out (M, columns) = x (M, K) @ W of every part, side by side, both of dtype x_dtype, by what select_gemm chose for the
-// problem_of these arguments: that of one weight with the columns of all. Parts differ in their words, zero points,
-// scales, N and scales_dtype alone; one launch has eight of them.
+// out (M, columns) = x (M, K) @ W of every part, side by side, both of dtype x_dtype. config is what select_gemm chose for
+// the problem_of these arguments, which is that of one weight with the columns of all. Parts differ in their words, zero
+// points, scales, N and scales_dtype alone. One launch has up to eight of them.
+//
 // Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
 void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
           void* workspace, Stream stream);
@@ -48,15 +49,15 @@ Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M,
 // dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream);
 
-// out (K, columns) = the columns of W from first_column on, in out_dtype, rows in the order of the checkpoint.
+// out (K, columns) = the columns of W from first_column on, in out_dtype, with rows in the order of the checkpoint.
 void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype,
                 Stream stream);
 
-// Checkpoint order to shuffled order in place; perm (K,) or null.
+// Brings qweight from checkpoint order into shuffled order, in place. perm is (K,) or null.
 void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace,
              Stream stream);
 
-// Shuffled order to checkpoint order in out.
+// Brings qweight from shuffled order into checkpoint order, in out.
 void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
                void* workspace, Stream stream);
 

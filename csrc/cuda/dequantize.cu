@@ -5,8 +5,7 @@ namespace exllama::cuda {
 
 void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype,
                 Stream stream) {
-  const int64_t blocks_of_words = weight.K / layout::block_values(weight.bits);
-  const int64_t threads = blocks_of_words * columns;
+  const int64_t threads = weight.K / layout::block_values(weight.bits) * columns;
   if (threads == 0) return;
   if (weight.perm()) {
     fill_with_nan(out, weight.K * columns * bytes_of(out_dtype), stream, "dequantize");

@@ -1,4 +1,4 @@
-// dequantize: one thread a block of words of one column.
+// dequantize: a thread has a block of words of one column.
 #pragma once
 
 #include "words.cuh"
@@ -7,8 +7,8 @@ namespace exllama::cuda {
 
 inline constexpr int kDequantizeThreads = 256;
 
-// The values of a block of words of one column of out (K, columns): its dtype, and whether rows are permuted, are looked
-// at once for all of them.
+// Stores the values of a block of words of one column of out (K, columns). The dtype and the permutation are looked at
+// once for all of them.
 template <int bits, typename T>
 __device__ void store_block(const Weight& weight, const float (&values)[layout::block_values(bits)], int64_t block,
                             int64_t column, int64_t columns, T* out) {
@@ -25,8 +25,8 @@ __device__ void store_block(const Weight& weight, const float (&values)[layout::
   }
 }
 
-// out (K, columns) = scale * (q - z) of the columns from first_column on, rounded once from float32, where the product
-// is exact for scales of 16 bits. Row k of the words goes to row permuted_row(k).
+// out (K, columns) = scale * (q - z) in the columns from first_column on. It is rounded once from float32, in which the
+// product is exact for scales of 16 bits. Row k of the words goes to row permuted_row(k).
 template <int bits, bool shuffled>
 __global__ void dequantize_columns(Weight weight, int64_t first_column, int64_t columns, void* out, DType out_dtype) {
   constexpr int kValues = layout::block_values(bits);

@@ -15,7 +15,7 @@ int attribute(cudaDeviceAttr attribute, int32_t index) {
   return value;
 }
 
-// The first call of every op into the runtime, which is linked into this library: a driver that is older is met here.
+// Every op calls the runtime here first. The runtime is linked into this library, so an older driver is noticed here.
 int current_device() {
   int index = 0;
   const cudaError_t error = cudaGetDevice(&index);

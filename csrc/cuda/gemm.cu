@@ -1,4 +1,4 @@
-// gemm by the kernel of its config, and the sum of its splits.
+// Runs gemm by the kernel of its config, and adds up the splits.
 #include <algorithm>
 
 #include "gemm_kernels.h"

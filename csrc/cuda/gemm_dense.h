@@ -23,6 +23,10 @@ struct GemmDense {
     return {kAlgorithm, rows, 1, p.K, at_most(at_least(columns, 64), at_least(p.N, 1))};
   }
 
+  // The additions that a product meets on its way to the result, which exllama_ops/testing/errors.py makes a bound of.
+  // They are a chain of K. W is rounded before them.
+  static constexpr int64_t additions(int64_t K, int64_t) { return K + 2; }
+
   // Instructions of dequantize for a weight: a thread has a block of words.
   static constexpr double dequantize_instructions(int32_t bits) { return 15 + 120.0 / layout::block_values(bits); }
 

@@ -1,4 +1,4 @@
-// The launches of one gemm kernel each; gemm.cu chooses between them.
+// Each function launches one gemm kernel; gemm.cu chooses between them.
 #pragma once
 
 #include "cuda.h"
@@ -9,8 +9,8 @@ namespace exllama::cuda {
 struct GemmArguments {
   const Weight* parts;
   int64_t count;           // at most kMaxParts
-  int64_t columns_before;  // in out: those of parts that other launches have
-  int64_t columns;         // of out
+  int64_t columns_before;  // columns of out that belong to the parts of launches before this one
+  int64_t columns;  // of out
   const void* x;
   DType dtype;  // of x and out
   int64_t M;
@@ -18,7 +18,7 @@ struct GemmArguments {
   float* partials;  // (split_k, M, columns) to be added up, or null if sums go to out at once
 };
 
-// The parts as a kernel has them whose thread blocks have tile_columns columns.
+// The parts as a kernel takes them, whose tiles have tile_columns columns.
 Parts parts_of(const GemmArguments& arguments, int tile_columns);
 
 void launch_gemm_scalar(const GemmArguments& arguments, const Config& config, Stream stream);

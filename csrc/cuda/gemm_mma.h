@@ -35,6 +35,13 @@ struct GemmMma {
   }
   static constexpr Config config(const Problem& p) { return cost::fastest<GemmMma>(p, kMmaOctets); }
 
+  // The additions that a product meets on its way to the result, which exllama_ops/testing/errors.py makes a bound of.
+  // They are those of a warp's runs and of their groups, the warps, and the splits, which have two runs at least.
+  static constexpr int64_t additions(int64_t K, int64_t groups) {
+    return kMmaRunK * cost::divide_up(K, kMmaWarpsK * kMmaRunK) + groups + kMmaWarpsK +
+           cost::divide_up(K, 2 * kMmaRunK);
+  }
+
   // Instructions for a weight, by benchmarks/results/cuda-device-code.md. An octet costs its tensor-core instructions
   // and loads of x. 8 bits are too many for a bfloat16 with an offset.
   static constexpr double instructions(const Problem& p, int64_t rows) {

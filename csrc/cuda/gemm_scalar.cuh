@@ -1,19 +1,22 @@
-// gemm on the CUDA cores: any arch, order of words, group size and dtype, float32 arithmetic throughout.
+// gemm on the CUDA cores: it takes any arch, order of words, group size and dtype. All arithmetic is in float32.
 //
-// A warp has 128 columns, four to a lane, and the four warps of a thread block share the rows of a stage. Each word is
-// read once for all `rows` rows of x. q - z is exact in float32, so that an outlier of x costs nothing where q = z.
+//   K, the rows of W      split -> stage (256 rows) -> the 64 rows of a warp -> block of words
+//   N, the columns of W   thread block (128), as all its warps -> the 4 columns of a lane
+//   M, the rows of x      tile of 1, 2, 4 or 8 rows
+//
+// Each word is read once for all rows of a tile. q - z is exact in float32, so an outlier of x costs nothing where q = z.
 #pragma once
 
-#include "parts.h"
 #include "gemm_scalar.h"
+#include "parts.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-// Columns of x (M, K) for the rows of W of a stage, of which a warp has kScalarWarpK from stage_k + warp * warp_rows on:
-// of the rows from `first_row` on, as floats [kScalarStageK][rows].
+// Lays the x of a stage into shared memory, as floats [row of W][row of x], for the rows of x from first_row on. Each
+// warp has kScalarWarpK rows of W in a stage, from stage_k + warp * warp_rows on.
 template <int rows>
-__device__ void stage_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row,
+__device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row,
                         int64_t stage_k, int64_t warp_rows, float* s_x) {
   const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
 #pragma unroll 1
@@ -32,13 +35,13 @@ __device__ void stage_x(const Weight& weight, const void* x, DType dtype, int64_
   }
 }
 
-// What one lane has: four columns, from `column` on, of `rows` rows of the result.
+// The sums of a lane, in four columns of `rows` rows of the result.
 template <int bits, bool shuffled, int rows>
 struct ScalarSums {
   static constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
 
   float total[rows][4] = {};
-  float group_sum[rows][4] = {};  // of x * (q - z) in the present group
+  float group_sum[rows][4] = {};  // x * (q - z) in the present group
   float scale[4] = {};
   PlacedFields<bits, shuffled> fields[4] = {};
 
@@ -64,7 +67,8 @@ struct ScalarSums {
     for (int c = 0; c < 4; ++c) fields[c].set_zero(zeros.get(weight, c));
   }
 
-  // The next `blocks` blocks of rows of W, which lie in the present group, times x, of which s_x has [rows of W][rows].
+  // Adds the products of the next `blocks` blocks of words, which lie in the present group. s_x is theirs, as load_x laid
+  // it down.
   template <int blocks>
   __device__ void add_blocks(const uint32_t*& qweight, int64_t N, const float*& s_x) {
     uint32_t words[blocks][4][kWords];
@@ -77,7 +81,7 @@ struct ScalarSums {
       words[i / kWords][3][i % kWords] = four.w;
       qweight += N;
     }
-    // As many rows of W at a time as fill float4 loads of x.
+    // Rows of W that are multiplied together: as many as fill float4 loads of x.
     constexpr int kTogether = rows < 4 ? 4 / rows : 1, kLoads = kTogether * rows / 4;
 #pragma unroll
     for (int first = 0; first < blocks * kValues; first += kTogether) {
@@ -103,7 +107,7 @@ struct ScalarSums {
     s_x += blocks * kValues * rows;
   }
 
-  // A block of rows, from row k on, any of which may begin a group.
+  // Adds the products of a block of words, whose first row is k. Any row of it may begin a group.
   __device__ void add_by_row(const Weight& weight, int64_t k, int64_t column, const float* s_x) {
     uint32_t words[4][kWords], zero_point[4] = {};
 #pragma unroll
@@ -134,17 +138,35 @@ struct ScalarSums {
       }
     }
   }
+
+  // Leaves the sums in shared memory [warp][row][column].
+  __device__ void leave(float* s_sums, int warp, int lane) const {
+#pragma unroll
+    for (int m = 0; m < rows; ++m) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s_sums[(warp * rows + m) * kScalarColumns + 4 * lane + c] = total[m][c];
+    }
+  }
+
+  // Sum i of [row][column], added over the warps from the first to the last.
+  static __device__ float of_all_warps(const float* s_sums, int i) {
+    float sum = s_sums[i];
+#pragma unroll
+    for (int other = 1; other < kScalarWarps; ++other) sum += s_sums[other * rows * kScalarColumns + i];
+    return sum;
+  }
 };
 
-// partials (split_k, M, columns) if there are several splits, else out (M, columns). A split has stages_per_split stages
-// of K.
-// Thread blocks of an SM are named because ptxas otherwise aims at 80 registers for one row, and spills for it.
+// The product of one tile and one split, which has stages_per_split stages. It goes to partials (split_k, M, columns) if
+// there are several splits, else to out (M, columns).
+//
+// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and spills.
 template <int bits, bool shuffled, int rows>
 __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
-  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;  // blocks that are loaded together
+  constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;  // blocks of words that are loaded together
   constexpr int kXFloats = kScalarStageK * rows, kSumFloats = kScalarWarps * rows * kScalarColumns;
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
@@ -159,9 +181,9 @@ __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
                        reinterpret_cast<uintptr_t>(weight.scales) % four_scales == 0;
   const bool by_row = weight.g_idx() || weight.group_size % kValues != 0 || !aligned;
 
-  // A warp's rows of W follow one another, a part of them in each stage.
+  // The rows of W that a warp takes follow one another through the stages.
   const int64_t warp_rows = stages_per_split * kScalarWarpK;
-  int64_t stage_k = blockIdx.y * stages_per_split * kScalarStageK;  // of the first warp
+  int64_t stage_k = blockIdx.y * stages_per_split * kScalarStageK;  // where the first warp is
   const int64_t end_stage_k = min(stage_k + warp_rows, weight.K);
   int64_t k = stage_k + warp * warp_rows;
   const uint32_t* qweight = weight.qweight + k / kValues * kWords * weight.N + column;
@@ -172,7 +194,7 @@ __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
   bool begins = true;
   for (; stage_k < end_stage_k; stage_k += kScalarWarpK) {
     __syncthreads();  // the last stage has been read
-    stage_x<rows>(weight, x, dtype, M, first_row, stage_k, warp_rows, s_floats);
+    load_x<rows>(weight, x, dtype, M, first_row, stage_k, warp_rows, s_floats);
     __syncthreads();
     auto left = static_cast<int>(min(weight.K - k, static_cast<int64_t>(kScalarWarpK)));
     const float* s_x = s_floats + warp * kScalarWarpK * rows;
@@ -204,18 +226,12 @@ __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
   if (!begins) sums.end_group();
 
   __syncthreads();  // the last stage has been read
-#pragma unroll
-  for (int m = 0; m < rows; ++m) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) s_floats[(warp * rows + m) * kScalarColumns + 4 * lane + c] = sums.total[m][c];
-  }
+  sums.leave(s_floats, warp, lane);
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kScalarColumns; i += kScalarThreads) {
     const int64_t m = first_row + i / kScalarColumns, n = first_column + i % kScalarColumns;
     if (m >= M || n >= weight.N) continue;
-    float sum = s_floats[i];
-#pragma unroll
-    for (int other = 1; other < kScalarWarps; ++other) sum += s_floats[other * rows * kScalarColumns + i];
+    const float sum = sums.of_all_warps(s_floats, i);
     const int64_t to = tile.columns_before + n;
     if (partials) {
       partials[(blockIdx.y * M + m) * parts.columns + to] = sum;

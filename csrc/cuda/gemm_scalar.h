@@ -25,6 +25,13 @@ struct GemmScalar {
   }
   static constexpr Config config(const Problem& p) { return cost::fastest<GemmScalar>(p, kScalarRows); }
 
+  // The additions that a product meets on its way to the result, which exllama_ops/testing/errors.py makes a bound of.
+  // They are those of a warp's rows and of their groups, the warps, and the splits.
+  static constexpr int64_t additions(int64_t K, int64_t groups) {
+    const int64_t stages = cost::divide_up(K, kScalarStageK);
+    return kScalarWarpK * stages + groups + kScalarWarps + stages;
+  }
+
   // Instructions for a weight, by benchmarks/results/cuda-device-code.md. A row costs an FFMA and its share of a load of
   // x. A weight costs a LOP3, a subtraction and its share of shifts, loads and ends of groups. Where any row may begin a
   // group, it costs what that loop needs.

@@ -1,18 +1,19 @@
-// A product with W or W^T by tiles in shared memory, float32 arithmetic throughout: gemm_dx, and gemm of many rows where
-// there are no tensor cores for it.
+// A product with W or W^T by tiles in shared memory, in float32 arithmetic throughout. gemm_dx uses it, and so does gemm
+// for many rows where there are no tensor cores for them.
 #pragma once
 
-#include "parts.h"
 #include "gemm_tiled.h"
+#include "parts.h"
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-// out (M, columns) = a (M, terms) @ W, where columns are those of all parts and terms K; transposed: @ W^T of the one
-// part, columns K and terms N.
-// K counts the rows of the words: they are columns permuted_row(k) of a, or of out if transposed.
-// Thread blocks of an SM are named because ptxas otherwise aims at 64 registers, and spills for it; with 8 bits three of
-// them spill before sm_70.
+// out (M, columns) = a (M, terms) @ W, where the columns are those of all parts, and the terms are K. If transposed, it is
+// a @ W^T of the one part, where the columns are K and the terms are N. Row k of the words is column permuted_row(k) of a,
+// or of out if transposed.
+//
+// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 64 registers, and spills. With 8 bits
+// three thread blocks spill before sm_70.
 template <int bits, bool shuffled, bool transposed>
 __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 3)
     gemm_tiled(Parts parts, const void* a, DType dtype, int64_t M, void* out) {
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   float sums[4][4] = {};
   for (int64_t first_term = 0; first_term < terms; first_term += kTiledTerms) {
     __syncthreads();  // the last tiles have been read
-    // Of 8 loads, which all at once need too many registers: transposed on sm_120, and before sm_75.
+    // A thread has 8 loads. All at once they need too many registers, on sm_120 if transposed, and before sm_75.
 #pragma unroll (transposed ? 2 : 4)
     for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
       const int row = i / kTiledTerms, term = i % kTiledTerms;

@@ -18,6 +18,10 @@ struct GemmTiled {
 
   static constexpr Config config(const Problem& p) { return {kAlgorithm, kTiledRows, 1, p.K, 0}; }
 
+  // The additions that a product meets on its way to the result, which exllama_ops/testing/errors.py makes a bound of.
+  // They are a chain of K. The weight has two roundings.
+  static constexpr int64_t additions(int64_t K, int64_t) { return K + 2; }
+
   // There are two reads of shared memory for 16 multiply-adds, and the tile of W is unpacked for every 64 rows.
   static constexpr double cycles(const Problem& p, const Config& config) {
     const cost::Rates rates = cost::rates_of(p.device.arch);

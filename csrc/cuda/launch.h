@@ -1,4 +1,4 @@
-// What the host code of the kernels shares: run-time arguments as template arguments, and launches that are checked.
+// What the host code of the kernels shares: run-time values become template arguments, and launches are checked.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace exllama::cuda {
 
 using layout::with_bits;
 
-// f(true or false as a constant).
+// Calls f with true or false as a constant.
 template <typename F>
 void with_flag(bool flag, const F& f) {
   if (flag) return f(std::true_type{});
@@ -26,10 +26,10 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("exllama_ops: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// As many blocks as work needs, which must be a grid's x.
-inline unsigned grid_of(int64_t blocks, const char* kernel) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
-  return static_cast<unsigned>(blocks);
+// The x of a grid of so many thread blocks, which it must be able to hold.
+inline unsigned grid_of(int64_t thread_blocks, const char* kernel) {
+  if (thread_blocks > INT32_MAX) throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
+  return static_cast<unsigned>(thread_blocks);
 }
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -38,8 +38,8 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline cudaStream_t to_cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-// Before a kernel that writes to the rows of a permutation: where a list names none, old memory must not be a result. The
-// bytes are NaN in every float dtype, and -1, which is no index.
+// To be called before a kernel that writes to the rows of a permutation. If the permutation does not name a row, its old
+// memory must not become a result. The bytes are NaN in every float dtype, and as an index they are -1, which is none.
 inline void fill_with_nan(void* out, int64_t bytes, Stream stream, const char* what) {
   check(cudaMemsetAsync(out, 0xff, static_cast<size_t>(bytes), to_cuda(stream)), what);
 }

@@ -1,19 +1,21 @@
-// What the tensor cores multiply: fragments of q - z, made of the words in registers. By the tables of the PTX ISA.
+// The operands of the tensor cores: fragments of q - z, which are made of the words in registers.
 //
-// W^T is the A operand of mma.m16n8k16 and x^T the B operand, so that eight tokens fill a tile. Lane 4 g + t of a warp
-// has the columns 4 g to 4 g + 3 of 32: the columns 0 and 1 of them are rows g and g + 8 of one fragment, 2 and 3 of a
-// second one. The order of k inside an mma is free as long as A and B agree: where the PTX table has the pairs 2 t and
-// 2 t + 8 of k, lane t has any two pairs of its words, and x lies in shared memory in the order that follows from it.
+// W^T is the A operand of mma.m16n8k16 and x^T the B operand, so that an octet of tokens fills it. Lane 4 g + t of a
+// warp has the columns 4 g to 4 g + 3 of 32. By the tables of the PTX ISA, the columns 0 and 1 of these are the rows g
+// and g + 8 of one fragment, and the columns 2 and 3 are those of a second one.
 //
-// The integers q - z are exact in float16 and bfloat16 (|q - z| <= 256). They are what is multiplied: the scale comes
-// later, in float32, and an outlier of x costs nothing where q = z.
+// The order of k inside an mma is free as long as A and B agree. Where the PTX table has the pairs 2 t and 2 t + 8 of k,
+// lane t has any two pairs of its words. x lies in shared memory in the order that follows from it.
+//
+// The integers q - z are exact in float16 and bfloat16, since |q - z| <= 256. They are what is multiplied: the scale
+// comes later, in float32, and an outlier of x costs nothing where q = z.
 #pragma once
 
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-// kMmaArch: of which the tensor cores have `mma` below.
+// kMmaArch: the first architecture whose tensor cores have `mma` below.
 template <typename T>
 struct Format16;
 template <>
@@ -25,7 +27,7 @@ struct Format16<__nv_bfloat16> {
   static constexpr int kMantissa = 7, kBias = 127, kMmaArch = 800;
 };
 
-// Whether the device code that is being compiled can have it.
+// Whether the device code that is being compiled can have `mma`.
 template <typename T>
 __device__ constexpr bool has_mma() {
 #ifdef __CUDA_ARCH__
@@ -35,7 +37,7 @@ __device__ constexpr bool has_mma() {
 #endif
 }
 
-// d += a * b. On sm_75 the m16n8k16 is two m16n8k8, whose fragments are its halves.
+// Adds a * b to d. On sm_75 the m16n8k16 is two m16n8k8, whose fragments are its halves.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high);
 
@@ -62,7 +64,7 @@ __device__ inline void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
-// a * factor + b of both halves of a register, in one rounding.
+// Computes a * factor + b in both halves of a register, each in one rounding.
 template <typename T>
 __device__ inline uint32_t fma_pair(uint32_t a, uint32_t factor, uint32_t b);
 template <>
@@ -80,9 +82,9 @@ __device__ inline uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t factor, 
 
 // How a pair of values, 16 bits apart in a word, becomes q - z in the two halves of a register.
 //
-// With the exponent of 2**mantissa above them, the fields of a pair at bit 0 are 2**mantissa + q, and at bit s they are
-// 2**mantissa + q * 2**s. So one multiply-add by 2**-s, with -(2**(mantissa - s) + z), gives the exact q - z of several
-// pairs without a shift: of all that fit into the mantissa.
+// With the exponent of 2**mantissa above them, the fields of a pair at bit 0 are 2**mantissa + q. At bit s they are
+// 2**mantissa + q * 2**s. So one multiply-add by 2**-s, with -(2**(mantissa - s) + z), gives the exact q - z without a
+// shift. This serves every pair whose fields lie within the mantissa.
 template <int bits, typename T>
 struct Pairs {
   static constexpr int kMantissa = Format16<T>::kMantissa;
@@ -91,7 +93,9 @@ struct Pairs {
   static constexpr uint32_t kFields = ((1u << bits) - 1) * 0x00010001u;
   static constexpr bool kWide = bits > kMantissa;  // q does not fit into the mantissa: 8 bits in bfloat16
   static constexpr int kInWord = bits == 3 ? 5 : 16 / bits;
-  // Pairs of a word between two shifts: no more than the fewest shifts ask for, since each has its own zero point.
+  static_assert(32 % bits == 0 || bits == 3,
+                "csrc/cuda unpacks no pairs of this bit width: add them to MmaLane in mma_operands.cuh");
+  // Pairs of a word between two shifts, each of which has its own zero point: as few as the fewest shifts allow.
   static constexpr int kShifts = bits == 8 ? kInWord : (kInWord - 1) / (kMantissa / bits) + 1;
   static constexpr int kPlaces = (kInWord - 1) / kShifts + 1;
 
@@ -99,14 +103,14 @@ struct Pairs {
     return (static_cast<uint32_t>(Format16<T>::kBias + exponent) << kMantissa) * 0x00010001u;
   }
 
-  // A zero point as it lies in shared memory: -(2**mantissa + z) in both halves, or -(2**23 + z) in float32. Of the next
-  // integer it is kNextZero more.
+  // A zero point as it lies in shared memory: -(2**mantissa + z) in both halves, or -(2**23 + z) in float32. That of
+  // z + 1 is kNextZero more.
   static constexpr uint32_t kNextZero = kWide ? 1 : 0x00010001u;
   static __device__ uint32_t negative_zero(uint32_t z) {
     return (kWide ? 0xCB000000u : 0x80008000u + kMagicPair) + z * kNextZero;
   }
 
-  // And as it is subtracted: at place p, with s = bits * p, as -(2**(mantissa - s) + z).
+  // A zero point as it is added at place p, where s is bits * p: -(2**(mantissa - s) + z).
   struct Zero {
     uint32_t negative[kPlaces];
 
@@ -127,10 +131,10 @@ struct Pairs {
     return fma_pair<T>(and_or(word, kFields << s, kMagicPair), power_of_two(-s), zero.negative[place]);
   }
 
-  // 8 bits: the bytes 2 i and 2 i + 1.
+  // The pair of 8 bits in the bytes 2 i and 2 i + 1.
   static __device__ uint32_t of_bytes(uint32_t word, int i, const Zero& zero) {
     if constexpr (kWide) {
-      // In float32, where 2**23 + q is exact; the upper half of the exact difference is its bfloat16.
+      // In float32 2**23 + q is exact. The upper half of the exact difference is its bfloat16.
       const float low = __uint_as_float(__byte_perm(word, 0x4B000000u, i ? 0x7442 : 0x7440));
       const float high = __uint_as_float(__byte_perm(word, 0x4B000000u, i ? 0x7443 : 0x7441));
       const float z = __uint_as_float(zero.negative[0]);
@@ -140,7 +144,7 @@ struct Pairs {
     }
   }
 
-  // 3 bits: the pair whose bits b are those of word b that `masks` leaves after a shift.
+  // The pair of 3 bits whose bits b are those of word b that `masks` leaves after a shift.
   static __device__ uint32_t of_three_words(const uint32_t (&words)[3], const uint32_t (&shifts)[3],
                                             const uint32_t (&masks)[3], const Zero& zero) {
     uint32_t pair = kMagicPair;
@@ -150,13 +154,13 @@ struct Pairs {
   }
 };
 
-// What lane t of four has of a step of `step_k` rows: the words of a column from `first_word` on, and of their pairs
-// pair(words, 0) to pair(words, step_k / 8 - 1). These are the rows k_of(chunk, 0) to k_of(chunk, 7) of the step for the
-// chunks t, t + 4 and so on: four pairs to a chunk, which is 16 bytes of x.
+// What lane t of four has of a step of `step_k` rows. In each column it has the words from `first_word` on, whose pairs
+// are pair(words, 0) to pair(words, step_k / 8 - 1). Four pairs are a chunk. Chunk c of the step has the rows k_of(c, 0)
+// to k_of(c, 7), and lane t has the chunks t, t + 4 and so on.
 template <int bits, typename T, int step_k>
 struct MmaLane {
   using P = Pairs<bits, T>;
-  static constexpr int kChunks = step_k / 32;  // 16 bytes of x
+  static constexpr int kChunks = step_k / 32;  // of a lane
   static constexpr int kWords = kChunks * bits / 4;
   static constexpr bool kInOrder = true;  // the rows of a chunk follow each other
   int first_word;
@@ -179,7 +183,8 @@ struct MmaLane {
   static __device__ int k_of(int chunk, int e) { return 8 * (chunk % 4 * kChunks + chunk / 4) + e; }
 };
 
-// Two lanes share a word of sixteen values: one has the lower half of each half of it, one the upper.
+// 2 bits in a step of 32 rows: two lanes share a word of sixteen values. One has the lower half of each half of the word,
+// and one the upper.
 template <typename T>
 struct MmaLane<2, T, 32> {
   using P = Pairs<2, T>;
@@ -197,8 +202,8 @@ struct MmaLane<2, T, 32> {
   static __device__ int k_of(int chunk, int e) { return 8 * chunk + e; }
 };
 
-// Four lanes share a block of three words. Pair t of each word is lane t's. Of those that are left, pair 4 of word t is
-// lane t's too, and the sliced pair is lane 3's.
+// 3 bits in a step of 32 rows: four lanes share a block of three words. Pair t of each word is lane t's. Two kinds of
+// pairs are left: pair 4 of word t is lane t's too, and the pair that is sliced over the words is lane 3's.
 template <typename T>
 struct MmaLane<3, T, 32> {
   using P = Pairs<3, T>;

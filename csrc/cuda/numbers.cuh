@@ -1,4 +1,4 @@
-// The floating-point types of memory, to and from the float32 of all arithmetic.
+// Numbers in memory become the float32 of all arithmetic, and are made of it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,15 +30,15 @@ __device__ inline float rounded<float>(float value) {
   return value;
 }
 
-// One number of an array whose dtype is known at run time. Scales, and x and the results of all but gemm_mma, go through
-// these: a branch at the ends of a kernel costs less than three times the kernels.
+// One number of an array whose dtype is known at run time. Scales go through these functions, and so do x and the results
+// of all kernels but gemm_mma: a branch at the ends of a kernel costs less than three times the kernels.
 __device__ inline float load_number(const void* array, DType dtype, int64_t index) {
   if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(array)[index]);
   if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(array)[index]);
   return static_cast<const float*>(array)[index];
 }
 
-// Four of them, from an index on at which they are aligned.
+// Four numbers from an index on, at which they are aligned.
 __device__ inline float4 load_four(const void* array, DType dtype, int64_t index) {
   if (dtype == DType::kFloat32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(array) + index));
   const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + index));

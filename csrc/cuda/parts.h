@@ -8,7 +8,8 @@ namespace exllama::cuda {
 using layout::DType;
 using layout::Weight;
 
-inline constexpr int kMaxParts = 8;  // of a launch: they are its arguments, of which there may be 4 KiB
+// The parts of a launch. They are arguments of the kernel, which may have 4 KiB.
+inline constexpr int kMaxParts = 8;
 
 // What one weight has for itself.
 struct Part {
@@ -16,28 +17,28 @@ struct Part {
   const uint32_t* qzeros;
   const void* scales;
   DType scales_dtype;
-  uint32_t end_tile;  // one after its last tile of columns, counted from the launch's first tile on
+  uint32_t end_tile;  // one after its last tile of columns, counted from the first tile of the launch
   int64_t N;
-  int64_t columns_before;  // in out: those of the parts before it
+  int64_t columns_before;  // columns of out that belong to the parts before it
 };
 
 struct Parts {
-  Weight weight;  // the first: all have its K, groups, rows and format
+  Weight weight;  // the first part: all have its K, groups, row_order and format
   uint32_t column_tiles;
-  int64_t columns;  // of out, for which there may be more parts than these
+  int64_t columns;  // of out, which may have more parts than these
   Part part[kMaxParts];
 };
 
 #ifdef __CUDACC__
-// The columns and rows of a thread block of a grid (column tiles * row tiles, splits). Blocks that follow one another
-// have the same columns and other rows of x: together they read W from DRAM once, however many rows there are.
+// The tile of a thread block, in a grid (column tiles * row tiles, splits). Thread blocks that follow one another have the
+// same columns and other rows of x. Together they read W from DRAM once, however many rows there are.
 struct Tile {
-  Weight weight;  // that they belong to
-  int64_t first_column;
-  int64_t columns_before;  // in out: those of the weights before this one
+  Weight weight;  // the part that it belongs to
+  int64_t first_column;  // of the part
+  int64_t columns_before;  // columns of out that belong to the parts before it
   int64_t first_row;       // of x and out
 
-  // Each of `columns` columns and `rows` rows.
+  // Tiles have `columns` columns and `rows` rows.
   __device__ Tile(const Parts& parts, int columns, int rows) : weight(parts.weight) {
     const uint32_t row_tiles = gridDim.x / parts.column_tiles, tile = blockIdx.x / row_tiles;
     first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * rows;

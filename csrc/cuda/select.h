@@ -1,7 +1,8 @@
 // Which kernel computes a gemm, and how it is divided: one pure function of the problem, without CUDA.
 //
-// To add an algorithm, write its struct in a header gemm_*.h, as gemm_tiled.h does, and name it in Gemms. gemm.cu has
-// the launch of each.
+// To add an algorithm, write its struct in a header gemm_*.h, as gemm_tiled.h does, and name it in Gemms. Give it a value
+// of Algorithm in problem.h and a launch in gemm.cu; the compiler says where that is missing. Its bound is declared in
+// exllama_ops/testing/errors.py, which a test holds to `additions`.
 #pragma once
 
 #include "gemm_dense.h"
@@ -19,11 +20,13 @@ struct Gemm {
   bool (*can)(const Problem&);
   Config (*config)(const Problem&);  // its fastest one by the cost model, if it can
   double (*cycles)(const Problem&, const Config&);
+  int64_t (*additions)(int64_t K, int64_t groups);  // that a product meets on its way to the result
 };
 
 template <typename... Each>
 struct GemmList {
-  static constexpr Gemm kAll[] = {{Each::kAlgorithm, Each::kName, Each::can, Each::config, Each::cycles}...};
+  static constexpr Gemm kAll[] = {
+      {Each::kAlgorithm, Each::kName, Each::can, Each::config, Each::cycles, Each::additions}...};
 };
 
 // Every algorithm. Batch-invariant mode takes the first that can.

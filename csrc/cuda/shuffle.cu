@@ -1,17 +1,17 @@
-#include "shuffle.cuh"
 #include "launch.h"
+#include "shuffle.cuh"
 
 namespace exllama::cuda {
 namespace {
 
 template <bool from_shuffled>
-void launch_reorder(const uint32_t* in, const int32_t* source, int64_t K, int64_t N, int32_t bits, uint32_t* out,
+void launch_reorder(const uint32_t* in, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
                     Stream stream) {
   const int64_t threads = K / layout::block_values(bits) * N;
   if (threads == 0) return;
   const unsigned grid = grid_of(divide_up(threads, kShuffleThreads), "shuffle");
   with_bits(bits, [&](auto constant) {
-    reorder<constant(), from_shuffled><<<grid, kShuffleThreads, 0, to_cuda(stream)>>>(in, source, K, N, out);
+    reorder<constant(), from_shuffled><<<grid, kShuffleThreads, 0, to_cuda(stream)>>>(in, perm, K, N, out);
   });
   check(cudaGetLastError(), "shuffle");
 }

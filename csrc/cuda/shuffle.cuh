@@ -1,4 +1,4 @@
-// Checkpoint order <-> shuffled order of the words: one thread a block of words of one column.
+// Checkpoint order <-> shuffled order of the words: a thread has a block of words of one column.
 #pragma once
 
 #include "words.cuh"
@@ -7,22 +7,22 @@ namespace exllama::cuda {
 
 inline constexpr int kShuffleThreads = 128;
 
-// out = in with the other order of bits, its row i being row source[i] of in; in may be out if source is null.
+// out is in with the other order of bits. Row i of out is row perm[i] of in; without a perm, in may be out.
 template <int bits, bool from_shuffled>
-__global__ void reorder(const uint32_t* in, const int32_t* source, int64_t K, int64_t N, uint32_t* out) {
+__global__ void reorder(const uint32_t* in, const int32_t* perm, int64_t K, int64_t N, uint32_t* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kShuffleThreads + threadIdx.x;
   if (thread >= K / kValues * N) return;
   const int64_t block = thread / N, column = thread % N;
   uint32_t words[kWords], result[kWords] = {};
-  if (!source) {
+  if (!perm) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = in[(block * kWords + w) * N + column];
   }
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
-    const uint32_t value = source ? read_value<bits, from_shuffled>(
-                                        in, N, checked_index(source[block * kValues + j], K), column)
+    const uint32_t value = perm ? read_value<bits, from_shuffled>(
+                                        in, N, checked_index(perm[block * kValues + j], K), column)
                                   : value_of<bits, from_shuffled>(words, j);
     insert_value<bits, !from_shuffled>(result, j, value);
   }

@@ -6,12 +6,12 @@
 
 namespace exllama::cuda {
 
-// Value j of a block of words. j may be known at compile time, when little is left of this, or not.
+// Value j of a block of words. If j is known at compile time, little is left of this.
 template <int bits, bool shuffled>
 __device__ inline uint32_t value_of(const uint32_t* words, int j) {
   using layout::position;
   if constexpr (bits == 3) {
-    // The three words by choice and not by index: a run-time index would put them into local memory.
+    // One of three words is chosen, not indexed: a run-time index would put them into local memory.
     const auto word = [&](int at) { return at < 32 ? words[0] : at < 64 ? words[1] : words[2]; };
     const int first = position(3, j, 0, shuffled), last = position(3, j, 2, shuffled);
     if (last == first + 2 && last / 32 == first / 32) return word(first) >> (first % 32) & 7;
@@ -23,32 +23,37 @@ __device__ inline uint32_t value_of(const uint32_t* words, int j) {
     }
     return value;
   } else {
+    static_assert(layout::block_words(bits) == 1,
+                  "csrc/cuda reads no values of this bit width: add them to value_of in words.cuh");
     return words[0] >> position(bits, j, 0, shuffled) & ((1u << bits) - 1);
   }
 }
 
-// LOP3 from (w & fields) | magic, which the compiler makes two of.
+// (w & fields) | magic is one LOP3, of which the compiler makes two.
 __device__ inline uint32_t and_or(uint32_t w, uint32_t fields, uint32_t magic) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(w), "r"(fields), "r"(magic));
   return result;
 }
 
-// Bit by bit, a where mask is set, else b.
+// Takes the bits of a where mask is set, and else those of b.
 __device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
   return result;
 }
 
-// q - z of the values of a block of words as floats, by an instruction to place the field and one to subtract: the bits s
-// and on of a word, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z in the same place
-// the difference of two such numbers, both multiples of 2**-s below 2**24, is exact. Higher fields of a word are shifted
-// down together; what has no place of its own in a word (3 bits) is brought to s = 0.
+// Makes q - z of the values of a block of words as floats: one instruction places the field, and one subtracts.
+//
+// The bits of a word from bit s on, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z in
+// the same place the difference of the two is exact: both are multiples of 2**-s below 2**24. Higher fields of a word
+// are shifted down together. A value of 3 bits that lies in three words is brought to s = 0.
 template <int bits, bool shuffled>
 struct PlacedFields {
-  // The low bits of a word, shifted or not, that are looked at: of 2 bits only eight, as 16 have too many zero points for
-  // the registers of gemm_scalar.
+  static_assert(layout::block_words(bits) == 1 || bits == 3,
+                "csrc/cuda places no fields of this bit width: add them to PlacedFields in words.cuh");
+  // The low bits of a word, shifted or not, that are looked at. For 2 bits they are eight: 16 would have too many zero
+  // points for the registers of gemm_scalar.
   static constexpr int kWindow = bits == 2 ? 8 : 16;
   // How many s there are: place i is bit bits * i.
   static constexpr int kPlaces = bits == 8 || (bits == 3 && !shuffled) ? 1 : kWindow / bits;
@@ -73,7 +78,7 @@ struct PlacedFields {
       const int place = sliced ? 0 : first % kWindow / bits;
       uint32_t word = words[first / 32];
       if (sliced) {
-        // Of two values, bit b is bit 15 or 31 of word b.
+        // Bit b of the two values is bit 15 or 31 of word b.
         word = select_bits(0x00010001, words[0] >> 15, words[1] >> 14);
         word = select_bits(0x00030003, word, words[2] >> 13);
       }
@@ -86,7 +91,7 @@ struct PlacedFields {
   __device__ static constexpr uint32_t exponent(int place) { return static_cast<uint32_t>(127 + 23 - bits * place) << 23; }
 };
 
-// Puts value j into the words of a block, whose bits at its place are 0.
+// Puts value j into the words of a block, whose bits there are 0.
 template <int bits, bool shuffled>
 __device__ inline void insert_value(uint32_t* words, int j, uint32_t value) {
 #pragma unroll
@@ -96,7 +101,7 @@ __device__ inline void insert_value(uint32_t* words, int j, uint32_t value) {
   }
 }
 
-// Value (row, column) of a weight.
+// The value of a weight at (row, column).
 template <int bits, bool shuffled>
 __device__ inline uint32_t read_value(const uint32_t* qweight, int64_t N, int64_t row, int64_t column) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
@@ -109,25 +114,25 @@ __device__ inline uint32_t read_value(const uint32_t* qweight, int64_t N, int64_
 // The zero point of a group and a column, at most 256.
 template <int bits>
 __device__ inline uint32_t zero_of(const Weight& weight, int64_t group, int64_t column) {
-  // A field lies in one word or goes on in the next: bits * column is its first bit in the row of the group.
+  // A field lies in one word, or goes on in the next. Its first bit in the row of the group is bits * column.
   const uint32_t* row = weight.qzeros + group * (weight.N * bits / 32);
   const int64_t first = column * bits;
   uint32_t field = row[first / 32] >> (first % 32);
-  if (bits == 3 && first % 32 > 29) field |= row[first / 32 + 1] << (32 - first % 32);
+  if (32 % bits != 0 && first % 32 > 32 - bits) field |= row[first / 32 + 1] << (32 - first % 32);
   return (field & ((1u << bits) - 1)) + weight.zero_offset;
 }
 
-// The zero points of a group and of four columns from a multiple of four on.
+// The zero points of a group in four columns, the first of which is a multiple of four.
 template <int bits>
 struct FourZeros {
   uint32_t fields;
 
-  // row: of the group, from a column on where a word begins, from which the column is counted. Below 2**29.
+  // row: the group's, from a column on at which a word begins. column: counted from there, below 2**29.
   __device__ FourZeros(const uint32_t* row, uint32_t column) {
     const uint32_t first = column * bits, shift = first % 32;
     fields = __ldg(row + first / 32) >> shift;
-    // Only the last of 12 bits may lie in the next word, which need not be there otherwise.
-    if (bits == 3 && shift > 20) fields |= __ldg(row + first / 32 + 1) << (32 - shift);
+    // The fields may go on in the next word, which need not be there otherwise.
+    if (32 % bits != 0 && shift > 32 - 4 * bits) fields |= __ldg(row + first / 32 + 1) << (32 - shift);
   }
   __device__ FourZeros(const Weight& weight, int64_t group, int64_t column)
       : FourZeros(weight.qzeros + group * (weight.N * bits / 32) + column / 32 * bits, column % 32) {}
@@ -140,8 +145,8 @@ __device__ inline float scale_of(const Weight& weight, int64_t group, int64_t co
   return load_number(weight.scales, weight.scales_dtype, group * weight.N + column);
 }
 
-// An index that came in a tensor. The host cannot look at it without a sync: a wrong one stops the kernel, as it does in
-// torch's own gathers, before it leads outside the memory of an argument.
+// An index that came in a tensor, at which the host cannot look without a sync. A wrong one stops the kernel before it
+// leads outside the memory of an argument, as it does in torch's own gathers.
 __device__ inline int64_t checked_index(int32_t index, int64_t limit) {
   if (index < 0 || index >= limit) __trap();
   return index;
@@ -153,31 +158,31 @@ __device__ inline int64_t group_of(const Weight& weight, int64_t k) {
   return k / weight.group_size;
 }
 
-// The row of the checkpoint, and so the column of x, that row k of the words is.
+// The row of the checkpoint that row k of the words is, and so its column of x.
 __device__ inline int64_t permuted_row(const Weight& weight, int64_t k) {
   if (const int32_t* perm = weight.perm()) return checked_index(perm[k], weight.K);
   return k;
 }
 
-// visit(j, scale * (q - z)) for the values of a block of words of one column, rounded to float32.
+// Calls visit(j, scale * (q - z)) for the values of a block of words of one column, rounded to float32.
 template <int bits, bool shuffled, typename Visit>
 __device__ inline void visit_block(const Weight& weight, int64_t block, int64_t column, const Visit& visit) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
   uint32_t words[kWords];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = weight.qweight[(block * kWords + w) * weight.N + column];
-  const bool raw = weight.g_idx() != nullptr;
+  const bool by_row = weight.g_idx() != nullptr;
   const int64_t first = block * kValues;
   int64_t group = group_of(weight, first);
-  // Where the next group begins, counted from the block's first row: with a raw g_idx, perhaps at every row.
-  auto next = static_cast<int>(raw ? 1 : min((group + 1) * weight.group_size - first, static_cast<int64_t>(kValues)));
+  // Where the next group begins, counted from the block's first row. With a g_idx it may begin at every row.
+  auto next = static_cast<int>(by_row ? 1 : min((group + 1) * weight.group_size - first, static_cast<int64_t>(kValues)));
   float scale = scale_of(weight, group, column);
   auto zero = static_cast<int>(zero_of<bits>(weight, group, column));
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
     if (j > 0 && j == next) {
-      group = raw ? group_of(weight, first + j) : group + 1;
-      next = raw ? j + 1 : static_cast<int>(min(j + weight.group_size, static_cast<int64_t>(kValues)));
+      group = by_row ? group_of(weight, first + j) : group + 1;
+      next = by_row ? j + 1 : static_cast<int>(min(j + weight.group_size, static_cast<int64_t>(kValues)));
       scale = scale_of(weight, group, column);
       zero = static_cast<int>(zero_of<bits>(weight, group, column));
     }

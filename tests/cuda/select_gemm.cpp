@@ -48,3 +48,7 @@ extern "C" double instructions(const int64_t* problem, int64_t algorithm, int64_
   const bool scalar = static_cast<Algorithm>(algorithm) == Algorithm::kScalar;
   return (scalar ? GemmScalar::instructions : GemmMma::instructions)(problem_of(problem), rows);
 }
+
+extern "C" int64_t additions(int64_t algorithm, int64_t K, int64_t groups) {
+  return gemm_of(static_cast<Algorithm>(algorithm)).additions(K, groups);
+}

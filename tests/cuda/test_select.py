@@ -12,9 +12,12 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.device_code import GPUS
 from exllama_ops.layout.formats import SUPPORTED_BITS
+from exllama_ops.testing.bounds import UNIT_ROUNDOFF_F32, gamma
+from exllama_ops.testing.errors import TENSOR_CORE_UNIT, Error, cuda_gemm_error
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++")
@@ -309,3 +312,15 @@ def test_the_model_has_the_instructions_that_were_counted(compiled: ctypes.CDLL)
             as_fields(problem), ctypes.c_int64(ALGORITHMS.index(kernel["kernel"])), ctypes.c_int64(kernel["tokens"])
         )
         assert abs(modelled / kernel["per_weight"] - 1) < 0.2, (kernel, modelled)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_declared_errors_have_the_additions_of_the_kernels(compiled: ctypes.CDLL, algorithm: str) -> None:
+    """`exllama_ops.testing.errors` counts by the sizes of the kernels, whose headers count by themselves."""
+    compiled.additions.restype = ctypes.c_int64
+    unit = TENSOR_CORE_UNIT if algorithm == "mma" else UNIT_ROUNDOFF_F32
+    rounding = 2.0**-11 if algorithm == "dense" else 0.0
+    for K, G in ((32, 1), (576, 5), (4096, 32), (4104, 4104), (14336, 112)):
+        counted = compiled.additions(*map(ctypes.c_int64, (ALGORITHMS.index(algorithm), K, G)))
+        declared = cuda_gemm_error(algorithm, torch.float16, K=K, G=G)
+        assert declared == Error(rounding + gamma(counted, unit)), (K, G)
