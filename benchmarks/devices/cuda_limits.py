@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device_code import GPUS
+from benchmarks.gpus import GPUS
 from benchmarks.limits import DRAM, DRAM_PEAK, MATMUL
 
 # A square product of this size has the throughput of larger ones.
@@ -15,7 +15,7 @@ _MATMUL_SIZE = 4096
 # Of the memory that is read: many times what the caches hold.
 _MEMORY_BYTES, _CACHES = 256 << 20, 4
 
-# The names of the data sheets in `benchmarks.device_code`, by those of the driver.
+# The names of the data sheets in `benchmarks.gpus`, by those of the driver.
 _DATA_SHEETS = {
     "NVIDIA A100-SXM4-80GB": "A100 80 GB",
     "NVIDIA H100 80GB HBM3": "H100 SXM",

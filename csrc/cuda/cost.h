@@ -12,7 +12,7 @@ constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr double larger(double a, double b) { return a > b ? a : b; }
 
-// What an SM does in a clock cycle, from this compute capability on. benchmarks/device_code.py has the data sheets.
+// What an SM does in a clock cycle, from this compute capability on. benchmarks/gpus.py has the data sheets.
 struct Rates {
   int32_t arch;
   double dram_bytes;

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.device_code import ARCHS, BUDGETS, GROUP, RESULTS, derived_budgets
+from benchmarks.device_code import ARCHS, RESULTS
+from benchmarks.device_code_report import BUDGETS, GROUP, derived_budgets
 from exllama_ops.layout.formats import SUPPORTED_BITS
 
 KERNELS: list[dict[str, Any]] = json.loads(RESULTS.with_suffix(".json").read_text())["kernels"]
 
 
 def counted(**wanted: Any) -> list[dict[str, Any]]:
-    """Of what is not named there is one kernel for each architecture and width."""
+    """The kernels with these fields: one for each architecture and width."""
     found = [
         kernel
         for kernel in KERNELS
@@ -31,7 +32,7 @@ def test_no_kernel_was_counted_with_spills() -> None:
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_tensor_core_loops_keep_their_budget(bits: int) -> None:
-    """On sm_80 a weight of 4 bits takes 1.8, and a multiply-add of eight tokens 0.25. Others stay within a tenth."""
+    """On sm_80, 1.8 a weight of 4 bits and 0.25 a multiply-add of eight tokens; elsewhere within a tenth of that."""
     most, most_a_mac = derived_budgets(bits)[:2]
     for kernel in counted(kernel="mma", dtype="float16", unit=GROUP, tokens=8, bits=bits):
         slack = 1 if kernel["arch"] == 80 else 1.1
@@ -40,8 +41,8 @@ def test_tensor_core_loops_keep_their_budget(bits: int) -> None:
     assert derived_budgets(4)[:2] == BUDGETS["mma"] == (1.8, 0.25)
 
 
-# Counted, and no more than a few hundredths above `least_of_scalar` and the ends of groups: the budgets for 4 bits, 2.5
-# and 1.3, cannot be met with exact q - z.
+# These were counted. They are a few hundredths above `least_of_scalar` and the ends of groups. The budgets for 4 bits,
+# 2.5 and 1.3, cannot be met with exact q - z.
 @pytest.mark.parametrize(("tokens", "most"), [(1, 3.8), (2, 4.9), (4, 7.1), (8, 11.6)])
 def test_scalar_loops_stay_where_they_are(tokens: int, most: float) -> None:
     for kernel in counted(kernel="scalar", shuffled=True, tokens=tokens):

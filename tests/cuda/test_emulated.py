@@ -53,7 +53,7 @@ def ops(request: pytest.FixtureRequest) -> Iterator[emulated.EmulatedOps]:
 
 
 def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
-    """Which algorithms can compute a case, as README and select.h say."""
+    """Which algorithms can compute a case, as README and the headers gemm_*.h say."""
     if algorithm == "mma":
         tensor_cores = arch >= {torch.float16: 75, torch.bfloat16: 80}.get(dtype, math.inf)
         one_group = case.group_size >= case.K

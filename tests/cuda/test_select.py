@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.device_code import GPUS
+from benchmarks.gpus import GPUS
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import UNIT_ROUNDOFF_F32, gamma
 from exllama_ops.testing.errors import TENSOR_CORE_UNIT, Error, cuda_gemm_error

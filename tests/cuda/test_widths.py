@@ -1,4 +1,4 @@
-"""A bit width that csrc/layout knows and csrc/cuda does not is refused by the compiler, by the name of what it lacks."""
+"""A bit width that csrc/layout knows and csrc/cuda does not: the compiler refuses it, and names what is missing."""
 
 from __future__ import annotations
 
