@@ -119,8 +119,8 @@ For other widths the same budget is moved by what the width changes, and by noth
 **mma.** Two weights share a register, so a pair costs one LOP3 and one HFMA2, which is 1.0 a weight. It also costs its
 share of a shift that brings fields under the mantissa. That is 0.125 a weight for 4 bits, where one shift serves 2
 places, 0.06 for 2 bits (4 places) and 0.1 for 3 bits (3 places). 3 bits take 0.15 more for the pair in the third bits
-of three words. 8 bits take PRMT for LOP3 and no shift. HMMA take 0.125, and loads of words bits / 128. The rest of 1.8 is
-0.5 for addresses, loads of x and ends of groups, which no width changes.
+of three words. 8 bits take PRMT for LOP3 and no shift. HMMA take 0.125, and loads of words bits / 128. The rest of 1.8
+is 0.5 for addresses, loads of x and ends of groups, which no width changes.
 
 **scalar.** The budget is 2.5 and 1.3 for every width. q - z is exact, so an outlier of x costs nothing where q = z.
 A weight therefore takes at least a LOP3, an FADD of its zero point, and an FFMA a row. The LOP3 leaves the field in

@@ -2,8 +2,8 @@
 
 A loop body has paths that a problem does not take: other dtypes, ends of rows, a group that ends inside a step. What a
 trip costs is therefore the cheapest cycle through the control-flow graph that still does the trip's work. The work is
-named by the instructions that must be issued: so many multiply-adds of the tensor cores, so many FFMA, so many loads.
-An instruction counts once for a warp, whether its predicate holds or not: it takes an issue slot.
+named by the instructions that must be issued: multiply-adds of the tensor cores, FFMA, loads. An instruction counts
+once for a warp, whether its predicate holds or not: it takes an issue slot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)(.*?);?\s*$")
 _TARGET = re.compile(r"`\(([^)]+)\)")
-# By the shape in the mnemonic: HMMA.16816 multiplies 16 x 8 x 16 numbers of a warp.
+# The shape is in the mnemonic: HMMA.16816 multiplies 16 x 8 x 16 numbers of a warp.
 _TENSOR_CORE = {"HMMA.16816": 2048, "HMMA.1688": 1024}
 
 
@@ -27,7 +27,7 @@ class SassError(ValueError):
 
 @dataclass
 class _Block:
-    """Instructions without a branch between them. successors: of the next block or a label."""
+    """Instructions without a branch between them, and the names of the blocks that may follow."""
 
     counts: Counter[str] = field(default_factory=Counter)
     successors: list[str] = field(default_factory=list)

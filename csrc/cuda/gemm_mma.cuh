@@ -41,10 +41,10 @@ struct MmaProduct {
   };
 
   // Multiplies the rows of a stage that are the warp's. k_left: rows from the warp's first one to the end of the stage.
-  static __device__ __forceinline__ void multiply_stage(const Stage& stage, const LanePlace& place, const Lane& lane,
+  static __device__ __forceinline__ void multiply_stage(const Stage& stage, const MmaThread& thread, const Lane& lane,
                                                         int32_t k_left, int32_t row_bytes, Words& words, Sums& sums) {
-    const T* x = &stage.x[place.g][place.warp_k * kMmaRunK + 8 * place.t];
-    const UnitGroup* groups = &stage.groups[place.warp_k * kRunUnits][place.warp_n * 8 + place.g];
+    const T* x = &stage.x[thread.g][thread.warp_k * kMmaRunK + 8 * thread.t];
+    const UnitGroup* groups = &stage.groups[thread.warp_k * kRunUnits][thread.warp_n * 8 + thread.g];
     for (; k_left > 0; k_left -= kTurnK) {
 #pragma unroll
       for (int run = 0; run < Words::kTurnRuns; ++run) {
@@ -71,12 +71,12 @@ struct MmaProduct {
                                                   float* partials, T* out) {
     __shared__ Shared shared;
     __shared__ StageSource source;
-    const LanePlace place;
+    const MmaThread thread;
     const Tile tile(parts, kMmaColumns, Stage::kTokens);
     const Weight& weight = tile.weight;
     const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
     const auto first_column = static_cast<int32_t>(tile.first_column);
-    const int32_t column = first_column + place.warp_n * 32 + 4 * place.g;
+    const int32_t column = first_column + thread.warp_n * 32 + 4 * thread.g;
     const auto first_token = static_cast<Token>(tile.first_row);
     const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
     if (threadIdx.x == 0) {
@@ -86,8 +86,8 @@ struct MmaProduct {
     const auto first_run = static_cast<int32_t>(blockIdx.y * cut.runs_per_split);
     const int32_t end_run = min(first_run + static_cast<int32_t>(cut.runs_per_split), (K + kMmaRunK - 1) / kMmaRunK);
     const auto end_row = static_cast<int32_t>(min(static_cast<int64_t>(end_run) * kMmaRunK, weight.K) * bits / 32);
-    const Lane lane(place.t);
-    const int32_t first_row = (first_run + place.warp_k) * Words::kRunSteps * Words::kStepRows + lane.first_word;
+    const Lane lane(thread.t);
+    const int32_t first_row = (first_run + thread.warp_k) * Words::kRunSteps * Words::kStepRows + lane.first_word;
     Words words(weight, column, first_row, end_row);
 #pragma unroll
     for (int i = 0; i < Words::kAhead; ++i) words.load(i, 4 * N);
@@ -103,16 +103,16 @@ struct MmaProduct {
       __syncthreads();
       // It is read from memory, or it would be a uniform register, which has to be copied for every load.
       const int32_t row_bytes = source.row_bytes;
-      const int32_t k_left = min(end * kMmaRunK, K) - (stage_run + place.warp_k) * kMmaRunK;
-      multiply_stage(shared.stage, place, lane, k_left, row_bytes, words, sums);
+      const int32_t k_left = min(end * kMmaRunK, K) - (stage_run + thread.warp_k) * kMmaRunK;
+      multiply_stage(shared.stage, thread, lane, k_left, row_bytes, words, sums);
     }
 
     __syncthreads();  // the last stage has been read
-    if (place.warp_k > 0) sums.leave(shared.of_warps, place);
+    if (thread.warp_k > 0) sums.leave(shared.of_warps, thread);
     __syncthreads();
-    if (place.warp_k > 0 || column >= N) return;
+    if (thread.warp_k > 0 || column >= N) return;
     const auto write = [&](const auto& store) {
-      sums.write_out(shared.of_warps, place, first_token, M, tile.columns_before + column, store);
+      sums.write_out(shared.of_warps, thread, first_token, M, tile.columns_before + column, store);
     };
     if (partials) {
       write([&](int64_t token, int64_t n, float sum) { partials[(blockIdx.y * M + token) * parts.columns + n] = sum; });

@@ -1,8 +1,8 @@
 // The operands of the tensor cores: fragments of q - z, which are made of the words in registers.
 //
 // W^T is the A operand of mma.m16n8k16 and x^T the B operand, so that an octet of tokens fills it. Lane 4 g + t of a
-// warp has the columns 4 g to 4 g + 3 of 32. By the tables of the PTX ISA, the columns 0 and 1 of these are the rows g
-// and g + 8 of one fragment, and the columns 2 and 3 are those of a second one.
+// warp has the columns 4 g to 4 g + 3 of 32. Columns 0 and 1 of these are the rows g and g + 8 of one fragment, by the
+// tables of the PTX ISA. Columns 2 and 3 are those of a second one.
 //
 // The order of k inside an mma is free as long as A and B agree. Where the PTX table has the pairs 2 t and 2 t + 8 of k,
 // lane t has any two pairs of its words. x lies in shared memory in the order that follows from it.

@@ -10,12 +10,12 @@
 
 namespace exllama::cuda {
 
-// Which part of its tile a lane computes.
-struct LanePlace {
+// The numbers of a thread, which say what it computes of the tile.
+struct MmaThread {
   int lane, g, t;  // lane 4 g + t of its warp
   int warp_n, warp_k;
 
-  __device__ LanePlace() : lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {
+  __device__ MmaThread() : lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {
     const int warp = threadIdx.x / 32;
     warp_n = warp % kMmaWarpsN;
     warp_k = warp / kMmaWarpsN;
@@ -82,24 +82,24 @@ struct MmaSums {
   }
 
   // Leaves the sums of a warp for the first one along K.
-  __device__ __forceinline__ void leave(OfWarps& of_warps, const LanePlace& place) const {
+  __device__ __forceinline__ void leave(OfWarps& of_warps, const MmaThread& thread) const {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      of_warps[place.warp_k - 1][place.warp_n][i][place.lane] = total[i / 8][i / 4 % 2][i % 4];
+      of_warps[thread.warp_k - 1][thread.warp_n][i][thread.lane] = total[i / 8][i / 4 % 2][i % 4];
     }
   }
 
   // Adds the sums of the warps along K, from the first to the last, and calls store(token, column, sum) for each. The
   // tile begins at first_token, and the lane's four columns at first_column of the result.
   template <typename Token, typename Store>
-  __device__ __forceinline__ void write_out(const OfWarps& of_warps, const LanePlace& place, Token first_token,
+  __device__ __forceinline__ void write_out(const OfWarps& of_warps, const MmaThread& thread, Token first_token,
                                             int64_t M, int64_t first_column, const Store& store) const {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       float sum = total[i / 8][i / 4 % 2][i % 4];
 #pragma unroll
-      for (int other = 1; other < kMmaWarpsK; ++other) sum += of_warps[other - 1][place.warp_n][i][place.lane];
-      const int64_t token = first_token + i / 8 * kOctet + 2 * place.t + i % 2;
+      for (int other = 1; other < kMmaWarpsK; ++other) sum += of_warps[other - 1][thread.warp_n][i][thread.lane];
+      const int64_t token = first_token + i / 8 * kOctet + 2 * thread.t + i % 2;
       if (token < M) store(token, first_column + i / 4 % 2 * 2 + i % 4 / 2, sum);
     }
   }

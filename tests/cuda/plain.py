@@ -20,7 +20,7 @@ import numpy as np
 
 from ptx_emulator.emulator import Emulator
 
-# As the enumerations of csrc number them. kDense is not one launch: its caller multiplies.
+# The numbers of the enumerations in csrc. kDense is not one launch: its caller multiplies.
 ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}
 DTYPES = (np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32))
 
@@ -120,12 +120,12 @@ class PlainOps:
         splits: int | None = None,
         workspace: Array | None = None,
     ) -> Array:
-        """By an algorithm, of the first `count` parts.
+        """The product by an algorithm, with the first `count` parts.
 
         Args:
             splits: thread blocks that share the rows of W, among which these divide evenly; by default as many as
                 select_gemm says.
-            workspace: of splits that it does not say.
+            workspace: for splits that it does not say.
         """
         config, workspace_bytes = self._config(algorithm, x, count)
         if splits is not None:
@@ -144,7 +144,7 @@ class PlainOps:
         return dx
 
     def dequantize(self, first: int = 0, columns: int | None = None, out: Array | None = None) -> Array:
-        """Of the first part, in the dtype of its scales."""
+        """The first part, in the dtype of its scales."""
         weight = self.weights[0]
         if out is None:
             dtype = self.parts[0]["scales"].dtype

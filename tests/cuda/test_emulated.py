@@ -1,8 +1,8 @@
 """The CUDA kernels, as nvcc compiles them, on an emulated device: every algorithm against the declared bounds.
 
-Without --slow, what costs minutes on one core from an empty cache: the PTX for sm_80, 4 and 3 bits, every algorithm,
-2 and 8 bits by the kernels that have code of their own, and the PTX for sm_75 where it differs. With it, every width,
-order and group size, for sm_90 too.
+Without --slow these are minutes on one core from an empty cache. They run the PTX for sm_80 with 4 and 3 bits by every
+algorithm, and 2 and 8 bits by the kernels that have code of their own. They run the PTX for sm_75 where it differs.
+With --slow they run every width, order and group size, for sm_90 too.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def cases(bits: int) -> list[Case]:
 ALL_CASES = [case for bits in SHAPES for case in cases(bits)]
 
 
-# On every architecture by every algorithm.
+# The case that runs on every architecture by every algorithm.
 EVERYWHERE = Case(4, *SHAPES[4], 128, "perm", v2=False)
 
 

@@ -370,7 +370,7 @@ def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algo
 
 @pytest.mark.parametrize("algorithm", ["scalar", "mma"])
 def test_more_than_2_to_the_32_sums_of_a_split_K(last_block: Emulator, algorithm: str) -> None:
-    """Of two splits the last thread block has the second one, which is all that x is not 0 for.
+    """The last thread block has the second of two splits, and x is 0 for all other rows of W.
 
     Its sums lie 2**32 numbers behind those of another row, not of the same row in the first split.
     """

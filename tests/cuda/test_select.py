@@ -238,8 +238,8 @@ LARGE_WEIGHTS = [(K, N, bits) for K, N in SHAPES if K * N >= 1 << 20 for bits in
 def test_dense_begins_between_128_and_1024_tokens(select: Callable[[Problem], Config], arch: int) -> None:
     """About 256 where a BLAS has faster instructions than mma.sync (H100, B200), about 500 elsewhere.
 
-    There both multiply at one rate. Dense saves the unpacking alone, an eighth (GeForce) to a third (A100) of a pass of
-    32 rows, and it takes the passes of so many rows to pay for dequantizing W and for the launches.
+    Elsewhere both multiply at one rate. Dense then saves the unpacking alone, which is an eighth (GeForce) to a third
+    (A100) of a pass of 32 rows. The passes of so many rows pay for dequantizing W and for the launches.
     """
     for K, N, bits in LARGE_WEIGHTS:
         at = [select(Problem(M, K, N, bits).on(arch)).algorithm for M in (127, 1025)]
