@@ -25,8 +25,17 @@ from exllama_ops.ops import (
 from exllama_ops.prepare import prepare
 
 if TYPE_CHECKING:
-    from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_gptq, read_gptq, save_gptq
+    from exllama_ops.checkpoint import (
+        Checkpoint,
+        CheckpointError,
+        GptqModule,
+        open_checkpoint,
+        open_gptq,
+        read_gptq,
+        save_gptq,
+    )
     from exllama_ops.compile.freeze import freeze
+    from exllama_ops.integrations.slot import GptqSlot
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
     from exllama_ops.nn import ExllamaLinear, convert, quantize
@@ -40,6 +49,8 @@ __all__ = [
     "CheckpointError",
     "ExllamaLinear",
     "ExllamaLinearKernel",
+    "GptqModule",
+    "GptqSlot",
     "GptqWeight",
     "PackedWeight",
     "convert",
@@ -71,6 +82,8 @@ _LAZY = {
     "CheckpointError": "exllama_ops.checkpoint",
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
+    "GptqModule": "exllama_ops.checkpoint",
+    "GptqSlot": "exllama_ops.integrations.slot",
     "convert": "exllama_ops.nn",
     "freeze": "exllama_ops.compile.freeze",
     "load_model": "exllama_ops.integrations.transformers",

@@ -22,12 +22,6 @@ NAME = "gptq"
 
 # As the headers of safetensors name them.
 _INT_DTYPES = {"I32": torch.int32}
-_FORMULAS = {
-    "g_idx": "(K,)",
-    "scales": "(ceil(K/group_size), N)",
-    "qzeros": "(ceil(K/group_size), N*bits/32)",
-    "bias": "(N,)",
-}
 _FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -198,11 +192,11 @@ class GptqCheckpoint(Checkpoint):
             scales_dtype=_FLOAT_DTYPES[tensors[f"{name}.scales"].dtype],
             bias_dtype=torch.float16 if bias is None else _FLOAT_DTYPES[bias.dtype],
         )
-        given = f"K={K}, N={N}, bits={bits}, group_size={group_size}"
-        for tensor, formula in _FORMULAS.items():
-            if tensor in present and tensors[f"{name}.{tensor}"].shape != module.shapes[tensor]:
-                shape, got = module.shapes[tensor], tensors[f"{name}.{tensor}"].shape
-                raise self._error(f"{name}.{tensor}", f"must have shape {formula} = {shape} for {given}; got {got}")
+        for tensor in present:
+            try:
+                module.check_shape(tensor, tensors[f"{name}.{tensor}"].shape)
+            except TensorError as error:
+                raise self._error(f"{name}.{tensor}", error.rule) from error
         return module
 
     def _check_presence(self, name: str, present: tuple[str, ...], config: ModuleConfig) -> None:

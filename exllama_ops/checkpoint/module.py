@@ -18,6 +18,16 @@ from exllama_ops.layout.groups import is_trivial, num_groups
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
+# What `GptqModule.shapes` computes.
+FORMULAS = {
+    "qweight": "(K*bits/32, N)",
+    "qzeros": "(ceil(K/group_size), N*bits/32)",
+    "scales": "(ceil(K/group_size), N)",
+    "g_idx": "(K,)",
+    "bias": "(N,)",
+}
+
+
 class TensorError(ValueError):
     """A tensor breaks a rule. ``tensor`` is its name within the module, ``rule`` is the rest of the text."""
 
@@ -120,6 +130,31 @@ class GptqModule:
         """The dtype of each of ``tensors``: int32 for all but scales and bias."""
         floats = {"scales": self.scales_dtype, "bias": self.bias_dtype}
         return {name: floats.get(name, torch.int32) for name in self.tensors}
+
+    def check_tensor(self, name: str, tensor: Tensor) -> None:
+        """Check dtype and shape of one of ``tensors``. A bias may have any floating point dtype.
+
+        Raises:
+            TensorError: they are not those of the file.
+        """
+        dtype = self.dtypes[name]
+        if tensor.dtype != dtype and not (name == "bias" and tensor.is_floating_point()):
+            raise TensorError(name, f"must have dtype {dtype}, as in the file, and is not cast; got {tensor.dtype}")
+        self.check_shape(name, tuple(tensor.shape))
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check the shape of one of ``tensors``.
+
+        Raises:
+            TensorError: it is another; the text has the formula and what it was given.
+        """
+        if shape == self.shapes[name]:
+            return
+        given = f"K={self.in_features}, N={self.out_features}, bits={self.bits}, group_size={self.group_size}"
+        formula = FORMULAS[name]
+        if self.num_groups is not None:
+            formula, given = formula.replace("ceil(K/group_size)", "G"), f"{given}, G={self.G}"
+        raise TensorError(name, f"must have shape {formula} = {self.shapes[name]} for {given}; got {shape}")
 
     def decode(self, tensors: Mapping[str, Tensor], own: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Decoded:
         """The weight that the tensors of a file mean. Reads scales, zero points and g_idx.

@@ -24,7 +24,7 @@ PARTS: dict[str, set[str]] = {
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout", "ops", "backends"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
-    "integrations": {"nn", "checkpoint", "layout", "extras", "cache"},
+    "integrations": {"nn", "prepare", "checkpoint", "layout", "extras", "cache"},
     "cli": {"integrations", "checkpoint", "backends", "extras"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
