@@ -2,7 +2,7 @@
 
     python tools/prose.py                      # a table of everything
     python tools/prose.py docs csrc/layout     # of some files or folders, with their worst sentences
-    python tools/prose.py --check              # exits 1 if what is held (HELD, below) is beyond the limits
+    python tools/prose.py --check              # exits 1 if anything is beyond the limits, but for EXCEPTED, below
 
 A document is measured alone; source files are measured by folder. Code blocks and headings are left out. A word is
 what stands between two spaces and has a letter or digit, and `inline code` is one word. Cells of tables and labels
@@ -32,22 +32,16 @@ MEAN_WORDS = 18  # of a document or folder; its mean must be below
 LONGEST_SENTENCE = 35  # words
 LONGEST_PARAGRAPH = 120  # words, in documents
 
-# What CI holds. The list can only grow: a document or folder that passes is added.
-HELD: tuple[str, ...] = (
-    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
-    *(
-        "benchmarks/README.md",
-        "tests/data/README.md",
-        "tools/ptx_emulator/README.md",
-        "tools/prose.py",
-        "tools/examples.py",
-    ),
-)
-
-# What is measured when no path is given.
+# What is measured, and held by CI.
 EVERYTHING = (
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "exllama_ops", "csrc", "benchmarks"),
     *("tools", "tests", "_build_backend", "conftest.py"),
+)
+# But for these folders, of whose comments some are beyond the limits. The list can only shrink: a test fails when a
+# folder in it has come within them.
+EXCEPTED: tuple[str, ...] = (
+    *("csrc/bindings", "csrc/cpu", "csrc/cpu/generic", "csrc/cpu/isa/avx2", "csrc/cpu/isa/avx512", "csrc/cuda"),
+    *("csrc/layout", "tools/ptx_emulator/runtime"),
 )
 
 PYTHON = (".py",)
@@ -484,12 +478,14 @@ def table(measures: list[Measure]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures the prose of documents, docstrings and comments.")
-    parser.add_argument("paths", nargs="*", help="files or folders; without any, everything, or with --check, HELD")
+    parser.add_argument("paths", nargs="*", help="files or folders; everything without any")
     parser.add_argument("--check", action="store_true", help="exit 1 beyond the limits")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="print the N worst sentences (10)")
     options = parser.parse_args(arguments)
     if options.check:
-        faults = [fault for group in measure(options.paths or HELD) for fault in group.faults()]
+        excepted = () if options.paths else EXCEPTED
+        measures = measure(options.paths or EVERYTHING)
+        faults = [fault for group in measures if group.name not in excepted for fault in group.faults()]
         print(*faults, sep="\n", end="\n" if faults else "")
         return 1 if faults else 0
     measures = measure(options.paths or EVERYTHING)

@@ -28,9 +28,10 @@ _lock = threading.Lock()
 def set_batch_invariant(enabled: bool) -> None:
     """Have ``gptq_gemm`` compute each row of x with the same bits whatever rows it is batched with.
 
-    On a CUDA device, the fastest algorithm and the split of its sums depend on the number of rows M; when set, both
-    are chosen without M, and dense products by a BLAS are not used. On a CPU a row's bits never depend on M. At the
-    start it is what the environment variable EXLLAMA_OPS_BATCH_INVARIANT says, 0 or 1, by default 0.
+    On a CUDA device, the fastest algorithm and the split of its sums depend on the number of rows M. When this is set,
+    both are chosen without M, and dense products by a BLAS are not used. On a CPU a row's bits never depend on M.
+
+    At the start it is what the environment variable EXLLAMA_OPS_BATCH_INVARIANT says, 0 or 1, by default 0.
 
     Args:
         enabled: True or False.

@@ -92,7 +92,7 @@ def open_file(path: Path) -> BinaryIO:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object in UTF-8, with or without a byte order mark.
 
-    Of a key that stands twice the last value counts, as in every tool that reads these files with Python.
+    Where a key stands twice, its last value counts, as in every tool that reads these files with Python.
 
     Raises:
         CheckpointError: the file cannot be read, is larger than 100 MB, is no JSON, nested deeper than 64 levels, or

@@ -1,9 +1,9 @@
 """Zero-point words of the two formats on disk: v1 ("gptq", stored = z - 1) and v2 ("gptq_v2", stored = z).
 
-The rule is that of the tool that writes the files, GPTQModel: for 2, 4 and 8 bits it subtracts 1 in every field by
-one subtraction from the whole 32-bit word, so that the field above a zero point of 0 receives its borrow; for
-3 bits, whose fields cross words, it subtracts field by field modulo 8. Only the same rule backwards gives the zero
-points that the file was made with.
+The rule is that of the tool that writes the files, GPTQModel. For 2, 4 and 8 bits it subtracts 1 in every field by
+one subtraction from the whole 32-bit word, so the field above a zero point of 0 receives its borrow. For 3 bits, whose
+fields cross words, it subtracts field by field modulo 8. Only the same rule backwards gives the zero points that the
+file was made with.
 """
 
 from __future__ import annotations

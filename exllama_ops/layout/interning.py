@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Entries live as long as somebody else holds the tensor.
 _orders: WeakValueDictionary[tuple[torch.device, bool, int, int], Tensor] = WeakValueDictionary()
-# Of two threads that load equal orders, the second finds the tensor of the first.
+# If two threads load equal orders, the second finds the tensor of the first.
 _lock = threading.Lock()
 
 

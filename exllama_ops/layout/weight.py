@@ -287,8 +287,8 @@ class GptqWeight:
             `prepare` leaves the shard in checkpoint order.
 
         Raises:
-            ValueError: a run is empty, leaves the weight, or does not start and stop at whole blocks, which are 16, 32,
-                8 and 4 values for 2, 3, 4 and 8 bits; or bias is not said, or there is none.
+            ValueError: a run is empty, leaves the weight, or does not start and stop at whole blocks. These are 16, 32,
+                8 and 4 values for 2, 3, 4 and 8 bits. Or bias is not said, or there is none.
         """
         return shard(self, rows, columns, bias)
 

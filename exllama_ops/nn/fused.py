@@ -115,7 +115,7 @@ class FusedProjection(nn.Module):
         return self._split(product)
 
     def _product(self, x: Tensor) -> Tensor:
-        # Of the values of a nested x: torch's split of those crashes in its backward.
+        # A nested x gives its values: torch's split of a nested product crashes in its backward.
         product: Tensor = self.fused(values_of(x, self.in_features) if x.is_nested else x)
         return product
 

@@ -35,7 +35,7 @@ class Error(NamedTuple):
 
 
 def reference_error(depth: int) -> Error:
-    """Of a sum of ``depth`` products, which the reference takes in float64 and rounds to float32."""
+    """The error of a sum of ``depth`` products, which the reference takes in float64 and rounds to float32."""
     return Error(UNIT_ROUNDOFF_F32 + gamma(depth, UNIT_ROUNDOFF_F64))
 
 
@@ -55,7 +55,7 @@ def cpu_spans(groups: Tensor, *, by_row: bool = False) -> list[Tensor]:
 
 
 def cpu_gemm_error(precision: str, x: Tensor, W: Tensor, groups: Tensor, *, by_row: bool = False) -> Error:
-    """Of ``x @ W`` on the native CPU backend.
+    """The error of ``x @ W`` on the native CPU backend.
 
     Args:
         precision: "highest", "high" or "medium", as `exllama_ops.set_cpu_matmul_precision` takes it.
@@ -93,12 +93,15 @@ def cpu_gemm_error(precision: str, x: Tensor, W: Tensor, groups: Tensor, *, by_r
 
 
 def cpu_dx_error(N: int) -> Error:
-    """Of ``grad @ W.T`` on the native CPU backend: a chain of N in float32 at any precision, and three roundings."""
+    """The error of ``grad @ W.T`` on the native CPU backend.
+
+    It is a chain of N in float32 at any precision, and three roundings.
+    """
     return Error(gamma(N + 3))
 
 
 def cuda_gemm_error(algorithm: str, dtype: torch.dtype, *, K: int, G: int, by_row: bool = False) -> Error:
-    """Of ``x @ W`` by an algorithm of the native CUDA backend.
+    """The error of ``x @ W`` by an algorithm of the native CUDA backend.
 
     One warp of ``scalar`` adds 64 rows of each stage of 256, then come a sum per group, four warps and the splits of K.
     ``mma`` is alike with 128 rows of every 512. In both (q - z) and its products with x are exact. ``tiled`` and
@@ -123,12 +126,12 @@ def cuda_gemm_error(algorithm: str, dtype: torch.dtype, *, K: int, G: int, by_ro
 
 
 def cuda_dx_error(N: int) -> Error:
-    """Of ``grad @ W.T`` on the native CUDA backend: a chain of N, and two roundings of the weight."""
+    """The error of ``grad @ W.T`` on the native CUDA backend: a chain of N, and two roundings of the weight."""
     return Error(gamma(N + 2))
 
 
 def triton_gemm_error(plan: Plan, bits: int, *, truncates: bool) -> Error:
-    """Of ``x @ W`` by a plan of the Triton backend.
+    """The error of ``x @ W`` by a plan of the Triton backend.
 
     ``gemv`` adds the values of a block, the steps of a split, the blocks of a step in halves, then the splits.
     ``dot`` adds the rows of a step, the steps, then the splits. ``float_dot``, and ``gemv`` where a block has many
@@ -152,5 +155,8 @@ def triton_gemm_error(plan: Plan, bits: int, *, truncates: bool) -> Error:
 
 
 def triton_dx_error(N: int) -> Error:
-    """Of ``grad @ W.T`` on the Triton backend: a chain of N, and the roundings of the weight and of a product."""
+    """The error of ``grad @ W.T`` on the Triton backend.
+
+    It is a chain of N, and the roundings of the weight and of a product.
+    """
     return Error(gamma(N + 2))

@@ -25,7 +25,7 @@ class Products(NamedTuple):
     grad: Tensor
 
     def flushed(self) -> Products:
-        """With zeros for subnormal bfloat16 numbers."""
+        """The same with zeros for subnormal bfloat16 numbers."""
 
         def flush(values: Tensor) -> Tensor:
             tiny = values.abs() < torch.finfo(values.dtype).smallest_normal

@@ -1,8 +1,10 @@
-// The CPU kernels against sums in double and against themselves, without torch:
+// Tests the CPU kernels against sums in double and against themselves, without torch:
+//
 //   g++ -O2 -std=c++17 -pthread -ffp-contract=off -Icsrc tests/native/test_cpu.cpp $(find csrc/cpu -name "*.cpp") \
 //       -o test_cpu && ./test_cpu
-// and the same with -fsanitize=address,undefined and -fsanitize=thread. `test_cpu quick` takes fewer shapes,
-// `test_cpu sampled` a third of their products too.
+//
+// pytest also runs it with -fsanitize=address,undefined and -fsanitize=thread. `test_cpu quick` takes fewer shapes, and
+// `test_cpu sampled` takes only a third of their products.
 #include <algorithm>
 #include <array>
 #include <string>

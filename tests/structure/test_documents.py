@@ -47,13 +47,6 @@ def test_links_lead_somewhere(document: str) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
-@pytest.mark.parametrize("document", PAGES)
-def test_a_page_keeps_the_limits_of_prose(document: str) -> None:
-    """Also a page that nobody has added to prose.HELD yet."""
-    (measured,) = prose.measure([document])
-    assert measured.faults() == []
-
-
 def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
     lines = text_of("README.md").splitlines()
     assert len(lines) <= 150

@@ -150,7 +150,7 @@ class Emulator:
 
     @property
     def current_device(self) -> int:
-        """By cudaGetDevice."""
+        """The device that cudaGetDevice names."""
         index = ctypes.c_int()
         self.library.cudaGetDevice(ctypes.byref(index))
         return index.value

@@ -1,4 +1,4 @@
-"""Which kernel computes a gptq_gemm, with which tiles: pure functions of the problem, and a table.
+"""The choice of the kernel that computes a gptq_gemm, and of its tiles: pure functions of the problem, and a table.
 
 What could change a result's bits is never tuned: the form, the rows of a step and the split of K are functions of the
 problem and the device, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps,
@@ -33,7 +33,7 @@ GEMV_ROWS = 4
 _GEMV_BLOCKS = {2: 16, 3: 8, 4: 16, 8: 16}
 # Rows of W in a step of dot, the first that groups allow; a step of 8 bits takes as many words as one of 4.
 DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64, 32, 16)}
-# Of float_dot, whose operands a thread holds whole: few.
+# Rows in a step of float_dot. They are few, since a thread holds its operands whole.
 _FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
 # Columns of W in a step of gptq_gemm_dx: as few.
 _DX_COLUMNS = 16
@@ -164,7 +164,7 @@ def float_dot_rows(bits: int, arch: str) -> int:
 
 
 def form_of(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> str:
-    """Which form computes ``M`` rows of x in ``dtype``."""
+    """The form that computes ``M`` rows of x in ``dtype``."""
     if dtype != torch.float32 and device.arch in TENSOR_CORES and dot_rows(weight) is not None:
         return "dot" if M > 1 or batch_invariant else "gemv"
     return "gemv" if M <= GEMV_ROWS or batch_invariant else "float_dot"
@@ -206,14 +206,14 @@ def _device(kind: str, index: int) -> Device:
 
 
 def arch_of_capability(major: int) -> str:
-    """Of an NVIDIA GPU."""
+    """The architecture of an NVIDIA GPU, by its compute capability."""
     if major < 8:
         return "sm75"
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
 def arch_of_gfx(name: str) -> str:
-    """Of an AMD GPU."""
+    """The architecture of an AMD GPU, by its name."""
     name = name.partition(":")[0]
     if name.startswith(("gfx90a", "gfx94", "gfx95")):
         return "cdna"

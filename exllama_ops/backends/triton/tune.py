@@ -46,7 +46,7 @@ def tune_gemm(x: Tensor, weight: Weight) -> None:
 
 
 def tune_gemm_dx(grad: Tensor, weight: Weight) -> None:
-    """As `tune_gemm`, of a gptq_gemm_dx."""
+    """Do what `tune_gemm` does for a gptq_gemm_dx."""
     _refuse_unless_timeable(grad)
     plan = plan_dx(weight.bits, device_of(grad.device))
     _tune(plan, grad, weight, lambda tile: compute_dx(replace(plan, tile=tile), grad, weight))

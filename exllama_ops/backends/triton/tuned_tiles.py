@@ -1,7 +1,7 @@
 """The tiles that were found fastest on a device, by `tune`: what may be chosen, and the files that keep the choices.
 
-A choice replaces the tile of a finished plan, whose form, step and split came of the table's tile, and is a neighbour
-of that tile with the same matrix instructions: no bit of a result depends on it. There is a file for each name of a
+A choice replaces the tile of a finished plan, whose form, step and split came of the table's tile. It is a neighbour of
+that tile with the same matrix instructions, so no bit of a result depends on it. There is a file for each name of a
 device, version of Triton and text of the kernels, so that none goes stale; it is read when a first plan asks.
 """
 

@@ -313,7 +313,7 @@ def integral(a: int, mode: str) -> int:
 
 
 def tf32(a: int) -> int:
-    """To 10 bits of fraction, ties away from zero."""
+    """Rounds to 10 bits of fraction, ties away from zero."""
     if not F32.is_finite(a):
         return a & 0xFFFFE000
     return a & 0x80000000 | ((a & F32.nan) + 0x1000 & 0xFFFFE000)

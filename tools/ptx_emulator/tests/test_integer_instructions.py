@@ -17,7 +17,7 @@ def signed(value: int, bits: int) -> int:
 
 
 def u(bits, function):
-    """Of unsigned operands of `bits` bits."""
+    """The function of unsigned operands of `bits` bits."""
     return lambda a, b, c: function(a & MASK[bits], b & MASK[bits], c & MASK[bits])
 
 
