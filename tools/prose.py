@@ -96,9 +96,9 @@ POSSIBLE_VERBS = forms(
     note offer open order overflow pack pass pick pin place plan point prefetch prepare print promise propagate
     publish put quantize rank reach rebuild record reduce register release rely rename render repeat report
     represent reproduce reset resolve rest restore return reuse rewrite round run save scale search set share shift
-    show shuffle sit skip sort speak split stand start state stay step stop store sum support survive test throw
-    touch trace train transform treat trust turn type undo unpack update use visit wait walk want warm warn watch
-    work wrap
+    show shuffle sit skip sort speak spill split stand start state stay step stop store sum support survive test
+    throw touch trace train transform treat trust turn type undo unpack update use visit wait walk want warm warn
+    watch work wrap
     """
 ) | forms("built left fell grew threw stood shown ran")
 
