@@ -219,7 +219,7 @@ def modelled_cycles(p: Problem, c: Candidate) -> float:
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
 def test_no_config_is_faster_by_the_model(select: Callable[[Problem], Config], arch: int, dtype: int) -> None:
-    """Of all algorithms, rows and divisions, for every M and real shapes: by the model written down a second time."""
+    """This holds for all algorithms, rows and divisions, every M and real shapes. The model is written twice."""
     for K, N in SHAPES:
         for bits in SUPPORTED_BITS:
             for M in TOKENS:
