@@ -10,6 +10,8 @@ from pathlib import Path
 from benchmarks import isa
 
 RESULTS = Path(__file__).with_name("results")
+# Those of exllama_ops, which may not be imported before the variables are set; tests/structure compares the two.
+WIDTHS = (2, 3, 4, 8)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where kernels run (default: %(default)s)")
     add("--threads", type=int, help="of the CPU: threads of all, and cores of the process (default: 1)")
-    add("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="default: %(default)s")
+    add("--bits", type=int, default=4, choices=WIDTHS, help="default: %(default)s")
     add("--group-size", type=int, default=128, choices=(32, 64, 128), help="default: %(default)s")
     add("--act-order", action="store_true", help="groups in a random order of the rows")
     add(

@@ -15,6 +15,8 @@ from conformance.weights import DTYPES, Case, Weight, build
 
 # Below this, README promises, nothing overflows in the float32 sums of a GPU.
 LIMIT = 2.0**127
+# N of the weights that are drawn, in even numbers of the width's block.
+COLUMNS = {2: 64, 3: 64, 4: 80, 8: 72}
 
 
 class Products(NamedTuple):
@@ -103,11 +105,10 @@ def drawn(bits: int, dtype: torch.dtype) -> list[Products]:
     """Products of each kind, with weights in each order and scales of each dtype."""
     products = []
     rng = torch.Generator().manual_seed(bits)
-    N = {2: 64, 3: 64, 4: 80, 8: 72}[bits]
     orders = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
     dtypes = itertools.cycle(DTYPES[DTYPES.index(dtype) :] + DTYPES[: DTYPES.index(dtype)])
     for seed, ((order, shuffled), scales_dtype) in enumerate(zip(orders, dtypes, strict=False)):
-        case = Case(bits, 128, N, 32, order, shuffled, bool(bits % 2), scales_dtype, seed)
+        case = Case(bits, 128, COLUMNS[bits], 32, order, shuffled, bool(bits % 2), scales_dtype, seed)
         products.append(of_extremes(case, dtype, rng))
         if order != "perm":
             products.append(that_cancel(case, dtype, rng))

@@ -16,7 +16,7 @@ from tools import examples, prose
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *prose.relative_documents("docs"))
-DOCUMENTS = (*PAGES, "benchmarks/README.md", "tests/data/README.md", "tools/ptx_emulator/README.md")
+DOCUMENTS = (*PAGES, "benchmarks/README.md", "tests/README.md", "tests/data/README.md", "tools/ptx_emulator/README.md")
 
 
 def text_of(document: str) -> str:
