@@ -1,9 +1,11 @@
-"""docs/ops.md has every public name, docs/settings.md every variable, and both have no other."""
+"""Pages say what is: docs/ops.md all public names, docs/settings.md all variables, docs/performance.md the results."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +73,30 @@ def test_the_page_of_the_settings_has_every_setter() -> None:
 def test_the_docstring_of_a_setter_names_its_variable(setter: str) -> None:
     (variable,) = re.findall(rf"^\| `(\w+)` \|.*`{setter}` \|", text_of("settings.md"), re.MULTILINE)
     assert variable in (getattr(exllama_ops, setter).__doc__ or "")
+
+
+def results(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return result
+
+
+def rows(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of(page).splitlines() if "|" in line]
+
+
+def test_the_speeds_of_the_page_are_those_of_the_results() -> None:
+    measured = [m for m in results("4bit-g128-2threads")["measurements"] if m["op"] == "gptq_gemm"]
+    table = rows("performance.md")
+    assert ["Tokens", *(str(m["M"]) for m in measured)] in table
+    for ours, kind in (("high", "float"), ("high", "int8"), ("medium", "int8")):
+        speedups = [s for m in measured for s in m["speedups"] if (s["ours"], s["class"]) == (ours, kind)]
+        assert [f'"{ours}", best {kind} peer', *(f"{s['times_faster']['median']:.2f}" for s in speedups)] in table
+
+
+def test_the_speeds_of_the_demo_are_those_of_the_results() -> None:
+    for threads in ("1", "2"):
+        name = "demo-1thread" if threads == "1" else "demo-2threads"
+        (model,) = results(name)["models"]
+        faster = model["times_faster"]["exllama_ops"]
+        cells = [faster[other] for other in ("dense", "exllama_ops under Inductor")]
+        assert [threads, *(f"{cell['median']:.2f} ± {cell['iqr']:.2f}" for cell in cells)] in rows("performance.md")
