@@ -1,8 +1,8 @@
 """Runs the Python examples of documents: ``python tools/examples.py README.md docs``.
 
 The ```python blocks of a page are run in their order, in one module. A comment `# prints: TEXT` says a line that the
-block prints, and all that a block prints must be said. A block whose fence says ```python not-run is only compiled:
-it needs a GPU or a model. pytest collects the pages through conftest.py.
+block prints, and all that a block prints must be said. `# prints: ...` stands for the rest. A block whose fence says
+```python not-run is only compiled: it needs a GPU or a model. pytest collects the pages through conftest.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Example:
         with contextlib.redirect_stdout(output):
             exec(code, vars(module))
         printed = [line.rstrip() for line in output.getvalue().splitlines()]
-        if printed != self.says:
+        says = self.says
+        if says and says[-1] == "...":
+            says[-1:] = printed[len(says) - 1 :] or ["at least one line"]
+        if printed != says:
             raise ExampleError(f"{self.path}:{self.line}: the page says {self.says}; the example printed {printed}")
 
 

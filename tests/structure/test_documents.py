@@ -124,6 +124,15 @@ def test_examples_share_a_page_and_must_print_what_they_say(tmp_path: Path) -> N
         examples.run_page(write_page(tmp_path, "```python\nprint(2)\n```\n"))
 
 
+def test_the_rest_of_what_an_example_prints_may_be_left_out(tmp_path: Path) -> None:
+    text = "```python\nprint(1)\nprint({})\n# prints: 1\n# prints: ...\n```\n"
+    assert examples.run_page(write_page(tmp_path, text.format(2))) == 1
+    with pytest.raises(examples.ExampleError):
+        examples.run_page(write_page(tmp_path, text.replace("print({})", "")))
+    with pytest.raises(examples.ExampleError):
+        examples.run_page(write_page(tmp_path, text.format(2).replace("prints: 1", "prints: 3")))
+
+
 def test_an_example_that_is_not_run_is_compiled(tmp_path: Path) -> None:
     assert examples.run_page(write_page(tmp_path, "```python not-run\nmodel(x)\n```\n")) == 0
     with pytest.raises(SyntaxError):
