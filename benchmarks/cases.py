@@ -12,6 +12,7 @@ from torch import Tensor
 from exllama_ops import GptqWeight, PackedWeight, prepare, quantize, reference
 from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.pack import unpack_columns, unpack_rows
+from exllama_ops.layout.weight import Weight as OpWeight
 
 # (K, N) of Llama-2-7B: attention, MLP up, MLP down.
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
@@ -101,13 +102,13 @@ class Weight:
     @cached_property
     def dense(self) -> Tensor:
         """(K, N) float32, exact: an integer of at most 9 bits times 11 bits."""
-        return reference.gptq_dequantize(*self.arguments(self.packed.scales.float()))
+        exact = replace(self.op_weight, scales=self.scales.float())
+        return reference.gptq_dequantize(*exact.arguments)
 
-    def arguments(self, scales: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, int, bool, int]:
-        """What `torch.ops.exllama.gptq_gemm` takes after x."""
-        p = self.packed
-        scales = p.scales if scales is None else scales
-        return p.qweight, p.qzeros, scales, p.row_order, p.shuffled, p.bits, True, p.group_size
+    @property
+    def op_weight(self) -> OpWeight:
+        """The weight as our ops take it."""
+        return self.packed.weight
 
 
 def _moved(weight: W, place: torch.device) -> W:

@@ -49,7 +49,7 @@ class Gate:
         errors: Errors = cpu_errors,
         dx_error: Callable[[int], Error] = cpu_dx_error,
     ) -> None:
-        arguments = weight.arguments()
+        arguments = weight.op_weight.arguments
         W = weight.dense.double()
         self.exact = reference.gptq_gemm(x.float(), *arguments).double()
         # The exact products come rounded to float32.

@@ -92,10 +92,9 @@ def _calls() -> dict[str, dict[str, float]]:
 
     torch.manual_seed(0)
     layer = ExllamaLinear.from_weight(quantize(torch.randn(SIZE, SIZE), 4, SIZE))
-    weight = layer.to_packed()
     x = torch.randn(1, SIZE)
     gemm = torch.ops.exllama.gptq_gemm.default
-    args = (x, weight.qweight, weight.qzeros, weight.scales, weight.row_order, True, 4, True, SIZE)
+    args = (x, *layer.to_packed().weight.arguments)
 
     def chain(products: int) -> Callable[[], object]:
         def function(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from benchmarks.conformance import Gate
 from benchmarks.peers.exllama_cuda import ALGORITHMS, AUTO
 from exllama_ops.backends.batch_invariant import is_batch_invariant
 from exllama_ops.backends.triton import tiles
-from exllama_ops.layout.weight import Weight as TritonWeight
 from exllama_ops.testing.errors import Error, cuda_dx_error, cuda_gemm_error, triton_gemm_error
 
 TRITON = "triton"
@@ -49,6 +48,5 @@ def native_error(algorithm: str, weight: Weight, dtype: torch.dtype) -> float:
 
 def triton_error(weight: Weight, dtype: torch.dtype, M: int, device: tiles.Device) -> float:
     """The relative error of gptq_gemm by the form that Triton chooses for M tokens."""
-    packed = TritonWeight.of(*weight.arguments())
-    plan = tiles.plan_gemm(M, packed, dtype, device, is_batch_invariant())
-    return triton_gemm_error(plan, packed.bits, truncates=device.arch != "host").relative
+    plan = tiles.plan_gemm(M, weight.op_weight, dtype, device, is_batch_invariant())
+    return triton_gemm_error(plan, weight.case.bits, truncates=device.arch != "host").relative

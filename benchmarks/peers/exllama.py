@@ -43,4 +43,4 @@ def gemm_dx(weight: Weight, dtype: torch.dtype = torch.float16) -> Layer:
 
 
 def _copied(weight: Weight) -> tuple[object, ...]:
-    return tuple(part.clone() if isinstance(part, Tensor) else part for part in weight.arguments())
+    return weight.op_weight.map(Tensor.clone).arguments

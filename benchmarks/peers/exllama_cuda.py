@@ -94,7 +94,7 @@ def _triton_ops() -> Any:
 
 
 def _layer(weight: Weight, dtype: torch.dtype, op: Callable[..., Tensor]) -> Layer:
-    arguments = tuple(part.clone() if isinstance(part, Tensor) else part for part in weight.arguments())
+    arguments = weight.op_weight.map(Tensor.clone).arguments
     return Layer(
         take=lambda x: x.to(dtype), run=lambda x: op(x, *arguments), give=lambda out: out, nbytes=weight.nbytes
     )
