@@ -41,7 +41,7 @@ EVERYTHING = (
 # folder in it has come within them.
 EXCEPTED: tuple[str, ...] = (
     *("csrc/bindings", "csrc/cpu", "csrc/cpu/generic", "csrc/cpu/isa/avx2", "csrc/cpu/isa/avx512"),
-    *("csrc/layout", "tools/ptx_emulator/runtime"),
+    "csrc/layout",
 )
 
 PYTHON = (".py",)

@@ -143,10 +143,12 @@ int exponent_of(float value) {
 }
 double power_of_two(int exponent) { return bit_cast<double>(static_cast<u64>(1023 + exponent) << 52); }
 
-// One step of a tensor core as it was measured on V100 and T4, the least exact of those that have been published (Fasi,
-// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; newer ones keep more bits and add
-// longer sums at once): four exact products and the accumulator are aligned to the largest of their exponents, all bits
-// below 2^-23 of it are cut off, the sum of the rest is exact, and its result is cut off, not rounded, to float32.
+// One step of a tensor core as it was measured on V100 and T4, the least exact of those that have been published. The
+// source is Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021. Newer tensor cores
+// keep more bits and add longer sums at once.
+//
+// Four exact products and the accumulator are aligned to the largest of their exponents. All bits below 2^-23 of it are
+// cut off. The sum of the rest is exact, and its result is cut off, not rounded, to float32.
 float truncating_step(const float* a, const float* b, float c) {
     constexpr int products = 4;
     double terms[products + 1];
@@ -171,9 +173,9 @@ float truncating_step(const float* a, const float* b, float c) {
     return round_to<Round::zero, float>(static_cast<double>(sum) * power_of_two(largest - 23));
 }
 
-// Element i of register r in lane l: of A row l/4 + 8(r%2), column (l%4) E + i + 4E(r/2), of B that row by column l/4,
-// with E elements in a register; of C register r is row l/4 + 8(r/2), column 2(l%4) + r%2. One rule for all element
-// widths.
+// One rule holds for all element widths, with E elements in a register. Element i of register r in lane l belongs to row
+// l/4 + 8(r%2) and column (l%4) E + i + 4E(r/2) of A. In B it belongs to a row with the number of that column, and to
+// column l/4. Register r of C is row l/4 + 8(r/2), column 2(l%4) + r%2.
 template <class Element, u32 K, class Value, class Convert>
 void gather(Exchange* const lanes[kWarp], Value (&a)[16][K], Value (&b)[K][8], Convert convert) {
     constexpr u32 per_word = 4 / sizeof(Element);

@@ -1,6 +1,6 @@
-// A CUDA runtime for nvcc's own host objects: launches run translated kernels on the CPU at once, every call is
-// recorded, and what would synchronize, allocate or copy with the host is refused, since none of it may happen in a
-// captured graph.
+// A CUDA runtime for nvcc's own host objects. Launches run translated kernels on the CPU at once, and every call is
+// recorded. What would synchronize, allocate or copy with the host is refused, since none of it may happen in a captured
+// graph.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

@@ -1,7 +1,8 @@
 // Floating-point instructions (PTX ISA 9.7.3 to 9.7.5), conversions and comparisons, one function of values per
-// instruction. Each result is the exact one rounded once. What the device approximates (.approx, .full) is rounded
-// correctly here, so a bound that needs the device's error of ex2, rcp, rsqrt, sqrt, sin, cos, lg2, tanh or div.full is
-// not tested by it.
+// instruction. Each result is the exact one rounded once.
+//
+// What the device approximates (.approx, .full) is rounded correctly here. So a bound that needs the device's error of
+// ex2, rcp, rsqrt, sqrt, sin, cos, lg2, tanh or div.full is not tested.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,9 @@
-// Runs a grid: one fiber per CUDA thread, blocks one after another, threads switched at barriers and warp collectives
-// only. The order of blocks, and the order in which the threads of a block first run, is ascending, descending or
-// random. Between two waits a thread runs alone, so memory is sequentially consistent here; with ThreadSanitizer each
-// fiber is a thread to the detector, and what CUDA does not order is a race (EMU_TSAN: this file itself is built
-// without it).
+// Runs a grid with one fiber per CUDA thread. Blocks run one after another, and threads are switched at barriers and
+// warp collectives only. The order of blocks, and the order in which the threads of a block first run, is ascending,
+// descending or random. Between two waits a thread runs alone, so memory is sequentially consistent here.
+//
+// With ThreadSanitizer each fiber is a thread to the detector, and what CUDA does not order is a race. EMU_TSAN is
+// defined then; this file itself is built without the sanitizer.
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -102,8 +103,8 @@ struct Fiber {
 };
 
 // To the race detector, threads that synchronize release into an address and acquire from it. Each barrier of each
-// block has addresses of its own, or the block would seem to come after earlier ones; two, used in turn, or a thread
-// which is already at the next barrier would seem to come before one that has not left this one.
+// block has addresses of its own, or the block would seem to come after earlier ones. It has two, used in turn, or a
+// thread that is already at the next barrier would seem to come before one that has not left this one.
 struct Sync {
     u32 index;
     u32 generation;

@@ -18,7 +18,7 @@ struct Thread {
     s64 fuel;
 };
 
-// Of the launch and the block that runs now: blocks run one after another.
+// The launch and the block that run now: blocks run one after another.
 struct Running {
     u32 ntid[3];
     u32 nctaid[3];
