@@ -189,6 +189,11 @@ def test_the_tree_of_the_architecture_exists() -> None:
         assert folders <= named
 
 
+def test_every_page_is_linked_from_the_readme() -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        assert re.search(rf"\]\(docs/{path.name}[)#]", text_of("README.md")), path.name
+
+
 def test_every_decision_is_in_the_index() -> None:
     index = text_of("docs/decisions/README.md")
     for path in (ROOT / "docs" / "decisions").glob("*.md"):
