@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from exllama_ops import cli
+from structure.test_imports import PARTS
 from tools import examples, prose
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +188,14 @@ def test_the_tree_of_the_architecture_exists() -> None:
     for base in ("exllama_ops", "csrc"):
         folders = {path for path in (ROOT / base).iterdir() if path.is_dir() and path.name != "__pycache__"}
         assert folders <= named
+
+
+def test_the_imports_of_the_architecture_are_those_of_the_rule() -> None:
+    section = text_of("ARCHITECTURE.md").partition("| Part | May import |")[2].partition("\n\n")[0]
+    told: dict[str, set[str]] = {}
+    for parts, allowed in re.findall(r"^\| (`.*) \| (.*) \|$", section, re.MULTILINE):
+        told |= {part: set(re.findall("`(.*?)`", allowed)) for part in re.findall("`(.*?)`", parts)}
+    assert told == PARTS
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
