@@ -112,8 +112,8 @@ class GptqConfig(ModuleConfig):
 def read_config(directory: Path, *, quiet: bool = False) -> GptqConfig:
     """Read the quantization config of a directory.
 
-    config.json's ``quantization_config`` wins over quantize_config.json field by field; a field that it lacks comes
-    from the other (transformers drops ``checkpoint_format`` and ``dynamic`` when it saves a config).
+    config.json's ``quantization_config`` wins over quantize_config.json field by field. A field that it lacks comes
+    from the other, since transformers drops ``checkpoint_format`` and ``dynamic`` when it saves a config.
 
     Args:
         directory: holds config.json, quantize_config.json or both.

@@ -74,8 +74,8 @@ def open_file(path: Path) -> BinaryIO:
     Raises:
         CheckpointError: there is none, it is no regular file, or it cannot be opened.
     """
-    # Before it is opened, which waits for a FIFO's writer and starts some devices; and once more what was opened,
-    # since the name may lead to something else by then.
+    # It is checked before it is opened, since opening waits for a FIFO's writer and starts some devices. What was
+    # opened is checked once more, since the name may lead to something else by then.
     check_regular(path, file_type(path))
     try:
         descriptor = os.open(path, _FLAGS)

@@ -78,7 +78,7 @@ class TensorInfo:
 class TensorFiles:
     """The tensors of a directory of safetensors files.
 
-    Making one reads the headers. Reading a tensor maps its file for as long as the tensor lives: a mapping that were
+    Making one reads the headers. Reading a tensor maps its file for as long as the tensor lives. A mapping that was
     kept would count every page that was ever read as memory of the process.
 
     Args:

@@ -24,7 +24,7 @@ def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None 
         The checkpoint. Its config and headers are read and checked, its weights are not read yet.
 
     Raises:
-        CheckpointError: no format takes the folder, and the text has every format with its reasons; or the checkpoint
+        CheckpointError: no format takes the folder, and the text has every format with its reasons. Or the checkpoint
             is broken, and the text names the file and the tensor or field.
         ImportError: the extra ``hf`` is not installed.
 

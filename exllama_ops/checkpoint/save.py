@@ -40,8 +40,8 @@ def save_gptq(
 ) -> None:
     """Write a GPTQ checkpoint that `open_gptq` and other tools read.
 
-    Files are written under temporary names and then renamed, config.json last: at no time does the directory hold what
-    looks like a checkpoint and is not whole. A former checkpoint in it is replaced.
+    Files are written under temporary names and then renamed, config.json last. So the directory never holds what looks
+    like a checkpoint and is not whole. A former checkpoint in it is replaced.
 
     Args:
         path: the directory, made if there is none.
@@ -54,7 +54,7 @@ def save_gptq(
         max_shard_bytes: the most that a file holds, unless a single tensor is larger.
 
     Raises:
-        CheckpointError: the arguments contradict each other, and the text names the module or tensor; or the directory
+        CheckpointError: the arguments contradict each other, and the text names the module or tensor. Or the directory
             cannot be written, and nothing of what was begun stays there.
         ImportError: the extra ``hf`` is not installed.
     """

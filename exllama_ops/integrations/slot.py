@@ -12,8 +12,8 @@ from exllama_ops.checkpoint.module import GptqModule, TensorError
 from exllama_ops.nn import ExllamaLinear
 from exllama_ops.prepare import prepare
 
-# What the tensors hold until a loader fills them: a word that no run of words has in a real weight, a group that does
-# not exist, and NaN.
+# The tensors hold these, and NaN, until a loader fills them. No real weight has whole rows of this word, and no group
+# has this number.
 _UNFILLED_WORD = 0xA5C3E917 - 2**32
 _UNFILLED_GROUP = -1
 
@@ -64,15 +64,15 @@ class GptqSlot(nn.Module):
 
         This object is the layer from then on, so that hooks and other references stay as they are. The layer is bit
         for bit the one of ``ExllamaLinear.from_weight(checkpoint.read(name))``. The packed tensors are new memory, and
-        the file's are let go: a model whose slots finish one after the other needs the memory of one layer more.
+        the file's are let go. Slots that finish one after the other need the memory of one layer more.
 
         Returns:
             This object.
 
         Raises:
-            ValueError: a tensor was never filled, or only in part; it has another dtype or shape than the file's, or
-                lies on another device than the others; scales are not finite, or g_idx leaves [0, G). The slot is left
-                as it was.
+            ValueError: a tensor was never filled, or only in part. Or it has another dtype or shape than the file's, or
+                lies on another device than the others. Or scales are not finite, or g_idx leaves [0, G). The slot is
+                left as it was.
 
         Warns:
             UserWarning: the zero points of a symmetric module are stored by the other zero_offset, by which they are

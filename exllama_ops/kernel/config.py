@@ -71,7 +71,7 @@ def reasons_against(config: MPLinearLayerConfig) -> list[str]:
     size = config.group_size
     if size < 1 and size != -1:
         reasons.append(f"group size must be at least 1, or -1 for one group; got {size}")
-    # Equal parts start at multiples of K. Unless groups and parts nest, a part may start within a group, at a row that
+    # Equal parts start at multiples of K. Unless groups and parts nest, a part may start within a group. At which row
     # depends on the part, and a config does not say which part this is.
     elif size != -1 and 0 < K < full_K and not has_g_idx(config) and K % size and size % K:
         reasons.append(

@@ -39,7 +39,7 @@ class ExllamaLinearKernel:
         w_gidx_param_name: its g_idx, (K,) integers in [0, G), the group of each row.
 
     A parameter says by ``input_dim``, ``output_dim`` and ``packed_dim`` how it is laid out. One that does not is taken
-    to be laid out as above. G is ceil(K / group_size). With a g_idx, G may be any number: a row shard of a layer with
+    to be laid out as above. G is ceil(K / group_size). With a g_idx, G may be any number. A row shard of a layer with
     activation order has the global groups in its g_idx, and scales and zero points for all of them.
 
     Raises:
@@ -108,8 +108,8 @@ class ExllamaLinearKernel:
         ``bias - 1`` (zero_offset 1).
 
         g_idx keeps its name and its values. Beside it the layer gets ``<g_idx name>_perm``:
-        ``argsort(g_idx, stable=True)`` as int32. It is empty where there is no activation order: without a g_idx, or
-        with one that says ``k // group_size``, or with zeros alone, which some checkpoints have in its place.
+        ``argsort(g_idx, stable=True)`` as int32. It is empty where there is no activation order. That is so without a
+        g_idx, with one that says ``k // group_size``, and with zeros alone, as some checkpoints have them.
 
         The rows sorted by group may not fall into groups of group_size, as in a row shard of a layer with activation
         order. Then the weight stays in checkpoint order and runs by its g_idx.

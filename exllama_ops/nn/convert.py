@@ -43,8 +43,8 @@ def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertRepor
         What was converted, and which Linear layers were not.
 
     Raises:
-        ValueError: a name is no nn.Linear of the model (a subclass is none) or has hooks, a weight has other sizes
-            than its layer, or a weight without bias stands for a layer with one.
+        ValueError: a name is no nn.Linear of the model, and a subclass is none; or the layer has hooks. Or a weight
+            has other sizes than its layer, or lacks the bias that the layer has.
     """
     for name in weights:
         _check_target(model, name)
