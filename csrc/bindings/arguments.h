@@ -1,39 +1,22 @@
-// What the kernels of every device share: arguments from the dispatcher's stack, results back to it, scratch memory.
+// The arguments of the ops, from the dispatcher's stack, and their results back to it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
-#include "bindings/checks.h"
 #include "bindings/tensor.h"
 #include "layout/weight.h"
 
 namespace exllama::bindings {
 
-// Scratch memory from torch's allocator, 64-byte aligned whatever allocator is set.
-class Workspace {
- public:
-  Workspace(size_t bytes, const Tensor& like) : memory_(nothing_or_empty(bytes, like)) {
-    if (bytes == 0) return;
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data<void>());
-    pointer_ = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  void* get() const { return pointer_; }
-
- private:
-  static constexpr uintptr_t kAlignment = 64;
-
-  static Tensor nothing_or_empty(size_t bytes, const Tensor& like) {
-    if (bytes == 0) return Tensor();
-    const int64_t sizes[] = {static_cast<int64_t>(bytes + kAlignment - 1)};
-    return Tensor::empty(sizes, kUInt8, like.device_type(), like.device_index());
-  }
-
-  Tensor memory_;
-  void* pointer_ = nullptr;
+// What a weight holds, once its arguments have passed the checks.
+struct Shape {
+  int64_t K;
+  int64_t N;
+  int64_t G;
 };
 
 inline layout::DType dtype_of(const Tensor& tensor) {
@@ -42,12 +25,16 @@ inline layout::DType dtype_of(const Tensor& tensor) {
       return layout::DType::kFloat16;
     case kBFloat16:
       return layout::DType::kBFloat16;
-    default:
+    case kFloat32:
       return layout::DType::kFloat32;
+    default:
+      throw std::logic_error("exllama_ops: a tensor of another dtype has passed the checks");
   }
 }
 
-inline Tensor tensor_at(const StableIValue* stack, int index) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[index])); }
+inline Tensor tensor_at(const StableIValue* stack, int index) {
+  return Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[index]));
+}
 
 inline void give_back(StableIValue* stack, Tensor result) { stack[0] = torch::stable::detail::from(result.release()); }
 
@@ -67,7 +54,7 @@ inline std::vector<Tensor> tensors_at(const StableIValue* stack, int index) {
   return tensors;
 }
 
-// The arguments that say how a packed weight, or each of several, is to be read; they stand last on the stack.
+// The arguments that say how a weight, or each of several, is to be read. They stand last on the stack.
 struct Options {
   Tensor g_idx;
   bool use_exllama;
@@ -82,20 +69,17 @@ struct Options {
         use_v2_format(torch::stable::detail::to<bool>(stack[3])),
         group_size(torch::stable::detail::to<int64_t>(stack[4])) {}
 
-  // Where g_idx lies, or null if it is empty; after the checks.
-  const int32_t* rows() const { return g_idx.size(0) != 0 ? g_idx.data<const int32_t>() : nullptr; }
-
-  // For the kernels, after the checks; `rows` is g_idx or a copy of it.
+  // For the kernels, after the checks. `row_order` is g_idx or a copy of it, or null if it is empty.
   layout::Weight weight(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const Shape& shape,
-                        const int32_t* rows) const {
+                        const int32_t* row_order) const {
     // A raw g_idx needs no group size, and any may have come with it.
-    const bool groups_of_equal_size = use_exllama || rows == nullptr;
+    const bool groups_of_equal_size = use_exllama || row_order == nullptr;
     layout::Weight weight;
     weight.qweight = qweight.data<const uint32_t>();
     weight.qzeros = qzeros.data<const uint32_t>();
     weight.scales = scales.data<const void>();
     weight.scales_dtype = dtype_of(scales);
-    weight.row_order = rows;
+    weight.row_order = row_order;
     weight.K = shape.K;
     weight.N = shape.N;
     weight.G = shape.G;
@@ -107,57 +91,36 @@ struct Options {
   }
 };
 
-// The arguments of a packed weight, which stand on the stack one after the other.
-struct PackedWeight {
+// The arguments of a weight, which stand on the stack one after the other.
+struct WeightArguments {
   Tensor qweight;
   Tensor qzeros;
   Tensor scales;
   Options options;
 
-  explicit PackedWeight(const StableIValue* stack)
+  explicit WeightArguments(const StableIValue* stack)
       : qweight(tensor_at(stack, 0)), qzeros(tensor_at(stack, 1)), scales(tensor_at(stack, 2)), options(stack + 3) {}
 
-  WeightArguments arguments() const {
-    return {qweight, qzeros, scales, options.g_idx, options.use_exllama, options.bit, options.group_size};
+  layout::Weight weight(const Shape& shape, const int32_t* row_order) const {
+    return options.weight(qweight, qzeros, scales, shape, row_order);
   }
-  layout::Weight weight(const Shape& shape, const int32_t* rows) const {
-    return options.weight(qweight, qzeros, scales, shape, rows);
-  }
-  layout::Weight weight(const Shape& shape) const { return weight(shape, options.rows()); }
 };
 
 // The arguments of gptq_gemm_multi: lists of the parts' tensors, and what the parts share.
-struct PackedWeights {
+struct PartsArguments {
   std::vector<Tensor> qweight;
   std::vector<Tensor> qzeros;
   std::vector<Tensor> scales;
   Options options;
 
-  explicit PackedWeights(const StableIValue* stack)
+  explicit PartsArguments(const StableIValue* stack)
       : qweight(tensors_at(stack, 0)), qzeros(tensors_at(stack, 1)), scales(tensors_at(stack, 2)), options(stack + 3) {}
 
-  // The shape of each part.
-  std::vector<Shape> check(const Tensor& x) const {
-    check_gptq_gemm_multi(x, static_cast<int64_t>(qweight.size()), static_cast<int64_t>(qzeros.size()),
-                          static_cast<int64_t>(scales.size()));
-    std::vector<Shape> shapes;
-    shapes.reserve(qweight.size());
-    for (size_t i = 0; i < qweight.size(); ++i) {
-      const auto part = static_cast<int64_t>(i);
-      shapes.push_back(check_gptq_gemm_multi_part(
-          x,
-          {qweight[i], qzeros[i], scales[i], options.g_idx, options.use_exllama, options.bit, options.group_size, part},
-          i > 0 ? &shapes[0] : nullptr));
-    }
-    return shapes;
-  }
-
-  // Each part for the kernels, after the checks.
-  std::vector<layout::Weight> weights(const std::vector<Shape>& shapes, const int32_t* rows) const {
+  std::vector<layout::Weight> weights(const std::vector<Shape>& shapes, const int32_t* row_order) const {
     std::vector<layout::Weight> weights;
     weights.reserve(shapes.size());
     for (size_t i = 0; i < shapes.size(); ++i) {
-      weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shapes[i], rows));
+      weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shapes[i], row_order));
     }
     return weights;
   }

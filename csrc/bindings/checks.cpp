@@ -30,7 +30,7 @@ struct Name {
   }
 };
 
-// As Python prints a tuple of integers.
+// A tuple of integers as Python prints it.
 std::string tuple(const int64_t* values, int64_t count) {
   std::string text = "(";
   for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + str(values[i]);
@@ -39,8 +39,9 @@ std::string tuple(const int64_t* values, int64_t count) {
 
 std::string shape_of(const Tensor& tensor) { return tuple(tensor.sizes(), tensor.dim()); }
 
-// As Python prints a torch.dtype; the order is that of torch's ScalarType.
+// A dtype as Python prints it. The order is that of torch's ScalarType.
 std::string dtype_name(int32_t dtype) {
+  // clang-format off
   static constexpr const char* kNames[] = {
       "uint8",       "int8",          "int16",       "int32",         "int64",          "float16",    "float32",
       "float64",     "complex32",     "complex64",   "complex128",    "bool",           "qint8",      "quint8",
@@ -49,53 +50,49 @@ std::string dtype_name(int32_t dtype) {
       "uint16",      "uint32",        "uint64",      "uint1",         "uint2",          "uint3",      "uint4",
       "uint5",       "uint6",         "uint7",       "int1",          "int2",           "int3",       "int4",
       "int5",        "int6",          "int7",        "float8_e8m0fnu", "float4_e2m1fn_x2"};
+  // clang-format on
   constexpr int32_t kCount = sizeof(kNames) / sizeof(kNames[0]);
   return dtype >= 0 && dtype < kCount ? std::string("torch.") + kNames[dtype] : "dtype " + str(dtype);
 }
 
-// As Python prints a torch.device; the order is that of torch's DeviceType.
+// A device as Python prints it. The order is that of torch's DeviceType.
 std::string device_name(const Tensor& tensor) {
+  // clang-format off
   static constexpr const char* kNames[] = {"cpu",   "cuda", "mkldnn", "opengl", "opencl", "ideep", "hip",
                                            "fpga",  "maia", "xla",    "vulkan", "metal",  "xpu",   "mps",
                                            "meta",  "hpu",  "ve",     "lazy",   "ipu",    "mtia",  "privateuseone"};
+  // clang-format on
   constexpr int32_t kCount = sizeof(kNames) / sizeof(kNames[0]);
   const int32_t type = tensor.device_type();
   const std::string name = type >= 0 && type < kCount ? kNames[type] : "device type " + str(type);
   return tensor.device_index() < 0 ? name : name + ":" + str(tensor.device_index());
 }
 
-int64_t numel(const Tensor& tensor) {
-  int64_t product = 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d) product *= tensor.size(d);
-  return product;
-}
-
 bool is_contiguous(const Tensor& tensor) {
   int64_t expected = 1;
-  bool strides_match = true;
   for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
-    strides_match = strides_match && (tensor.stride(d) == expected || tensor.size(d) <= 1);
+    if (tensor.stride(d) != expected && tensor.size(d) > 1) return tensor.elements() == 0;
     expected *= tensor.size(d);
   }
-  return strides_match || expected == 0;
+  return true;
 }
 
-// Of the dtypes that the ops take.
+// The ops take tensors of 32 bits and of 16.
 int64_t element_bytes(const Tensor& tensor) {
-  return tensor.dtype() == kInt32 || tensor.dtype() == kFloat32 ? 4 : 2;
+  return tensor.dtype() == kInt32 ? 4 : layout::bytes_of(dtype_of(tensor));
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {
   // Lazy copies of one tensor have their own memory once they were asked for a pointer to write to.
   const auto begin = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data<void>()); };
   const auto end = [&](const Tensor& tensor) {
-    return begin(tensor) + static_cast<uintptr_t>(numel(tensor) * element_bytes(tensor));
+    return begin(tensor) + static_cast<uintptr_t>(tensor.elements() * element_bytes(tensor));
   };
   return begin(a) < end(b) && begin(b) < end(a);
 }
 
-void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim,
-                  std::initializer_list<int32_t> dtypes, const Tensor& first) {
+void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim, std::initializer_list<int32_t> dtypes,
+                  const Tensor& first) {
   if (!tensor.defined()) {
     refuse(op, name.str() + " must be a tensor; got None" + (dim == 1 ? "; an empty int32 tensor means none" : ""));
   }
@@ -112,14 +109,14 @@ void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim,
                    dtype_name(tensor.dtype()));
   }
   if (!tensor.on_the_device_of(first)) {
-    refuse(op, name.str() + " must be on " + device_name(first) + " like the first argument; got " +
-                   device_name(tensor));
+    refuse(op,
+           name.str() + " must be on " + device_name(first) + " like the first argument; got " + device_name(tensor));
   }
   if (!is_contiguous(tensor)) {
     refuse(op, name.str() + " must be contiguous; got shape " + shape_of(tensor) + " with strides " +
                    tuple(tensor.strides(), tensor.dim()));
   }
-  const int64_t elements = numel(tensor), needed = (tensor.storage_offset() + elements) * element_bytes(tensor);
+  const int64_t elements = tensor.elements(), needed = (tensor.storage_offset() + elements) * element_bytes(tensor);
   if (elements != 0 && tensor.storage_bytes() < needed) {
     refuse(op, name.str() + " must have a storage of at least " + str(needed) + " bytes; got " +
                    str(tensor.storage_bytes()) + ", as if it had been freed");
@@ -141,31 +138,42 @@ const Format& check_bits(const char* op, int64_t bits) {
 
 void check_fills_words(const char* op, Name name, int64_t size, const Format& format) {
   if (size > 0 && size % format.block_values == 0) return;
-  refuse(op, name.str() + " must be a positive multiple of " + str(format.block_values) + ", the " +
-                 str(format.bits) + "-bit values that fill whole 32-bit words; got " + name.str() + "=" + str(size));
+  refuse(op, name.str() + " must be a positive multiple of " + str(format.block_values) + ", the " + str(format.bits) +
+                 "-bit values that fill whole 32-bit words; got " + name.str() + "=" + str(size));
 }
 
 int64_t check_rows(const char* op, const Tensor& qweight, const Format& format) {
   const int64_t rows = qweight.size(0);
   if (rows <= 0 || rows % format.block_words != 0) {
-    refuse(op, "qweight must have a positive multiple of " + str(format.block_words) + " rows of words for bits=" +
-                   str(format.bits) + "; got shape " + shape_of(qweight));
+    refuse(op, "qweight must have a positive multiple of " + str(format.block_words) +
+                   " rows of words for bits=" + str(format.bits) + "; got shape " + shape_of(qweight));
   }
   return rows * 32 / format.bits;
 }
 
-void check_shape(const char* op, Name name, const Tensor& tensor, const char* formula, int64_t rows,
-                 int64_t columns, const std::string& given) {
+void check_shape(const char* op, Name name, const Tensor& tensor, const char* formula, int64_t rows, int64_t columns,
+                 const std::string& given) {
   if (tensor.size(0) == rows && tensor.size(1) == columns) return;
   const int64_t expected[] = {rows, columns};
-  refuse(op, name.str() + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given +
-                 "; got " + shape_of(tensor));
+  refuse(op, name.str() + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given + "; got " +
+                 shape_of(tensor));
 }
 
+// Tensors of a weight, which may be entries of lists.
+struct WeightTensors {
+  const Tensor& qweight;
+  const Tensor& qzeros;
+  const Tensor& scales;
+  int64_t part = -1;  // its index in the lists
+};
+
 // The texts below are built only where a rule is broken: a call has a few microseconds in all.
-Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& first, const int64_t* K_of_x,
-                   const int64_t* N_of_grad) {
-  const auto& [qweight, qzeros, scales, g_idx, use_exllama, bits, group_size, part] = weight;
+Shape check_weight(const char* op, const WeightTensors& weight, const Options& options, const Tensor& first,
+                   const int64_t* K_of_x, const int64_t* N_of_grad) {
+  const auto& [qweight, qzeros, scales, part] = weight;
+  const Tensor& g_idx = options.g_idx;
+  const bool use_exllama = options.use_exllama;
+  const int64_t bits = options.bit, group_size = options.group_size;
   const Format& format = check_bits(op, bits);
   check_tensor(op, {"qweight", part}, qweight, 2, {kInt32}, first);
   check_tensor(op, {"qzeros", part}, qzeros, 2, {kInt32}, first);
@@ -191,16 +199,16 @@ Shape check_weight(const char* op, const WeightArguments& weight, const Tensor& 
   const int64_t entries = g_idx.size(0);
   if (entries != 0 && entries != K) {
     refuse(op, std::string("g_idx (") + (use_exllama ? "the permutation argsort(g_idx)" : "the group of each row") +
-                   ", as use_exllama=" + (use_exllama ? "True" : "False") +
-                   ") must be empty or have shape (K,) = (" + str(K) + ",); got (" + str(entries) + ",)");
+                   ", as use_exllama=" + (use_exllama ? "True" : "False") + ") must be empty or have shape (K,) = (" +
+                   str(K) + ",); got (" + str(entries) + ",)");
   }
   if (group_size < 0) refuse(op, "group_size must be at least 1, or 0 for K / G; got " + str(group_size));
   if (!use_exllama && entries != 0) return {K, N, G};
   if (group_size != 0) {
     const int64_t groups = (K - 1) / group_size + 1;
     if (groups != G) {
-      refuse(op, Name{"scales", part}.str() + " must have G = ceil(K / group_size) = " + str(groups) + " rows for K=" +
-                     str(K) + ", group_size=" + str(group_size) + "; got " + str(G));
+      refuse(op, Name{"scales", part}.str() + " must have G = ceil(K / group_size) = " + str(groups) +
+                     " rows for K=" + str(K) + ", group_size=" + str(group_size) + "; got " + str(G));
     }
   } else if (K % G != 0) {
     refuse(op, "group_size=0 means K / G, which must be whole; got K=" + str(K) + ", " + Name{"G", part}.str() + "=" +
@@ -216,8 +224,8 @@ int64_t check_reordering(const char* op, const Tensor& qweight, const Tensor& q_
   check_tensor(op, "q_perm", q_perm, 1, {kInt32}, qweight);
   const int64_t K = check_rows(op, qweight, format);
   if (q_perm.size(0) != 0 && q_perm.size(0) != K) {
-    refuse(op, "q_perm must be empty or have shape (K,) = (" + str(K) + ",) for qweight of shape " +
-                   shape_of(qweight) + ", bits=" + str(bit) + "; got (" + str(q_perm.size(0)) + ",)");
+    refuse(op, "q_perm must be empty or have shape (K,) = (" + str(K) + ",) for qweight of shape " + shape_of(qweight) +
+                   ", bits=" + str(bit) + "; got (" + str(q_perm.size(0)) + ",)");
   }
   return K;
 }
@@ -227,35 +235,44 @@ int64_t check_reordering(const char* op, const Tensor& qweight, const Tensor& q_
 Shape check_gptq_gemm(const Tensor& x, const WeightArguments& weight) {
   check_float_tensor("gptq_gemm", "x", x, x);
   const int64_t K = x.size(1);
-  return check_weight("gptq_gemm", weight, x, &K, nullptr);
+  return check_weight("gptq_gemm", {weight.qweight, weight.qzeros, weight.scales}, weight.options, x, &K, nullptr);
 }
 
-void check_gptq_gemm_multi(const Tensor& x, int64_t qweights, int64_t qzeros, int64_t scales) {
-  check_float_tensor("gptq_gemm_multi", "x", x, x);
-  if (qweights > 0 && qweights == qzeros && qweights == scales) return;
-  const int64_t lengths[] = {qweights, qzeros, scales};
-  refuse("gptq_gemm_multi", "qweight, qzeros and scales must have one entry for each part, at least 1; got " +
-                                tuple(lengths, 3));
-}
-
-Shape check_gptq_gemm_multi_part(const Tensor& x, const WeightArguments& weight, const Shape* first) {
-  const int64_t K = x.size(1);
-  const Shape shape = check_weight("gptq_gemm_multi", weight, x, &K, nullptr);
-  if (first != nullptr && shape.G != first->G) {
-    refuse("gptq_gemm_multi", Name{"scales", weight.part}.str() + " must have as many groups (rows) as scales[0], " +
-                                  str(first->G) + "; got " + str(shape.G));
+std::vector<Shape> check_gptq_gemm_multi(const Tensor& x, const PartsArguments& parts) {
+  constexpr const char* kOp = "gptq_gemm_multi";
+  check_float_tensor(kOp, "x", x, x);
+  const size_t count = parts.qweight.size();
+  if (count == 0 || count != parts.qzeros.size() || count != parts.scales.size()) {
+    const int64_t lengths[] = {static_cast<int64_t>(count), static_cast<int64_t>(parts.qzeros.size()),
+                               static_cast<int64_t>(parts.scales.size())};
+    refuse(kOp, "qweight, qzeros and scales must have one entry for each part, at least 1; got " + tuple(lengths, 3));
   }
-  return shape;
+  const int64_t K = x.size(1);
+  std::vector<Shape> shapes;
+  shapes.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const auto part = static_cast<int64_t>(i);
+    const WeightTensors tensors{parts.qweight[i], parts.qzeros[i], parts.scales[i], part};
+    const Shape shape = check_weight(kOp, tensors, parts.options, x, &K, nullptr);
+    if (i > 0 && shape.G != shapes[0].G) {
+      refuse(kOp, Name{"scales", part}.str() + " must have as many groups (rows) as scales[0], " + str(shapes[0].G) +
+                      "; got " + str(shape.G));
+    }
+    shapes.push_back(shape);
+  }
+  return shapes;
 }
 
 Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight) {
   check_float_tensor("gptq_gemm_dx", "grad", grad, grad);
   const int64_t N = grad.size(1);
-  return check_weight("gptq_gemm_dx", weight, grad, nullptr, &N);
+  return check_weight("gptq_gemm_dx", {weight.qweight, weight.qzeros, weight.scales}, weight.options, grad, nullptr,
+                      &N);
 }
 
 Shape check_gptq_dequantize(const WeightArguments& weight) {
-  return check_weight("gptq_dequantize", weight, weight.qweight, nullptr, nullptr);
+  return check_weight("gptq_dequantize", {weight.qweight, weight.qzeros, weight.scales}, weight.options, weight.qweight,
+                      nullptr, nullptr);
 }
 
 int64_t check_gptq_shuffle(const Tensor& qweight, const Tensor& q_perm, int64_t bit) {
@@ -278,8 +295,8 @@ void check_index_range(const char* op, const char* name, const int32_t* index, i
   if (!outside) return;
   int64_t at = 0;
   while (static_cast<uint32_t>(index[at]) < bound) ++at;
-  refuse(op, std::string(name) + " must have values in [0, " + str(limit) + "); got " + str(index[at]) +
-                 " at index " + str(at));
+  refuse(op, std::string(name) + " must have values in [0, " + str(limit) + "); got " + str(index[at]) + " at index " +
+                 str(at));
 }
 
 void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen) {

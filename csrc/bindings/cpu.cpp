@@ -1,15 +1,13 @@
 // The CPU kernels as implementations of the ops, over torch's stable ABI: checks, memory, threads, registration.
 //
-// Loading the library has no effect; exllama_cpu_register gives ops their kernels, so that a library which is built
-// while an op has its one kernel already can serve under a second namespace. Schemas are defined by Python.
+// Loading the library has no effect; exllama_cpu_register gives ops their kernels. So a library that is built while an op
+// has its one kernel already can serve under a second namespace. Schemas are defined by Python.
 
 #include <pthread.h>
-#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -17,18 +15,19 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/checks.h"
+#include "bindings/ops.h"
 #include "bindings/registration.h"
+#include "bindings/workspace.h"
 #include "cpu/cpu.h"
 
 namespace exllama::bindings {
 namespace {
 
-using torch::stable::detail::to;
-
 std::atomic<int32_t> matmul_precision{static_cast<int32_t>(cpu::Precision::kHigh)};
 
-// The threads of torch's own pool. torch_parallel_for runs inline in a nested region and with one thread, and gives
-// each thread one index otherwise; what a thread does then is claim tasks until none is left.
+// The threads of torch's own pool. torch_parallel_for runs inline in a nested region and with one thread. Otherwise it
+// gives each thread one index, and the thread claims tasks until none is left.
 //
 // A child of fork has none of the pool's threads, for which torch would wait without end; it takes threads of its own.
 class TorchThreads {
@@ -109,8 +108,9 @@ void check_isa(const char* op) {
     if (cpu::isa_available(*name)) available += (available.empty() ? "" : ", ") + std::string(*name);
   }
   const char* given = std::getenv("EXLLAMA_OPS_CPU_ISA");
-  throw std::invalid_argument(std::string(op) + ": EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of " +
-                              available + "; got " + (given != nullptr ? given : ""));
+  throw std::invalid_argument(std::string(op) +
+                              ": EXLLAMA_OPS_CPU_ISA must name an instruction set of this CPU, one of " + available +
+                              "; got " + (given != nullptr ? given : ""));
 }
 
 // A copy of an index that has passed the checks of its values. Kernels read the copy, so that no thread can change what
@@ -144,124 +144,63 @@ class CheckedIndex {
   int32_t* values_ = nullptr;
 };
 
-// The permutation or the groups of a weight's rows; an op that writes to the rows of a permutation needs each of them.
-CheckedIndex checked_rows(const char* op, const Options& options, const Shape& shape, bool writes_to_its_rows) {
-  return {op, "g_idx", options.g_idx, options.use_exllama ? shape.K : shape.G,
-          options.use_exllama && writes_to_its_rows};
-}
+// What Ops asks of a device.
+struct Cpu {
+  using Index = CheckedIndex;
 
-// x times every part, side by side.
-Tensor product(const cpu::Weight* parts, int64_t count, const Tensor& x) {
-  const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, layout::columns_of(parts, count)};
-  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
-  if (M > 0) {
+  static void check(const char* op) { check_isa(op); }
+
+  static void gemm(const cpu::Weight* parts, int64_t count, const Tensor& x, const Tensor& out) {
     TorchThreads pool;
+    const int64_t M = x.size(0);
     const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
-    const size_t bytes = cpu::gemm_workspace_bytes(parts, count, M, precision, pool.threads());
-    const ProductWorkspace workspace(bytes, x);
+    const ProductWorkspace workspace(cpu::gemm_workspace_bytes(parts, count, M, precision, pool.threads()), x);
     cpu::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), precision, workspace.get(),
               pool.parallel());
   }
-  return out;
-}
 
-void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x = tensor_at(stack, 0);
-  const PackedWeight packed(stack + 1);
-  const Shape shape = check_gptq_gemm(x, packed.arguments());
-  check_isa("gptq_gemm");
-  const CheckedIndex rows = checked_rows("gptq_gemm", packed.options, shape, false);
-  const cpu::Weight weight = packed.weight(shape, rows.get());
-  give_back(stack, product(&weight, 1, x));
-}
-
-void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x = tensor_at(stack, 0);
-  const PackedWeights packed(stack + 1);
-  const std::vector<Shape> shapes = packed.check(x);
-  check_isa("gptq_gemm_multi");
-  const CheckedIndex rows = checked_rows("gptq_gemm_multi", packed.options, shapes[0], false);
-  const std::vector<cpu::Weight> parts = packed.weights(shapes, rows.get());
-  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
-}
-
-void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor grad = tensor_at(stack, 0);
-  const PackedWeight packed(stack + 1);
-  const Shape shape = check_gptq_gemm_dx(grad, packed.arguments());
-  check_isa("gptq_gemm_dx");
-  const CheckedIndex rows = checked_rows("gptq_gemm_dx", packed.options, shape, true);
-  const cpu::Weight weight = packed.weight(shape, rows.get());
-  const int64_t M = grad.size(0);
-  const int64_t sizes[] = {M, shape.K};
-  Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
-  if (M > 0) {
+  static void gemm_dx(const cpu::Weight& weight, const Tensor& grad, const Tensor& dx) {
     TorchThreads pool;
+    const int64_t M = grad.size(0);
     const ProductWorkspace workspace(cpu::gemm_dx_workspace_bytes(weight, M, pool.threads()), grad);
-    cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(),
-                 pool.parallel());
+    cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(), pool.parallel());
   }
-  give_back(stack, static_cast<Tensor&&>(dx));
-}
 
-void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
-  const PackedWeight packed(stack);
-  const Shape shape = check_gptq_dequantize(packed.arguments());
-  check_isa("gptq_dequantize");
-  const CheckedIndex rows = checked_rows("gptq_dequantize", packed.options, shape, true);
-  const cpu::Weight weight = packed.weight(shape, rows.get());
-  const int64_t sizes[] = {shape.K, shape.N};
-  const Tensor& scales = packed.scales;
-  Tensor out = Tensor::empty(sizes, scales.dtype(), scales.device_type(), scales.device_index());
-  TorchThreads pool;
-  cpu::dequantize(weight, out.data<void>(), pool.parallel());
-  give_back(stack, static_cast<Tensor&&>(out));
-}
-
-void gptq_shuffle(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor qweight = tensor_at(stack, 0);
-  const Tensor q_perm = tensor_at(stack, 1);
-  const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle(qweight, q_perm, bit);
-  const int64_t N = qweight.size(1);
-  check_isa("gptq_shuffle");
-  const CheckedIndex perm("gptq_shuffle", "q_perm", q_perm, K, true);
-  if (N == 0) return;
-  const auto bits = static_cast<int32_t>(bit);
-  TorchThreads pool;
-  const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm.get() != nullptr), qweight);
-  cpu::shuffle(qweight.data<uint32_t>(), perm.get(), K, N, bits, workspace.get(), pool.parallel());
-}
-
-void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor qweight = tensor_at(stack, 0);
-  const Tensor q_perm = tensor_at(stack, 1);
-  const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_unshuffle(qweight, q_perm, bit);
-  const int64_t sizes[] = {qweight.size(0), qweight.size(1)};
-  check_isa("gptq_unshuffle");
-  const CheckedIndex perm("gptq_unshuffle", "q_perm", q_perm, K, true);
-  Tensor out = Tensor::empty(sizes, kInt32, qweight.device_type(), qweight.device_index());
-  if (sizes[1] > 0) {
+  static void dequantize(const cpu::Weight& weight, const Tensor& out) {
     TorchThreads pool;
-    cpu::unshuffle(qweight.data<const uint32_t>(), perm.get(), K, sizes[1], static_cast<int32_t>(bit),
-                   out.data<uint32_t>(), pool.parallel());
+    cpu::dequantize(weight, out.data<void>(), pool.parallel());
   }
-  give_back(stack, static_cast<Tensor&&>(out));
-}
+
+  static void shuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits) {
+    TorchThreads pool;
+    const int64_t N = qweight.size(1);
+    const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
+    cpu::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), pool.parallel());
+  }
+
+  static void unshuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits, const Tensor& out) {
+    TorchThreads pool;
+    cpu::unshuffle(qweight.data<const uint32_t>(), perm, K, qweight.size(1), bits, out.data<uint32_t>(),
+                   pool.parallel());
+  }
+};
 
 }  // namespace
 }  // namespace exllama::bindings
 
 #define EXLLAMA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Registers the kernel of one op for CPU tensors, or of every op if `op` is null, in an operator namespace that has the
-// schemas or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
+// Registers the kernel of one op for CPU tensors, or of every op if `op` is null. The operator namespace has the schemas
+// or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_gemm_multi},
-                          name_space, op, "CPU");
+  return register_kernels(kImplementations<Cpu>, name_space, op, "CPU");
+}
+
+// What `op` may be: name by index, null after the last.
+EXLLAMA_EXPORT const char* exllama_cpu_op_name(int32_t index) {
+  using namespace exllama::bindings;
+  return op_name(kImplementations<Cpu>, index);
 }
 
 // The values are those of exllama::cpu::Precision; whoever calls has checked them.

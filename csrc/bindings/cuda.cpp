@@ -17,12 +17,14 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/ops.h"
 #include "bindings/registration.h"
+#include "bindings/workspace.h"
 #include "cuda/cuda.h"
 
 // It is in libtorch_cuda. Weak, so that the library loads beside a torch without CUDA, where no kernel is called.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                 void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace exllama::bindings {
 namespace {
@@ -40,9 +42,9 @@ constexpr bool kOnCpu = false;
 std::atomic<bool> batch_invariant{false};
 
 // The device of a tensor, made the current one, and torch's current stream on it.
-class Place {
+class DeviceScope {
  public:
-  explicit Place(const Tensor& tensor) : index_(kOnCpu ? 0 : tensor.device_index()), guard_(index_) {
+  explicit DeviceScope(const Tensor& tensor) : index_(kOnCpu ? 0 : tensor.device_index()), guard_(index_) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
   cuda::Stream stream() const { return stream_; }
@@ -58,32 +60,48 @@ const char* name_of(layout::DType dtype) {
   return dtype == layout::DType::kFloat16 ? "float16" : dtype == layout::DType::kBFloat16 ? "bfloat16" : "float32";
 }
 
-// EXLLAMA_OPS_CUDA_LOG=1: a line on stderr for every choice.
-void log_choice(const cuda::Problem& problem, const cuda::Config& config) {
+// What two variables say. They are read when the library is loaded and when a program asks for it. Ops do not read them:
+// getenv does not survive another thread that sets a variable.
+struct Settings {
+  std::string algorithm;  // EXLLAMA_OPS_CUDA_ALGORITHM: the one to use, if it is not empty
+  bool log;               // EXLLAMA_OPS_CUDA_LOG=1: a line on stderr for every choice
+};
+
+// It is never freed: another thread may be reading it.
+const Settings* read_settings() {
+  const char* algorithm = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
   const char* log = std::getenv("EXLLAMA_OPS_CUDA_LOG");
-  if (log == nullptr || std::strcmp(log, "1") != 0) return;
+  return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0};
+}
+
+std::atomic<const Settings*> settings{read_settings()};
+
+void log_choice(const cuda::Problem& problem, const cuda::Config& config) {
+  if (!settings.load(std::memory_order_acquire)->log) return;
   std::fprintf(stderr,
                "exllama_ops: gptq_gemm M=%lld K=%lld N=%lld bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
                "rows=%lld split_k=%lld chunk=%lld\n",
                static_cast<long long>(problem.M), static_cast<long long>(problem.K), static_cast<long long>(problem.N),
                problem.bits, static_cast<long long>(problem.group_size), name_of(problem.x_dtype),
                name_of(problem.scales_dtype),
-               problem.raw_g_idx ? "g_idx" : problem.has_perm ? "perm" : problem.shuffled ? "shuffled" : "unshuffled",
+               problem.raw_g_idx  ? "g_idx"
+               : problem.has_perm ? "perm"
+               : problem.shuffled ? "shuffled"
+                                  : "unshuffled",
                problem.device.arch, cuda::gemm_of(config.algorithm).name, static_cast<long long>(config.rows),
                static_cast<long long>(config.split_k), static_cast<long long>(config.chunk));
 }
 
-// What select_gemm says, unless EXLLAMA_OPS_CUDA_ALGORITHM names another, which must be able to compute the problem.
+// What select_gemm says, unless the settings name another algorithm, which must be able to compute the problem.
 cuda::Config choose(const cuda::Problem& problem) {
-  const char* given = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
-  if (given == nullptr || *given == '\0') return cuda::select_gemm(problem);
+  const std::string& given = settings.load(std::memory_order_acquire)->algorithm;
+  if (given.empty()) return cuda::select_gemm(problem);
   std::string names;
   for (const cuda::Gemm& gemm : cuda::Gemms::kAll) {
     names += (names.empty() ? "" : ", ") + std::string(gemm.name);
-    if (std::strcmp(given, gemm.name) != 0) continue;
+    if (given != gemm.name) continue;
     if (gemm.can(problem)) return gemm.config(problem);
-    throw std::invalid_argument(std::string("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=") + given +
-                                " cannot compute these arguments");
+    throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=" + given + " cannot compute these arguments");
   }
   throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of " + names + "; got " + given);
 }
@@ -102,18 +120,18 @@ torch::stable::Tensor float32_product(const torch::stable::Tensor& a, const torc
   return to<torch::stable::Tensor>(stack[0]);
 }
 
-// The columns of out from first_column on = x @ W, by chunks of columns that are rounded to x's dtype, and of them by
-// rows of x.
+// The columns of out from first_column on = x @ W. Each chunk of columns of W is rounded to x's dtype, and multiplied with
+// some rows of x at a time.
 void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column,
-                const cuda::Config& config, const Place& place) {
+                const cuda::Config& config, const DeviceScope& scope) {
   using torch::stable::narrow;
   torch::stable::Tensor whole_x = new_reference(x), whole_out = new_reference(out);
   const int64_t M = x.size(0);
   for (int64_t first = 0; first < weight.N; first += config.chunk) {
     const int64_t columns = std::min(config.chunk, weight.N - first);
     const int64_t sizes[] = {weight.K, columns};
-    const Tensor dense = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
-    cuda::dequantize(weight, first, columns, dense.data<void>(), dtype_of(x), place.stream());
+    const Tensor dense = Tensor::empty(sizes, x.dtype(), x);
+    cuda::dequantize(weight, first, columns, dense.data<void>(), dtype_of(x), scope.stream());
     for (int64_t m = 0; m < M; m += config.rows) {
       const int64_t rows = std::min(config.rows, M - m);
       torch::stable::Tensor rows_of_out = narrow(whole_out, 0, m, rows);
@@ -123,111 +141,89 @@ void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out
   }
 }
 
-// x times every part, side by side.
-Tensor product(const layout::Weight* parts, int64_t count, const Tensor& x) {
-  const int64_t M = x.size(0);
-  const int64_t sizes[] = {M, layout::columns_of(parts, count)};
-  Tensor out = Tensor::empty(sizes, x.dtype(), x.device_type(), x.device_index());
-  if (M == 0) return out;
-  const Place place(x);
-  const cuda::Problem problem =
-      cuda::problem_of(parts, count, dtype_of(x), M, place.device(), batch_invariant.load(std::memory_order_relaxed));
-  const cuda::Config config = choose(problem);
-  log_choice(problem, config);
-  if (config.algorithm == cuda::Algorithm::kDense) {
-    int64_t first_column = 0;
-    for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
-      gemm_dense(*part, x, out, first_column, config, place);
+// An index in the device's memory, whose values no host can look at without a sync. Kernels check what they read.
+class DeviceIndex {
+ public:
+  DeviceIndex(const char*, const char*, const Tensor& index, int64_t, bool)
+      : values_(index.size(0) != 0 ? index.data<const int32_t>() : nullptr) {}
+  const int32_t* get() const { return values_; }
+
+ private:
+  const int32_t* values_;
+};
+
+// What Ops asks of a device.
+struct Cuda {
+  using Index = DeviceIndex;
+
+  static void check(const char*) {}
+
+  static void gemm(const layout::Weight* parts, int64_t count, const Tensor& x, const Tensor& out) {
+    const DeviceScope scope(x);
+    const int64_t M = x.size(0);
+    const cuda::Problem problem =
+        cuda::problem_of(parts, count, dtype_of(x), M, scope.device(), batch_invariant.load(std::memory_order_relaxed));
+    const cuda::Config config = choose(problem);
+    log_choice(problem, config);
+    if (config.algorithm == cuda::Algorithm::kDense) {
+      int64_t first_column = 0;
+      for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
+        gemm_dense(*part, x, out, first_column, config, scope);
+      }
+      return;
     }
-    return out;
+    const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
+    cuda::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
+               scope.stream());
   }
-  const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
-  cuda::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
-             place.stream());
-  return out;
-}
 
-void gptq_gemm(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x = tensor_at(stack, 0);
-  const PackedWeight packed(stack + 1);
-  const Shape shape = check_gptq_gemm(x, packed.arguments());
-  const layout::Weight weight = packed.weight(shape);
-  give_back(stack, product(&weight, 1, x));
-}
+  static void gemm_dx(const layout::Weight& weight, const Tensor& grad, const Tensor& dx) {
+    const DeviceScope scope(grad);
+    cuda::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), grad.size(0), dx.data<void>(), scope.stream());
+  }
 
-void gptq_gemm_multi(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x = tensor_at(stack, 0);
-  const PackedWeights packed(stack + 1);
-  const std::vector<layout::Weight> parts = packed.weights(packed.check(x), packed.options.rows());
-  give_back(stack, product(parts.data(), static_cast<int64_t>(parts.size()), x));
-}
+  static void dequantize(const layout::Weight& weight, const Tensor& out) {
+    const DeviceScope scope(out);
+    cuda::dequantize(weight, 0, weight.N, out.data<void>(), dtype_of(out), scope.stream());
+  }
 
-void gptq_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor grad = tensor_at(stack, 0);
-  const PackedWeight packed(stack + 1);
-  const Shape shape = check_gptq_gemm_dx(grad, packed.arguments());
-  const int64_t M = grad.size(0);
-  const int64_t sizes[] = {M, shape.K};
-  Tensor dx = Tensor::empty(sizes, grad.dtype(), grad.device_type(), grad.device_index());
-  const Place place(grad);
-  cuda::gemm_dx(packed.weight(shape), grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), place.stream());
-  give_back(stack, static_cast<Tensor&&>(dx));
-}
+  static void shuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits) {
+    const DeviceScope scope(qweight);
+    const int64_t N = qweight.size(1);
+    const Workspace workspace(cuda::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
+    cuda::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), scope.stream());
+  }
 
-void gptq_dequantize(StableIValue* stack, uint64_t, uint64_t) {
-  const PackedWeight packed(stack);
-  const Shape shape = check_gptq_dequantize(packed.arguments());
-  const int64_t sizes[] = {shape.K, shape.N};
-  const Tensor& scales = packed.scales;
-  Tensor out = Tensor::empty(sizes, scales.dtype(), scales.device_type(), scales.device_index());
-  const Place place(scales);
-  cuda::dequantize(packed.weight(shape), 0, shape.N, out.data<void>(), dtype_of(scales), place.stream());
-  give_back(stack, static_cast<Tensor&&>(out));
-}
-
-const int32_t* perm_of(const Tensor& q_perm) {
-  return q_perm.size(0) != 0 ? q_perm.data<const int32_t>() : nullptr;
-}
-
-void gptq_shuffle(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor qweight = tensor_at(stack, 0);
-  const Tensor q_perm = tensor_at(stack, 1);
-  const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_shuffle(qweight, q_perm, bit);
-  const int64_t N = qweight.size(1);
-  const auto bits = static_cast<int32_t>(bit);
-  const int32_t* perm = perm_of(q_perm);
-  const Place place(qweight);
-  const Workspace workspace(cuda::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
-  cuda::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), place.stream());
-}
-
-void gptq_unshuffle(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor qweight = tensor_at(stack, 0);
-  const Tensor q_perm = tensor_at(stack, 1);
-  const auto bit = to<int64_t>(stack[2]);
-  const int64_t K = check_gptq_unshuffle(qweight, q_perm, bit);
-  const int64_t sizes[] = {qweight.size(0), qweight.size(1)};
-  const int32_t* perm = perm_of(q_perm);
-  Tensor out = Tensor::empty(sizes, kInt32, qweight.device_type(), qweight.device_index());
-  const Place place(qweight);
-  const Workspace workspace(cuda::unshuffle_workspace_bytes(K, perm != nullptr), qweight);
-  cuda::unshuffle(qweight.data<const uint32_t>(), perm, K, sizes[1], static_cast<int32_t>(bit), out.data<uint32_t>(),
-                  workspace.get(), place.stream());
-  give_back(stack, static_cast<Tensor&&>(out));
-}
+  static void unshuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits, const Tensor& out) {
+    const DeviceScope scope(qweight);
+    const Workspace workspace(cuda::unshuffle_workspace_bytes(K, perm != nullptr), qweight);
+    cuda::unshuffle(qweight.data<const uint32_t>(), perm, K, qweight.size(1), bits, out.data<uint32_t>(),
+                    workspace.get(), scope.stream());
+  }
+};
 
 }  // namespace
 }  // namespace exllama::bindings
 
 #define EXLLAMA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Registers the kernel of one op, or of every op if `op` is null, in an operator namespace that has the schemas or will
-// have them. Returns null, or what went wrong; the text lives until the thread's next call.
+// Registers the kernel of one op, or of every op if `op` is null. The operator namespace has the schemas or will have
+// them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cuda_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels({gptq_shuffle, gptq_unshuffle, gptq_dequantize, gptq_gemm, gptq_gemm_dx, gptq_gemm_multi},
-                          name_space, op, kDispatchKey);
+  return register_kernels(kImplementations<Cuda>, name_space, op, kDispatchKey);
+}
+
+// What `op` may be: name by index, null after the last.
+EXLLAMA_EXPORT const char* exllama_cuda_op_name(int32_t index) {
+  using namespace exllama::bindings;
+  return op_name(kImplementations<Cuda>, index);
+}
+
+// Reads EXLLAMA_OPS_CUDA_ALGORITHM and EXLLAMA_OPS_CUDA_LOG again, for programs that change them.
+EXLLAMA_EXPORT void exllama_cuda_read_environment() {
+  using namespace exllama::bindings;
+  settings.store(read_settings(), std::memory_order_release);
 }
 
 // Whether a row's bits must not depend on the rows that it is batched with.

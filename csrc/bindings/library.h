@@ -14,11 +14,11 @@ using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
 // Its destructor takes back what it defined and implemented, unless it was told to keep it. Throws std::runtime_error.
 class Library {
  public:
-  // That owns the namespace and defines its ops.
+  // It owns the namespace and defines its ops.
   explicit Library(const char* name_space) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_def(name_space, __FILE__, __LINE__, &handle_));
   }
-  // That implements ops of a namespace, whoever defines them.
+  // It implements ops of a namespace, whoever defines them.
   Library(const char* name_space, const char* dispatch_key) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl(name_space, dispatch_key, __FILE__, __LINE__, &handle_));
   }

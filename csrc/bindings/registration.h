@@ -1,6 +1,8 @@
 // Kernels to the dispatcher, of one device in one library.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -9,24 +11,24 @@
 
 namespace exllama::bindings {
 
-// The kernels of the ops. An op with an overload that has no autograd has the same kernel twice.
-struct Kernels {
-  Kernel shuffle, unshuffle, dequantize, gemm, gemm_dx, gemm_multi;
+// A kernel, and the op whose kernel it is: by its name, or by that of an overload.
+struct Implementation {
+  const char* op;
+  Kernel kernel;
 };
+
+// The ops that a library has kernels for: name by index, null after the last. Python asks a library for them, and gives
+// an op that is not among them another backend.
+template <size_t count>
+const char* op_name(const Implementation (&implementations)[count], int32_t index) {
+  return index >= 0 && static_cast<size_t>(index) < count ? implementations[index].op : nullptr;
+}
 
 // Registers the kernel of one op, or of every op if `op` is null, in an operator namespace that has the schemas or will
 // have them. Returns null, or what went wrong; the text lives until the thread's next call.
-inline const char* register_kernels(const Kernels& kernels, const char* name_space, const char* op,
-                                    const char* dispatch_key) {
-  const struct {
-    const char* op;
-    Kernel kernel;
-  } implementations[] = {
-      {"gptq_shuffle", kernels.shuffle}, {"gptq_unshuffle", kernels.unshuffle}, {"gptq_dequantize", kernels.dequantize},
-      {"gptq_gemm", kernels.gemm}, {"gptq_gemm.no_autograd", kernels.gemm},
-      {"gptq_gemm_dx", kernels.gemm_dx}, {"gptq_gemm_dx.no_autograd", kernels.gemm_dx},
-      {"gptq_gemm_multi", kernels.gemm_multi}, {"gptq_gemm_multi.no_autograd", kernels.gemm_multi},
-  };
+template <size_t count>
+const char* register_kernels(const Implementation (&implementations)[count], const char* name_space, const char* op,
+                             const char* dispatch_key) {
   static thread_local std::string error;
   try {
     bool known = false;

@@ -47,16 +47,18 @@ class Tensor {
   ~Tensor() { reset(); }
 
   // New contiguous memory from torch's allocator; torch poisons it under torch.use_deterministic_algorithms.
-  template <int kDim>
-  static Tensor empty(const int64_t (&sizes)[kDim], int32_t dtype, int32_t device_type, int32_t device_index) {
-    int64_t strides[kDim];
+  // It lies on the device of `neighbour`.
+  template <int dims>
+  static Tensor empty(const int64_t (&sizes)[dims], int32_t dtype, const Tensor& neighbour) {
+    int64_t strides[dims];
     int64_t stride = 1;
-    for (int d = kDim - 1; d >= 0; --d) {
+    for (int d = dims - 1; d >= 0; --d) {
       strides[d] = stride;
       stride *= sizes[d] > 1 ? sizes[d] : 1;
     }
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes, strides, dtype, device_type, device_index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, neighbour.device_type_,
+                                                    neighbour.device_index_, &handle));
     return Tensor(handle);
   }
 
@@ -65,6 +67,11 @@ class Tensor {
   int64_t dim() const { return dim_; }
   int64_t size(int64_t d) const { return sizes_[d]; }
   int64_t stride(int64_t d) const { return strides_[d]; }
+  int64_t elements() const {
+    int64_t product = 1;
+    for (int64_t d = 0; d < dim_; ++d) product *= sizes_[d];
+    return product;
+  }
   const int64_t* sizes() const { return sizes_; }
   const int64_t* strides() const { return strides_; }
   int32_t dtype() const { return dtype_; }

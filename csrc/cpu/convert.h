@@ -56,7 +56,7 @@ inline uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+using layout::bytes_of;
 
 inline float load_float(const void* values, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(values)[i];

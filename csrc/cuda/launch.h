@@ -12,6 +12,7 @@
 
 namespace exllama::cuda {
 
+using layout::bytes_of;
 using layout::with_bits;
 
 // Calls f with true or false as a constant.
@@ -31,8 +32,6 @@ inline unsigned grid_of(int64_t thread_blocks, const char* kernel) {
   if (thread_blocks > INT32_MAX) throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
   return static_cast<unsigned>(thread_blocks);
 }
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -9,6 +9,8 @@ namespace exllama::layout {
 
 enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
+EXLLAMA_HOST_DEVICE constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // A packed weight, as torch.ops.exllama.gptq_gemm takes it.
 struct Weight {
   const uint32_t* qweight;  // (K * bits / 32, N)
@@ -30,7 +32,7 @@ struct Weight {
   EXLLAMA_HOST_DEVICE const int32_t* g_idx() const { return shuffled ? nullptr : row_order; }
 };
 
-// Of weights side by side.
+// The columns of weights that stand side by side.
 inline int64_t columns_of(const Weight* parts, int64_t count) {
   int64_t columns = 0;
   for (int64_t i = 0; i < count; ++i) columns += parts[i].N;

@@ -132,6 +132,7 @@ def test_the_library_knows_nothing_of_python_and_only_the_c_shims_of_torch(libra
         "exllama_cpu_isa_available",
         "exllama_cpu_isa_in_use",
         "exllama_cpu_isa_name",
+        "exllama_cpu_op_name",
         "exllama_cpu_register",
         "exllama_cpu_set_matmul_precision",
         "exllama_cpu_use_isa",

@@ -84,10 +84,15 @@ class EmulatedOps:
         """The library's setting, as `exllama_ops.set_batch_invariant` sets it."""
         self.device.library.exllama_cuda_set_batch_invariant(ctypes.c_bool(enabled))
 
+    def read_environment(self) -> None:
+        """Have the library read its variables, as it does when it is loaded: a test sets them afterwards."""
+        self.device.library.exllama_cuda_read_environment()
+
     def __getattr__(self, name: str) -> Any:
         op = getattr(self.unchecked, name)
 
         def call(*args: Any) -> Any:
+            self.read_environment()
             with self.device.record() as recording:
                 result = op(*args)
             self.calls = recording.calls

@@ -464,6 +464,7 @@ def test_a_replay_computes_with_the_new_data(ops: emulated.EmulatedOps, monkeypa
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "mma")  # which does not split these few rows of W
     weight, other = (build(Case(4, *SHAPES[4], 128, "perm", seed=seed)) for seed in (0, 1))
     x = activations(3, weight.case.K, torch.float16)
+    ops.read_environment()
     with ops.device.record() as recording:
         out = ops.unchecked.gptq_gemm(x, *weight.args)
         dense = ops.unchecked.gptq_dequantize(*weight.args)
