@@ -13,7 +13,7 @@ using Table = const Kernels& (*)();
 
 constexpr Table kTables[] = {
 #if EXLLAMA_X86
-    amx::kernels, avx512::vnni_kernels, avx512::kernels, avx2::vnni_kernels, avx2::kernels,
+    amx::kernels,    avx512::vnni_kernels, avx512::kernels, avx2::vnni_kernels, avx2::kernels,
 #endif
     scalar::kernels,
 };

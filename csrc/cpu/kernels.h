@@ -161,11 +161,13 @@ inline bool fills_words(const Weight& weight, int64_t row, int rows) {
 
 // Where a row of x lies in a quad of bytes of the int8 panel: row quad_order(bits, i) of each block is its i-th byte.
 // quad_of in generic/words-inl.h unpacks them so.
-//   4 bits: w & 0x0f0f0f0f has the rows 0 4 1 5, (w >> 4) & 0x0f0f0f0f the rows 2 6 3 7
-//   2 bits: (w >> 2 i) & 0x03030303 has the rows 2 i, 2 i + 8, 2 i + 1, 2 i + 9
-//   3 bits: two pairs interleaved, 0 2 1 3
-//   8 bits: as they are
-// Negative for a width that has no order yet: the static_assert below refuses it.
+//
+//   4 bits: w & 0x0f0f0f0f has the rows 0 4 1 5, (w >> 4) & 0x0f0f0f0f the rows 2 6 3 7.
+//   2 bits: (w >> 2 i) & 0x03030303 has the rows 2 i, 2 i + 8, 2 i + 1, 2 i + 9.
+//   3 bits: two pairs are interleaved, 0 2 1 3.
+//   8 bits: rows are as they are.
+//
+// It is negative for a width that has no order yet: the static_assert below refuses it.
 constexpr int quad_order(int bits, int i) {
   const int quad = i / 4, odd = i % 4 / 2, far = i % 2;
   if (bits == 4) return 2 * quad + odd + 4 * far;

@@ -61,9 +61,9 @@ EXLLAMA_HOST_DEVICE constexpr int block_words(int bits) { return bits / (bits & 
 // The bit of the block's stream at which bit b of value j lies, in checkpoint order.
 EXLLAMA_HOST_DEVICE constexpr int checkpoint_position(int bits, int j, int b) { return bits * j + b; }
 
-// In shuffled order: values 2 i and 2 i + 1 lie 16 bits apart. 8 bits are not moved. Of 3 bits, a word has ten whole
-// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words. Negative for a width that has
-// no shuffled order yet: the static_assert below kWidths refuses it.
+// In shuffled order: values 2 i and 2 i + 1 lie 16 bits apart. 8 bits are not moved. A word of 3 bits has ten whole
+// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words. The position is negative for a
+// width that has no shuffled order yet: the static_assert below kWidths refuses it.
 EXLLAMA_HOST_DEVICE constexpr int shuffled_position(int bits, int j, int b) {
   if (bits == 8) return 8 * j + b;
   if (bits == 2 || bits == 4) return bits * (j / 2) + 16 * (j % 2) + b;

@@ -1,7 +1,7 @@
 // Times gemm beside the limits of the machine, in turns and without torch:
 //
-//   g++ -O2 -std=c++17 -pthread tests/native/bench_cpu.cpp csrc/cpu/*.cpp -o bench_cpu
-//   ./bench_cpu [bits=4] [group=128] [K=4096] [N=4096] [threads=1] [M, default 1 4 16 64 256]
+//   g++ -O2 -std=c++17 -pthread -ffp-contract=off -Icsrc tests/native/bench_cpu.cpp $(find csrc/cpu -name "*.cpp")
+//   ./a.out [bits=4] [group=128] [K=4096] [N=4096] [threads=1] [M, default 1 4 16 64 256]
 //
 // It prints the median time for each M, and percent of two limits: reading DRAM, and the dot product peak of the class.
 // Cores are shared and their clock moves, so each run stands between two measurements of the limits. The percentages are
@@ -119,8 +119,8 @@ double dram_time(Pool& pool, int threads, const std::vector<char>& memory) {
   parallel.run(
       parallel.self, 8 * threads,
       [](void* c, int64_t task, int32_t) {
-        const Context& context = *static_cast<Context*>(c);
-        sink += read_memory(context.data + task * context.part, context.part);
+        const Context& own = *static_cast<Context*>(c);
+        sink += read_memory(own.data + task * own.part, own.part);
       },
       &context);
   return (now() - start) / kBytes;
@@ -153,8 +153,7 @@ double dot_time(Pool& pool, int threads) {
   constexpr int64_t kLoops = 4000;
   const Parallel parallel = pool.parallel();
   const double start = now();
-  parallel.run(
-      parallel.self, 8 * threads, [](void*, int64_t, int32_t) { spin_peak<kPeak>(kLoops); }, nullptr);
+  parallel.run(parallel.self, 8 * threads, [](void*, int64_t, int32_t) { spin_peak<kPeak>(kLoops); }, nullptr);
   const double lanes = kPeak == Peak::kInt16 ? 32 : kPeak == Peak::kInt8 ? 64 : 16;
   return (now() - start) / (8 * threads * kLoops * 20 * lanes * 2);
 }
@@ -187,8 +186,8 @@ int main(int argc, char** argv) {
     scales[i].resize(scale_count + 32, 0x2400);
     for (uint32_t& word : words[i]) word = next();
     for (uint32_t& word : zeros[i]) word = next();
-    weights.push_back({aligned(words[i]), aligned(zeros[i]), aligned(scales[i]), DType::kFloat16, nullptr, K, N, K / group,
-                       group, bits, true, 0});
+    weights.push_back({aligned(words[i]), aligned(zeros[i]), aligned(scales[i]), DType::kFloat16, nullptr, K, N,
+                       K / group, group, bits, true, 0});
   }
   std::vector<char> memory((512 << 20) + 4096, 1);
   Pool pool(threads);
@@ -229,8 +228,8 @@ int main(int argc, char** argv) {
                   precision == Precision::kHigh     ? "high"
                   : precision == Precision::kMedium ? "medium"
                                                     : "highest",
-                  time * 1e3, weight_bytes / time / 1e9, 100 * median(of_dram), 1e-9 / dram,
-                  2e-9 * M * K * N / time, 100 * median(of_peak), 1e-9 / peak);
+                  time * 1e3, weight_bytes / time / 1e9, 100 * median(of_dram), 1e-9 / dram, 2e-9 * M * K * N / time,
+                  100 * median(of_peak), 1e-9 / peak);
       std::fflush(stdout);
     }
     const Workspace workspace(gemm_dx_workspace_bytes(weights[0], M, threads));

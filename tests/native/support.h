@@ -66,7 +66,8 @@ inline void encode(double value, void* values, DType dtype, int64_t i) {
     (decode(&middle, dtype, 0) <= std::fabs(value) ? low : high) = middle;
   }
   const uint16_t below = static_cast<uint16_t>(infinity - 1);
-  const double step = decode(&below, dtype, 0) - decode(std::array<uint16_t, 1>{static_cast<uint16_t>(below - 1)}.data(), dtype, 0);
+  const double step =
+      decode(&below, dtype, 0) - decode(std::array<uint16_t, 1>{static_cast<uint16_t>(below - 1)}.data(), dtype, 0);
   const double up = high == infinity ? decode(&below, dtype, 0) + step : decode(&high, dtype, 0);
   const double middle = (decode(&low, dtype, 0) + up) / 2;
   const bool take_high = std::fabs(value) > middle || (std::fabs(value) == middle && low % 2);
@@ -134,8 +135,8 @@ struct RandomWeight {
       }
     }
     const bool shuffled = order == Order::kShuffled || order == Order::kPermuted;
-    view = {words.data(), zeros.data(), scales.data(), scales_dtype, rows.empty() ? nullptr : rows.data(),
-            K, N, G, group_size, bits, shuffled, v2 ? 0 : 1};
+    view = {words.data(), zeros.data(), scales.data(), scales_dtype, rows.empty() ? nullptr : rows.data(), K, N, G,
+            group_size,   bits,         shuffled,      v2 ? 0 : 1};
     if (shuffled) {
       int threads = 1;
       std::vector<uint32_t> copy(words.size());

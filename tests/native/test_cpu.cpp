@@ -1,10 +1,10 @@
 // Tests the CPU kernels against sums in double and against themselves, without torch:
 //
-//   g++ -O2 -std=c++17 -pthread -ffp-contract=off -Icsrc tests/native/test_cpu.cpp $(find csrc/cpu -name "*.cpp") \
-//       -o test_cpu && ./test_cpu
+//   g++ -O2 -std=c++17 -pthread -ffp-contract=off -Icsrc tests/native/test_cpu.cpp $(find csrc/cpu -name "*.cpp")
+//   ./a.out [extent=all] [width ...]
 //
-// pytest also runs it with -fsanitize=address,undefined and -fsanitize=thread. `test_cpu quick` takes fewer shapes, and
-// `test_cpu sampled` takes only a third of their products.
+// pytest also runs it with -fsanitize=address,undefined and -fsanitize=thread. The extent `quick` takes fewer shapes, and
+// `sampled` takes only a third of their products. The widths are all by default.
 #include <algorithm>
 #include <array>
 #include <string>
@@ -158,7 +158,11 @@ void test_gemm(std::mt19937& random, const RandomWeight& weight, DType dtype, Pr
   std::vector<uint8_t> first;
   for (const char* isa : isas()) {
     use_isa(isa);
-    const Case c{weight, x, dtype, M, precision,
+    const Case c{weight,
+                 x,
+                 dtype,
+                 M,
+                 precision,
                  text + " " + isa + " " + name_of(dtype) + " " + name_of(precision) + " values " +
                      std::to_string(static_cast<int>(values)) + " M=" + std::to_string(M)};
     const std::vector<uint8_t> out = run_gemm(weight, x, dtype, M, precision, 1);
@@ -272,21 +276,26 @@ int main(int argc, char** argv) {
   const bool sampled = extent == "sampled", quick = sampled || extent == "quick";
   std::mt19937 random(7);
   test_golden();
-  for (int bits : {4, 2, 3, 8}) {
-    const int64_t unit = bits == 3 ? 32 : 32 / bits;
+  std::vector<int> widths;
+  for (int i = 2; i < argc; ++i) widths.push_back(std::atoi(argv[i]));
+  if (widths.empty()) widths.assign(std::begin(exllama::layout::kWidths), std::end(exllama::layout::kWidths));
+  for (int bits : widths) {
+    const int64_t unit = exllama::layout::block_values(bits);
     std::vector<Shape> shapes = {{320, 96, 128}, {96, 224, 32}, {unit * 3, unit, unit}, {unit * 9, unit * 5, 7}};
     if (!quick) {
-      shapes.insert(shapes.end(), {{576, 672, 128}, {unit, unit * 3, 4096}, {1056, 32, 1056}, {640, 160, 192}, {unit * 2, unit * 37, 1}});
+      shapes.insert(
+          shapes.end(),
+          {{576, 672, 128}, {unit, unit * 3, 4096}, {1056, 32, 1056}, {640, 160, 192}, {unit * 2, unit * 37, 1}});
     }
     for (const Shape& shape : shapes) {
       for (Order order : {Order::kShuffled, Order::kPermuted, Order::kCheckpoint, Order::kRawGroups}) {
         const bool v2 = random() % 2;
         const DType scales = static_cast<DType>(random() % 3);
         const RandomWeight weight(random, shape.K, shape.N, bits, shape.group_size, order, v2, scales);
-        const std::string text = std::to_string(bits) + " bits K=" + std::to_string(shape.K) + " N=" +
-                                 std::to_string(shape.N) + " group " + std::to_string(shape.group_size) + " order " +
-                                 std::to_string(static_cast<int>(order)) + (v2 ? " v2" : " v1") + " scales " +
-                                 name_of(scales);
+        const std::string text = std::to_string(bits) + " bits K=" + std::to_string(shape.K) +
+                                 " N=" + std::to_string(shape.N) + " group " + std::to_string(shape.group_size) +
+                                 " order " + std::to_string(static_cast<int>(order)) + (v2 ? " v2" : " v1") +
+                                 " scales " + name_of(scales);
         test_dequantize(weight, text);
         if (weight.view.shuffled) test_unshuffle(weight, text);
         const Values values_of_grad = random() % 2 ? Values::kGaussian : Values::kHuge;

@@ -5,7 +5,7 @@
 // One function and one order of terms serve all ISAs, so that the bits depend on the terms alone.
 //
 // A term takes 0.7 ns in gemm and 2 ns in gemm_dx (Zen 4), some 60 times as long as in float32. Rows with NaN are left
-// as they are, and of rows with inf only the infinite terms count, so that these stay within 8 times their usual time.
+// as they are. In rows with inf only the infinite terms count, so that these stay within 8 times their usual time.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -15,7 +15,7 @@ namespace exllama::cpu {
 // A row of x, or of grad.
 class ExactRow {
  public:
-  // Of `count` values; perm, or null, has where those of the words' rows lie.
+  // The row has `count` values. perm says where those of the words' rows lie, or is null.
   ExactRow(const void* values, DType dtype, const int32_t* perm, int64_t count);
 
   // Both write the results, at most kPanelColumns, whose sums in float32 are not finite.

@@ -57,9 +57,8 @@ class GemmDx {
 
   // `rows` rows of grad from `begin` on by `width` rows of W from `row` on.
   void multiply(int64_t begin, int rows, int64_t row, int64_t width, float* acc) const {
-    static constexpr float kOnes[kPanelColumns] = {
-        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    float ones[kPanelColumns];
+    std::fill(ones, ones + kPanelColumns, 1.0f);
     const int64_t panels = ceil_div(width, kPanelColumns), panel_sums = rows * kPanelColumns;
     const WordLines lines(weight_, kPanelColumns, kDepth);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
@@ -78,7 +77,7 @@ class GemmDx {
         product.depth = depth(c);
         product.panel = W;
         product.columns = panel_rows;
-        product.scales = kOnes;
+        product.scales = ones;
         product.acc = acc + panel * panel_sums;
         isa_.multiply_float(product, ahead);
       }

@@ -18,8 +18,7 @@ EXLLAMA_VECTOR void load_zeros_of(const Weight& weight, int64_t group, int64_t c
 }
 
 inline void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros) {
-  layout::with_bits(weight.bits,
-                    [&](auto bits) { load_zeros_of<bits.value>(weight, group, column, columns, zeros); });
+  layout::with_bits(weight.bits, [&](auto bits) { load_zeros_of<bits.value>(weight, group, column, columns, zeros); });
 }
 
 EXLLAMA_VECTOR inline void load_scales(const Weight& weight, int64_t group, int64_t column, int columns,
@@ -50,14 +49,13 @@ EXLLAMA_VECTOR void unpack_int16_of(const Weight& weight, int64_t row, int rows,
   }
 }
 
-inline void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
-                         const int32_t* zeros, int16_t* panel) {
+inline void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                         int16_t* panel) {
   if (!fills_words(weight, row, rows)) {
     return scalar::unpack_int16(weight, row, rows, column, columns, zeros, panel);
   }
-  layout::with_bits(weight.bits, [&](auto bits) {
-    unpack_int16_of<bits.value>(weight, row, rows, column, columns, zeros, panel);
-  });
+  layout::with_bits(weight.bits,
+                    [&](auto bits) { unpack_int16_of<bits.value>(weight, row, rows, column, columns, zeros, panel); });
 }
 
 // q - z of 8 bits does not fit int8, and q - 128 does: x - 128 flips the highest bit.
@@ -121,8 +119,8 @@ EXLLAMA_VECTOR void unpack_float_of(const Weight& weight, int64_t row, int rows,
   }
 }
 
-inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns,
-                         const int32_t* zeros, const float* scales, float* panel) {
+inline void unpack_float(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
+                         const float* scales, float* panel) {
   if (!fills_words(weight, row, rows)) {
     return scalar::unpack_float(weight, row, rows, column, columns, zeros, scales, panel);
   }

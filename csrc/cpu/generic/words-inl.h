@@ -1,9 +1,9 @@
 // Words of a shuffled weight to integers, in a strip of kStrip columns: what panels and products of few rows share.
 //
 // Everything in generic/ is written once, over the vocabulary of an ISA: isa/<name>/vocabulary-inl.h, which is included
-// before it. A vocabulary defines the types Int, Float, Mask, Short and Bytes; the constants kStrip (lanes of 32 bits),
-// kTallRows, kWideRows and kGemvVectors; the functions on them; and EXLLAMA_VECTOR, the target attribute of all code
-// that uses them. All of it stands in the anonymous namespace of each source that includes it.
+// before it. A vocabulary defines the types Int, Float, Mask, Short and Bytes with the functions on them. Its constants
+// are kStrip (the lanes of 32 bits), kTallRows, kWideRows and kGemvVectors. Its macro EXLLAMA_VECTOR is the target
+// attribute of all code over it. All of this stands in the anonymous namespace of each source that includes it.
 #pragma once
 
 #include <cstring>
@@ -61,7 +61,7 @@ EXLLAMA_VECTOR_INLINE Int quad_of(const Int* words, int p) {
   if constexpr (bits == 8) {
     return words[0];
   } else if constexpr (bits == 3) {
-    return bit_or(pair_of<3>(words, 2 * p), shift_left(pair_of<3>(words, 2 * p + 1), 8));
+    return bit_or(pair_of<bits>(words, 2 * p), shift_left(pair_of<bits>(words, 2 * p + 1), 8));
   } else if constexpr (bits == 2 || bits == 4) {
     return bit_and(shift_right(words[0], bits * p), set_int(bits == 4 ? 0x0f0f0f0f : 0x03030303));
   } else {

@@ -18,7 +18,7 @@ using Short = __m128i;  // kStrip numbers of 16 bits
 using Bytes = __m128i;
 
 constexpr int kStrip = 8;
-// Of 16 registers, 6 x 2 sums leave two weights, a broadcast and a product.
+// 6 x 2 sums leave 4 of 16 registers: two weights, a broadcast and a product.
 constexpr int kTallRows = 6, kWideRows = 0;
 // 4 x 2 sums leave two words, two terms, a mask, a broadcast and a product.
 constexpr int kGemvVectors = 4;
@@ -31,9 +31,7 @@ EXLLAMA_VECTOR_INLINE Mask mask_of(int64_t count) {
 }
 
 EXLLAMA_VECTOR_INLINE Int set_int(int32_t value) { return _mm256_set1_epi32(value); }
-EXLLAMA_VECTOR_INLINE Int load_int(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-}
+EXLLAMA_VECTOR_INLINE Int load_int(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 EXLLAMA_VECTOR_INLINE Int load_int_masked(const void* from, Mask mask) {
   return _mm256_maskload_epi32(static_cast<const int*>(from), mask);
 }
@@ -148,8 +146,8 @@ EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
 // Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each.
 EXLLAMA_VECTOR_INLINE Int byte_pair(Int words, int pair) {
   // Bytes 3 2 1 0 become 3 1 2 0, of which the even ones are one pair and the odd ones the other.
-  const Int order = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10,
-                                     9, 11, 12, 14, 13, 15);
+  const Int order = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4, 6, 5, 7, 8,
+                                     10, 9, 11, 12, 14, 13, 15);
   return _mm256_and_si256(_mm256_srli_epi32(_mm256_shuffle_epi8(words, order), 8 * pair), set_int(0x00ff00ff));
 }
 

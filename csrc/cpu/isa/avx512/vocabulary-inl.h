@@ -18,10 +18,10 @@ using Short = __m256i;  // kStrip numbers of 16 bits
 using Bytes = __m128i;
 
 constexpr int kStrip = 16;
-// Of 32 registers 12 x 2 sums take 24, which leaves the weights and one broadcast; fewer rows take 4 strips, so that
-// enough sums are in flight for the 5 cycles of a dot product.
+// 12 x 2 sums take 24 of 32 registers, which leaves the weights and one broadcast. Few rows take 4 strips, so that enough
+// sums are in flight for the 5 cycles of a dot product.
 constexpr int kTallRows = 12, kWideRows = 6;
-// 8 x 2 sums of 32 registers.
+// 8 x 2 sums leave half of the registers to words, terms and a broadcast.
 constexpr int kGemvVectors = 8;
 
 EXLLAMA_VECTOR_INLINE Int lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -119,9 +119,7 @@ EXLLAMA_VECTOR_INLINE void dot_int16(Int& sum, Int a, Int b) {
 }
 
 // sum += four products of unsigned a with signed b, with VNNI.
-EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
+EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 // Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each: bytes 3 2 1 0 become . 1 . 0 or . 3 . 2.
 EXLLAMA_VECTOR_INLINE Int byte_pair(Int words, int pair) {

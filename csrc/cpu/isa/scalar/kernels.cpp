@@ -12,7 +12,6 @@
 
 namespace exllama::cpu::scalar {
 
-
 void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
   for (int i = 0; i < count; ++i) out[i] = load_float(x, dtype, perm ? perm[begin + i] : begin + i);
 }
