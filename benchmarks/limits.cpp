@@ -65,17 +65,15 @@ __attribute__((target("avx2"))) void read_memory(const char* data, int64_t bytes
 constexpr int kChains = 12;
 constexpr int kLoops = 4000;
 
-#define CHAINS(NAME, TARGET, VECTOR, CONSTRAINT, ...)                                   \
-  __attribute__((target(TARGET))) void NAME() {                                         \
-    VECTOR acc[kChains] = {}, x = {}, y = {};                                           \
-    for (int i = 0; i < kLoops; ++i) {                                                  \
-      _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) {                      \
-        VECTOR product;                                                                 \
-        asm volatile(__VA_ARGS__                                                        \
-                     : "+" CONSTRAINT(acc[j]), "=&" CONSTRAINT(product)                 \
-                     : CONSTRAINT(x), CONSTRAINT(y));                                   \
-      }                                                                                 \
-    }                                                                                   \
+#define CHAINS(NAME, TARGET, VECTOR, CONSTRAINT, ...)                                                                \
+  __attribute__((target(TARGET))) void NAME() {                                                                      \
+    VECTOR acc[kChains] = {}, x = {}, y = {};                                                                        \
+    for (int i = 0; i < kLoops; ++i) {                                                                               \
+      _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) {                                                   \
+        VECTOR product;                                                                                              \
+        asm volatile(__VA_ARGS__ : "+" CONSTRAINT(acc[j]), "=&" CONSTRAINT(product) : CONSTRAINT(x), CONSTRAINT(y)); \
+      }                                                                                                              \
+    }                                                                                                                \
   }
 
 #define AVX512 "avx512f,avx512bw,avx512vnni"

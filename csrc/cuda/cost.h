@@ -18,20 +18,20 @@ struct Rates {
   double dram_bytes;
   double issues;  // instructions of a lane: four schedulers of 32 lanes (sm_60: two)
   double floats;  // multiply-adds and sums of float32
-  double mma;     // multiply-adds of 16 bits with float32 sums, by mma.sync. GeForce has half the rate of workstation cards
+  double mma;     // multiply-adds of 16 bits with float32 sums, by mma.sync; GeForce has half of a workstation card's
   double blas;    // the same by a BLAS, with the instructions of its chip
 };
 inline constexpr Rates kRates[] = {
-    {60, 8.8, 64, 64, 0, 64},         // P100
-    {61, 7.5, 128, 128, 0, 128},      // P40
-    {70, 7.4, 128, 64, 0, 512},       // V100
-    {75, 5.0, 128, 64, 512, 512},     // T4
-    {80, 13.4, 128, 64, 1024, 1024},  // A100 80 GB
-    {86, 6.7, 128, 128, 256, 256},    // RTX 3090
-    {89, 3.1, 128, 128, 256, 256},    // RTX 4090
-    {90, 13.9, 128, 128, 1024, 2048}, // H100
+    {60, 8.8, 64, 64, 0, 64},           // P100
+    {61, 7.5, 128, 128, 0, 128},        // P40
+    {70, 7.4, 128, 64, 0, 512},         // V100
+    {75, 5.0, 128, 64, 512, 512},       // T4
+    {80, 13.4, 128, 64, 1024, 1024},    // A100 80 GB
+    {86, 6.7, 128, 128, 256, 256},      // RTX 3090
+    {89, 3.1, 128, 128, 256, 256},      // RTX 4090
+    {90, 13.9, 128, 128, 1024, 2048},   // H100
     {100, 29.2, 128, 128, 1024, 4096},  // B200
-    {120, 4.4, 128, 128, 256, 256},   // RTX 5090
+    {120, 4.4, 128, 128, 256, 256},     // RTX 5090
 };
 
 constexpr Rates rates_of(int32_t arch) {

@@ -50,8 +50,7 @@ Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M,
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream);
 
 // out (K, columns) = the columns of W from first_column on, in out_dtype, with rows in the order of the checkpoint.
-void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype,
-                Stream stream);
+void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype, Stream stream);
 
 // Brings qweight from checkpoint order into shuffled order, in place. perm is (K,) or null.
 void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace,

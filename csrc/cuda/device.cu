@@ -20,8 +20,8 @@ int current_device() {
   int index = 0;
   const cudaError_t error = cudaGetDevice(&index);
   if (error == cudaErrorInsufficientDriver) {
-    throw std::runtime_error("exllama_ops: the CUDA driver is older than CUDA " + std::to_string(CUDART_VERSION / 1000) +
-                             "." + std::to_string(CUDART_VERSION % 1000 / 10) +
+    throw std::runtime_error("exllama_ops: the CUDA driver is older than CUDA " +
+                             std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
                              ", which compiled these kernels: install a newer driver, or compile them by the nvcc of "
                              "its version (EXLLAMA_OPS_NVCC names it; exllama-ops build --cuda --force)");
   }
@@ -36,8 +36,8 @@ const Device& device_properties(int32_t index) {
   static std::array<std::once_flag, kMaxDevices> asked;
   if (index < 0 || index >= kMaxDevices) throw std::out_of_range("exllama_ops: device index out of range");
   std::call_once(asked[index], [&] {
-    devices[index].arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                          attribute(cudaDevAttrComputeCapabilityMinor, index);
+    devices[index].arch =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
     devices[index].sm_count = attribute(cudaDevAttrMultiProcessorCount, index);
     devices[index].l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   });

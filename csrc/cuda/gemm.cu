@@ -46,8 +46,8 @@ Parts parts_of(const GemmArguments& a, int tile_columns) {
   for (int64_t i = 0; i < a.count; ++i) {
     const Weight& weight = a.parts[i];
     tiles += divide_up(weight.N, tile_columns);
-    parts.part[i] = {weight.qweight, weight.qzeros, weight.scales, weight.scales_dtype, grid_of(tiles, "gemm"),
-                     weight.N,       columns_before};
+    parts.part[i] = {weight.qweight,         weight.qzeros, weight.scales, weight.scales_dtype,
+                     grid_of(tiles, "gemm"), weight.N,      columns_before};
     columns_before += weight.N;
   }
   parts.column_tiles = grid_of(tiles, "gemm");

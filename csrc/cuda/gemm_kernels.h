@@ -10,7 +10,7 @@ struct GemmArguments {
   const Weight* parts;
   int64_t count;           // at most kMaxParts
   int64_t columns_before;  // columns of out that belong to the parts of launches before this one
-  int64_t columns;  // of out
+  int64_t columns;         // of out
   const void* x;
   DType dtype;  // of x and out
   int64_t M;

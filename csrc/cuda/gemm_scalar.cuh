@@ -16,8 +16,8 @@ namespace exllama::cuda {
 // Lays the x of a stage into shared memory, as floats [row of W][row of x], for the rows of x from first_row on. Each
 // warp has kScalarWarpK rows of W in a stage, from stage_k + warp * warp_rows on.
 template <int rows>
-__device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row,
-                        int64_t stage_k, int64_t warp_rows, float* s_x) {
+__device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row, int64_t stage_k,
+                       int64_t warp_rows, float* s_x) {
   const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
 #pragma unroll 1
   for (int i = threadIdx.x; i < kScalarStageK; i += kScalarThreads) {

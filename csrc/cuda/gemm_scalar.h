@@ -9,9 +9,9 @@ namespace exllama::cuda {
 inline constexpr int kScalarWarps = 4;
 inline constexpr int kScalarThreads = 32 * kScalarWarps;
 inline constexpr int kScalarColumns = 128;
-inline constexpr int kScalarWarpK = 64;  // rows of W that a warp has of a stage
+inline constexpr int kScalarWarpK = 64;                            // rows of W that a warp has of a stage
 inline constexpr int kScalarStageK = kScalarWarps * kScalarWarpK;  // for which x lies in shared memory at a time
-inline constexpr int kScalarRows[] = {1, 2, 4, 8};  // of x, for which a word is read once
+inline constexpr int kScalarRows[] = {1, 2, 4, 8};                 // of x, for which a word is read once
 
 struct GemmScalar {
   static constexpr Algorithm kAlgorithm = Algorithm::kScalar;
@@ -42,8 +42,8 @@ struct GemmScalar {
 
   static constexpr double cycles(const Problem& p, const Config& config) {
     const cost::Rates rates = cost::rates_of(p.device.arch);
-    const double weight_cycles = cost::larger(instructions(p, config.rows) / rates.issues,
-                                              static_cast<double>(1 + config.rows) / rates.floats);
+    const double weight_cycles =
+        cost::larger(instructions(p, config.rows) / rates.issues, static_cast<double>(1 + config.rows) / rates.floats);
     return cost::kernel_cycles(p, config, kScalarColumns, weight_cycles);
   }
 };

@@ -32,13 +32,12 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   for (int64_t first_term = 0; first_term < terms; first_term += kTiledTerms) {
     __syncthreads();  // the last tiles have been read
     // A thread has 8 loads. All at once they need too many registers, on sm_120 if transposed, and before sm_75.
-#pragma unroll (transposed ? 2 : 4)
+#pragma unroll(transposed ? 2 : 4)
     for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;
       const bool inside = m < M && at < terms;
-      s_a[term][row] =
-          inside ? load_number(a, dtype, m * terms + (transposed ? at : permuted_row(weight, at))) : 0.0f;
+      s_a[term][row] = inside ? load_number(a, dtype, m * terms + (transposed ? at : permuted_row(weight, at))) : 0.0f;
     }
     constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
     constexpr int kTileK = transposed ? kTiledColumns : kTiledTerms;

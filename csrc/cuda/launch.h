@@ -29,7 +29,8 @@ inline void check(cudaError_t error, const char* what) {
 
 // The x of a grid of so many thread blocks, which it must be able to hold.
 inline unsigned grid_of(int64_t thread_blocks, const char* kernel) {
-  if (thread_blocks > INT32_MAX) throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
+  if (thread_blocks > INT32_MAX)
+    throw std::runtime_error(std::string("exllama_ops: ") + kernel + ": too many thread blocks");
   return static_cast<unsigned>(thread_blocks);
 }
 

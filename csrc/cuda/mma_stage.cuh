@@ -28,16 +28,16 @@ struct __align__(16) UnitGroup {
 // Where a thread block finds its stages in global memory. It lies in shared memory itself, since the loop has no
 // registers to spare. What the compiler would rather compute anew each time are 64-bit products.
 struct __align__(16) StageSource {
-  const char* x;  // the first token
-  int64_t x_pitch;  // bytes between tokens
+  const char* x;      // the first token
+  int64_t x_pitch;    // bytes between tokens
   const char* zeros;  // of the first group and the first column
   const char* scales;
   uint32_t zeros_pitch, scales_pitch;  // bytes between groups
-  uint32_t last_column;  // the last one at which four columns begin, counted from the first one on
-  uint32_t negative_zero;  // of a stored 0, as Pairs has it
+  uint32_t last_column;                // the last one at which four columns begin, counted from the first one on
+  uint32_t negative_zero;              // of a stored 0, as Pairs has it
   int32_t tokens;
   int32_t in_order_k;  // rows of W whose chunks of x can be read at once: all or none
-  int32_t row_bytes;  // between two rows of words
+  int32_t row_bytes;   // between two rows of words
 };
 
 template <int bits, typename T>
@@ -120,7 +120,8 @@ struct Stage {
   }
 
  private:
-  static constexpr int kNext = kTogether * kPitch * sizeof(T) / sizeof(uint4);  // from a token's chunk to the next one's
+  static constexpr int kNext =
+      kTogether * kPitch * sizeof(T) / sizeof(uint4);  // from a token's chunk to the next one's
 
   // Copies the thread's chunk of each token. Up to four loads are in flight.
   static __device__ __forceinline__ void copy_chunks(const char* row, int64_t pitch, uint4* to, int tokens_left) {

@@ -16,8 +16,8 @@ struct WordsAhead {
   using Lane = MmaLane<bits, T, kStepK>;
 
   uint32_t words[kAhead][4][Lane::kWords] = {};  // [step][column][word]
-  const char* turn;  // the first word of the present turn
-  int32_t rows_left;  // rows of words from there to the end of the split
+  const char* turn;                              // the first word of the present turn
+  int32_t rows_left;                             // rows of words from there to the end of the split
 
   // A lane's words from a row of words on, for four columns. N is a multiple of 4: for columns beyond it the last four
   // are read, and not written.

@@ -21,9 +21,9 @@ __global__ void reorder(const uint32_t* in, const int32_t* perm, int64_t K, int6
   }
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
-    const uint32_t value = perm ? read_value<bits, from_shuffled>(
-                                        in, N, checked_index(perm[block * kValues + j], K), column)
-                                  : value_of<bits, from_shuffled>(words, j);
+    const uint32_t value =
+        perm ? read_value<bits, from_shuffled>(in, N, checked_index(perm[block * kValues + j], K), column)
+             : value_of<bits, from_shuffled>(words, j);
     insert_value<bits, !from_shuffled>(result, j, value);
   }
 #pragma unroll

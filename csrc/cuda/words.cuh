@@ -88,7 +88,9 @@ struct PlacedFields {
   }
 
  private:
-  __device__ static constexpr uint32_t exponent(int place) { return static_cast<uint32_t>(127 + 23 - bits * place) << 23; }
+  __device__ static constexpr uint32_t exponent(int place) {
+    return static_cast<uint32_t>(127 + 23 - bits * place) << 23;
+  }
 };
 
 // Puts value j into the words of a block, whose bits there are 0.
@@ -175,7 +177,8 @@ __device__ inline void visit_block(const Weight& weight, int64_t block, int64_t 
   const int64_t first = block * kValues;
   int64_t group = group_of(weight, first);
   // Where the next group begins, counted from the block's first row. With a g_idx it may begin at every row.
-  auto next = static_cast<int>(by_row ? 1 : min((group + 1) * weight.group_size - first, static_cast<int64_t>(kValues)));
+  auto next =
+      static_cast<int>(by_row ? 1 : min((group + 1) * weight.group_size - first, static_cast<int64_t>(kValues)));
   float scale = scale_of(weight, group, column);
   auto zero = static_cast<int>(zero_of<bits>(weight, group, column));
 #pragma unroll

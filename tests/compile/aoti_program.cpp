@@ -41,8 +41,8 @@ int main(int, char** arguments) try {
 
   torch::inductor::AOTIModelPackageLoader loader(arguments[3]);
   const at::Tensor out = loader.run({x}).at(0).contiguous();
-  std::ofstream(arguments[7], std::ios::binary).write(static_cast<const char*>(out.data_ptr()),
-                                                      out.numel() * sizeof(float));
+  std::ofstream(arguments[7], std::ios::binary)
+      .write(static_cast<const char*>(out.data_ptr()), out.numel() * sizeof(float));
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -46,8 +46,7 @@ const char* plain_dequantize(const Weight* weight, int64_t first, int64_t column
   return error_of([&] { dequantize(*weight, first, columns, out, static_cast<DType>(dtype), nullptr); });
 }
 
-const char* plain_shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits,
-                          void* workspace) {
+const char* plain_shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, void* workspace) {
   return error_of([&] { shuffle(qweight, perm, K, N, bits, workspace, nullptr); });
 }
 

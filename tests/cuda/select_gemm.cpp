@@ -7,9 +7,11 @@ using namespace exllama::cuda;
 namespace {
 
 Problem problem_of(const int64_t* in) {
+  // clang-format off
   return {in[0],      in[1],      in[2],      static_cast<int32_t>(in[3]), in[4], static_cast<DType>(in[5]),
           static_cast<DType>(in[6]), in[7] != 0, in[8] != 0, in[9] != 0, in[10] != 0, in[11] != 0,
           {static_cast<int32_t>(in[12]), static_cast<int32_t>(in[13]), in[14]}};
+  // clang-format on
 }
 
 // It is a constant expression: nothing in it can read an environment, a clock or a device.

@@ -168,9 +168,7 @@ template <class T> EMU_INLINE T truth(bool value) {
     else return narrow<T>(value ? 1.0 : 0.0);
 }
 // testp
-EMU_INLINE bool finite(f32 a) {
-    return std::isfinite(a);
-}
+EMU_INLINE bool finite(f32 a) { return std::isfinite(a); }
 EMU_INLINE bool infinite(f32 a) { return std::isinf(a); }
 EMU_INLINE bool notanumber(f32 a) { return std::isnan(a); }
 EMU_INLINE bool number(f32 a) { return !std::isnan(a); }

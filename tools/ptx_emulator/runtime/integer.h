@@ -121,9 +121,7 @@ EMU_INLINE u32 prmt(u32 a, u32 b, u32 selector) {
            prmt_byte(bytes, selector >> 12) << 24;
 }
 // The modes of prmt select bytes by the two low bits of c alone; the selectors stand in PTX ISA's table of prmt.
-EMU_INLINE u32 prmt_mode(u32 a, u32 b, u32 c, const u16 (&selectors)[4]) {
-    return prmt(a, b, selectors[c & 3]);
-}
+EMU_INLINE u32 prmt_mode(u32 a, u32 b, u32 c, const u16 (&selectors)[4]) { return prmt(a, b, selectors[c & 3]); }
 EMU_INLINE u32 prmt_f4e(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x3210, 0x4321, 0x5432, 0x6543}); }
 EMU_INLINE u32 prmt_b4e(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x5670, 0x6701, 0x7012, 0x0123}); }
 EMU_INLINE u32 prmt_rc8(u32 a, u32 b, u32 c) { return prmt_mode(a, b, c, {0x0000, 0x1111, 0x2222, 0x3333}); }

@@ -90,11 +90,11 @@ void async_commit(Thread& thread);
 [[noreturn, gnu::cold]] void out_of_fuel();
 // The fuel is the scheduler's, which gives the memory of a thread to one of the next block: no race of the kernel's.
 #ifdef EMU_TSAN
-[[gnu::no_sanitize("thread"), gnu::noinline]] inline
+#define EMU_UNSEEN [[gnu::no_sanitize("thread"), gnu::noinline]] inline
 #else
-EMU_INLINE
+#define EMU_UNSEEN EMU_INLINE
 #endif
-void burn(Thread& thread) {
+EMU_UNSEEN void burn(Thread& thread) {
     if (__builtin_expect(--thread.fuel < 0, 0)) out_of_fuel();
 }
 

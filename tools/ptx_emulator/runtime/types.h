@@ -87,9 +87,7 @@ template <class T> EMU_INLINE void store(unsigned char* to, T value) { *reinterp
 
 // --- half precision. Conversions from double round once, to nearest even; NaN becomes the canonical 0x7fff.
 
-EMU_INLINE float to_float(f16 value) {
-    return static_cast<float>(bit_cast<_Float16>(value.bits));
-}
+EMU_INLINE float to_float(f16 value) { return static_cast<float>(bit_cast<_Float16>(value.bits)); }
 EMU_INLINE float to_float(bf16 value) { return bit_cast<float>(static_cast<u32>(value.bits) << 16); }
 
 // Rounding to odd keeps enough to round again without error.

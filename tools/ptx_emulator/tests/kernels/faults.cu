@@ -69,7 +69,8 @@ __global__ void shuffle_from_returned(float* to) {
 __global__ void waits_for_other_block(volatile int* flag) {
     if (blockIdx.x == 1) *flag = 1;
     else
-        while (*flag == 0) {}
+        while (*flag == 0) {
+        }
 }
 __global__ void last_writer(int* to) { *to = blockIdx.x; }
 // The partial sums of all blocks, added by whichever block is last: right with fences, whatever the order.
