@@ -106,9 +106,16 @@ def _named(algorithm: str) -> Iterator[None]:
     before = os.environ.pop(VARIABLE, None)
     if algorithm != AUTO:
         os.environ[VARIABLE] = algorithm
+    _read_environment()
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None)
         if before is not None:
             os.environ[VARIABLE] = before
+        _read_environment()
+
+
+def _read_environment() -> None:
+    if cuda.BACKEND.library is not None:
+        cuda.BACKEND.library.read_environment()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from conformance.weights import DTYPES, Case, build, build_parts, multi_args
 from cuda import bounds
 from cuda.test_emulated import ALGORITHMS, can
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.backends import cuda as cuda_backend
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import assert_within_bound, error_bound, gamma
 
@@ -35,6 +36,21 @@ def sync_debug_mode() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def use_algorithm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Names an algorithm to the library, which reads the variable when it is loaded and when it is asked to."""
+    library = cuda_backend.BACKEND.library
+    assert library is not None
+
+    def use(algorithm: str) -> None:
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        library.read_environment()
+
+    yield use
+    monkeypatch.undo()
+    library.read_environment()
+
+
 def can_here(algorithm: str, case: Case, dtype: torch.dtype) -> bool:
     major, minor = torch.cuda.get_device_capability()
     return can(algorithm, 10 * major + minor, case, dtype)
@@ -42,14 +58,14 @@ def can_here(algorithm: str, case: Case, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, use_algorithm: Callable[[str], None]) -> None:
     weight, other = (part.to("cuda") for part in build_parts(case, [128, 64]))
     x, grad = torch.randn(5, 256, dtype=dtype).cuda(), torch.randn(5, 128, dtype=dtype).cuda()
     perm = weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     for algorithm in ALGORITHMS:
         if can_here(algorithm, case, dtype):
-            monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+            use_algorithm(algorithm)
             torch.ops.exllama.gptq_gemm(x, *weight.args)
             torch.ops.exllama.gptq_gemm_multi(x, *multi_args([weight, other]))
     torch.ops.exllama.gptq_gemm_dx(grad, *weight.args)
@@ -60,8 +76,8 @@ def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, monkeypatch: 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_algorithm_is_within_its_bound(case: Case, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+def test_every_algorithm_is_within_its_bound(case: Case, algorithm: str, use_algorithm: Callable[[str], None]) -> None:
+    use_algorithm(algorithm)
     weight = build(case)
     on_device = weight.to("cuda")
     for dtype in DTYPES:
@@ -75,12 +91,12 @@ def test_every_algorithm_is_within_its_bound(case: Case, algorithm: str, monkeyp
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_tensor_cores_honour_subnormal_activations(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_cores_honour_subnormal_activations(bits: int, use_algorithm: Callable[[str], None]) -> None:
     """Multiples of the least float16, as the results are. (Of the weight only integers are multiplied.)"""
     case = Case(bits, 256, 128, 128)
     if not can_here("mma", case, torch.float16):
         pytest.skip("needs tensor cores of sm_75 or later")
-    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "mma")
+    use_algorithm("mma")
     weight = build(case)
     weight.scales.fill_(1.0)
     steps = torch.randint(-1, 2, (5, 256), generator=torch.Generator().manual_seed(0)) * (torch.arange(256) % 64 == 0)
@@ -92,10 +108,12 @@ def test_tensor_cores_honour_subnormal_activations(bits: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_captured_graph_replays_with_new_data(case: Case, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_graph_replays_with_new_data(
+    case: Case, algorithm: str, use_algorithm: Callable[[str], None]
+) -> None:
     if not can_here(algorithm, case, torch.float16):
         pytest.skip(f"{algorithm} cannot compute {case} here")
-    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+    use_algorithm(algorithm)
     parts = [part.to("cuda") for part in build_parts(case, [128, 64])]
     weight = parts[0]
     perm = weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")

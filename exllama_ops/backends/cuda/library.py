@@ -51,3 +51,7 @@ class CudaLibrary:
         """What `set_batch_invariant` set."""
         value: bool = self._get_batch_invariant()
         return value
+
+    def read_environment(self) -> None:
+        """Read EXLLAMA_OPS_CUDA_ALGORITHM and EXLLAMA_OPS_CUDA_LOG again, which loading has read once."""
+        ctypes.CDLL(str(self.path)).exllama_cuda_read_environment()
