@@ -153,11 +153,5 @@ def test_check_passes_what_is_within_the_limits(tmp_path: Path) -> None:
     assert prose.main(["--check", str(page)]) == 0
 
 
-def test_everything_is_within_the_limits_but_for_what_is_excepted(capsys: pytest.CaptureFixture) -> None:
+def test_everything_is_within_the_limits(capsys: pytest.CaptureFixture) -> None:
     assert prose.main(["--check"]) == 0, capsys.readouterr().out
-
-
-def test_what_is_excepted_is_beyond_the_limits() -> None:
-    """Otherwise it is no exception any more, and leaves the list."""
-    measures = {group.name: group for group in prose.measure(prose.EVERYTHING)}
-    assert [name for name in prose.EXCEPTED if name not in measures or not measures[name].faults()] == []
