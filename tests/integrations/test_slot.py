@@ -174,6 +174,17 @@ def test_a_row_shard_may_hold_the_scales_of_all_groups(tmp_path: Path) -> None:
         assert torch.equal(layer.dequantize(), ExllamaLinear.from_weight(shard).dequantize())
 
 
+def test_zeros_in_the_g_idx_of_a_row_shard_are_group_zero(tmp_path: Path) -> None:
+    """Where the scales are those of other rows too, zeros are no g_idx that was never filled in."""
+    tensors = module(NAME, K=64, N=32, bits=4, group_size=16, sym=False)
+    weight = open_gptq(write(tmp_path, tensors, group_size=16, sym=False)).read(NAME)
+    described = GptqModule(16, 32, bits=4, group_size=8, num_groups=4)
+    part = tensors_of(tmp_path, NAME)
+    part["qweight"], part["g_idx"] = part["qweight"][:2], torch.zeros(16, dtype=torch.int32)
+    layer = by_copy(described, part).finish()
+    assert torch.equal(layer.dequantize(), ExllamaLinear.from_weight(weight.shard(range(16))).dequantize())
+
+
 def test_a_model_on_the_meta_device_is_filled_and_finished_like_any_other(tmp_path: Path) -> None:
     path = DATA / "tiny-w3g32-asym-act-v2"
     checkpoint = open_gptq(path)

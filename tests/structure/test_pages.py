@@ -13,6 +13,7 @@ import exllama_ops
 from exllama_ops.integrations.slot import GptqSlot
 from exllama_ops.kernel import ExllamaLinearKernel
 from exllama_ops.nn import ExllamaLinear
+from exllama_ops.nn.packed_module import PackedModule
 from exllama_ops.ops import _library
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def test_the_page_of_the_ops_has_every_argument() -> None:
             assert argument in names or argument == "a", f"{name}: {argument}"
 
 
-@pytest.mark.parametrize("module", [ExllamaLinear, ExllamaLinearKernel, GptqSlot])
+@pytest.mark.parametrize("module", [ExllamaLinear, PackedModule, ExllamaLinearKernel, GptqSlot])
 def test_the_page_of_the_ops_has_every_member_of_the_modules(module: type) -> None:
     page = text_of("ops.md")
     inherited_or_told_elsewhere = {"forward", "extra_repr", "SUPPORTED_QUANT_TYPES", "get_min_capability"}
