@@ -1,7 +1,7 @@
 // The CUDA kernels of the ops: plain pointers, sizes and a stream, no torch. Arguments were checked by the caller.
 //
-// All work is enqueued on the stream of the current device, and nothing waits, allocates or reads device memory, so that
-// every function can be captured in a graph. A launch that fails throws std::runtime_error.
+// All work is enqueued on the stream of the current device, and nothing waits, allocates or reads device memory, so
+// that every function can be captured in a graph. A launch that fails throws std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -36,9 +36,9 @@ size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
 size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
 
-// out (M, columns) = x (M, K) @ W of every part, side by side, both of dtype x_dtype. config is what select_gemm chose for
-// the problem_of these arguments, which is that of one weight with the columns of all. Parts differ in their words, zero
-// points, scales, N and scales_dtype alone. One launch has up to eight of them.
+// out (M, columns) = x (M, K) @ W of every part, side by side, both of dtype x_dtype. config is what select_gemm chose
+// for the problem_of these arguments, which is that of one weight with the columns of all. Parts differ in their words,
+// zero points, scales, N and scales_dtype alone. One launch has up to eight of them.
 //
 // Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
 void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,

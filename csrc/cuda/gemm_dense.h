@@ -9,8 +9,8 @@ struct GemmDense {
   static constexpr Algorithm kAlgorithm = Algorithm::kDense;
   static constexpr const char* kName = "dense";
 
-  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles. torch's matmul of float32 may
-  // run in TF32, as its user set it, and the product is promised in float32.
+  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles. torch's matmul of float32
+  // may run in TF32, as its user set it, and the product is promised in float32.
   static constexpr bool can(const Problem& p) { return !p.batch_invariant && p.x_dtype != DType::kFloat32; }
 
   // A chunk of W in x's dtype and its float32 result take no more than 64 MiB and half the L2 together, or else the

@@ -27,8 +27,8 @@ struct MmaProduct {
   using Words = WordsAhead<bits, T, octets, unit_k>;
   using Sums = MmaSums<bits, T, octets>;
   using Lane = typename Stage::Lane;
-  // 3 bits count tokens in 32 bits, for which GemmMma::can sees to M: without that, bfloat16 spills a register on sm_90.
-  // 4 bits would spill with it on sm_80.
+  // 3 bits count tokens in 32 bits, for which GemmMma::can sees to M: without that, bfloat16 spills a register on
+  // sm_90. 4 bits would spill with it on sm_80.
   using Token = std::conditional_t<bits == 3, int32_t, int64_t>;
   static constexpr int kWarpsRunK = kMmaWarpsK * kMmaRunK, kTurnK = Words::kTurnRuns * kWarpsRunK;
   static constexpr int kRunUnits = kMmaRunK / unit_k, kStageRuns = Stage::kK / kMmaRunK;

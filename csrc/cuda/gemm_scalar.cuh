@@ -4,7 +4,7 @@
 //   N, the columns of W   thread block (128), as all its warps -> the 4 columns of a lane
 //   M, the rows of x      tile of 1, 2, 4 or 8 rows
 //
-// Each word is read once for all rows of a tile. q - z is exact in float32, so an outlier of x costs nothing where q = z.
+// Each word is read once for all rows of a tile. q - z is exact in float32: an outlier of x costs nothing where q = z.
 #pragma once
 
 #include "gemm_scalar.h"
@@ -67,8 +67,8 @@ struct ScalarSums {
     for (int c = 0; c < 4; ++c) fields[c].set_zero(zeros.get(weight, c));
   }
 
-  // Adds the products of the next `blocks` blocks of words, which lie in the present group. s_x is theirs, as load_x laid
-  // it down.
+  // Adds the products of the next `blocks` blocks of words, which lie in the present group. s_x is theirs, as load_x
+  // laid it down.
   template <int blocks>
   __device__ void add_blocks(const uint32_t*& qweight, int64_t N, const float*& s_x) {
     uint32_t words[blocks][4][kWords];
@@ -157,10 +157,11 @@ struct ScalarSums {
   }
 };
 
-// The product of one tile and one split, which has stages_per_split stages. It goes to partials (split_k, M, columns) if
-// there are several splits, else to out (M, columns).
+// The product of one tile and one split, which has stages_per_split stages. It goes to partials (split_k, M, columns)
+// if there are several splits, else to out (M, columns).
 //
-// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and spills.
+// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and
+// spills.
 template <int bits, bool shuffled, int rows>
 __global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,

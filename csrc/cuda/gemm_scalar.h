@@ -32,9 +32,9 @@ struct GemmScalar {
     return kScalarWarpK * stages + groups + kScalarWarps + stages;
   }
 
-  // Instructions for a weight, by benchmarks/results/cuda-device-code.md. A row costs an FFMA and its share of a load of
-  // x. A weight costs a LOP3, a subtraction and its share of shifts, loads and ends of groups. Where any row may begin a
-  // group, it costs what that loop needs.
+  // Instructions for a weight, by benchmarks/results/cuda-device-code.md. A row costs an FFMA and its share of a load
+  // of x. A weight costs a LOP3, a subtraction and its share of shifts, loads and ends of groups. Where any row may
+  // begin a group, it costs what that loop needs.
   static constexpr double instructions(const Problem& p, int64_t rows) {
     const bool by_row = p.raw_g_idx || p.group_size % layout::block_values(p.bits) != 0 || !p.aligned;
     return (by_row ? 24 : p.bits == 3 ? 2.6 : 2.4) + 1.1 * static_cast<double>(rows);

@@ -1,5 +1,5 @@
-// A product with W or W^T by tiles in shared memory, in float32 arithmetic throughout. gemm_dx uses it, and so does gemm
-// for many rows where there are no tensor cores for them.
+// A product with W or W^T by tiles in shared memory, in float32 arithmetic throughout. gemm_dx uses it, and so does
+// gemm for many rows where there are no tensor cores for them.
 #pragma once
 
 #include "gemm_tiled.h"
@@ -8,12 +8,12 @@
 
 namespace exllama::cuda {
 
-// out (M, columns) = a (M, terms) @ W, where the columns are those of all parts, and the terms are K. If transposed, it is
-// a @ W^T of the one part, where the columns are K and the terms are N. Row k of the words is column permuted_row(k) of a,
-// or of out if transposed.
+// out (M, columns) = a (M, terms) @ W, where the columns are those of all parts, and the terms are K. If transposed, it
+// is a @ W^T of the one part, where the columns are K and the terms are N. Row k of the words is column permuted_row(k)
+// of a, or of out if transposed.
 //
-// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 64 registers, and spills. With 8 bits
-// three thread blocks spill before sm_70.
+// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 64 registers, and spills. With 8
+// bits three thread blocks spill before sm_70.
 template <int bits, bool shuffled, bool transposed>
 __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 3)
     gemm_tiled(Parts parts, const void* a, DType dtype, int64_t M, void* out) {

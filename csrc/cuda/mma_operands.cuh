@@ -4,8 +4,8 @@
 // warp has the columns 4 g to 4 g + 3 of 32. Columns 0 and 1 of these are the rows g and g + 8 of one fragment, by the
 // tables of the PTX ISA. Columns 2 and 3 are those of a second one.
 //
-// The order of k inside an mma is free as long as A and B agree. Where the PTX table has the pairs 2 t and 2 t + 8 of k,
-// lane t has any two pairs of its words. x lies in shared memory in the order that follows from it.
+// The order of k inside an mma is free as long as A and B agree. Where the PTX table has the pairs 2 t and 2 t + 8 of
+// k, lane t has any two pairs of its words. x lies in shared memory in the order that follows from it.
 //
 // The integers q - z are exact in float16 and bfloat16, since |q - z| <= 256. They are what is multiplied: the scale
 // comes later, in float32, and an outlier of x costs nothing where q = z.
@@ -155,8 +155,8 @@ struct Pairs {
 };
 
 // What lane t of four has of a step of `step_k` rows. In each column it has the words from `first_word` on, whose pairs
-// are pair(words, 0) to pair(words, step_k / 8 - 1). Four pairs are a chunk. Chunk c of the step has the rows k_of(c, 0)
-// to k_of(c, 7), and lane t has the chunks t, t + 4 and so on.
+// are pair(words, 0) to pair(words, step_k / 8 - 1). Four pairs are a chunk. Chunk c of the step has the rows
+// k_of(c, 0) to k_of(c, 7), and lane t has the chunks t, t + 4 and so on.
 template <int bits, typename T, int step_k>
 struct MmaLane {
   using P = Pairs<bits, T>;
@@ -183,8 +183,8 @@ struct MmaLane {
   static __device__ int k_of(int chunk, int e) { return 8 * (chunk % 4 * kChunks + chunk / 4) + e; }
 };
 
-// 2 bits in a step of 32 rows: two lanes share a word of sixteen values. One has the lower half of each half of the word,
-// and one the upper.
+// 2 bits in a step of 32 rows: two lanes share a word of sixteen values. One has the lower half of each half of the
+// word, and one the upper.
 template <typename T>
 struct MmaLane<2, T, 32> {
   using P = Pairs<2, T>;

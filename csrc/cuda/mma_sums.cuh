@@ -1,7 +1,7 @@
 // The sums of a lane of gemm_mma: products of a step, scaled at the end of a unit, added up over the warps along K.
 //
-// The fragments of the PTX ISA say where a lane's sums lie. Sum [octet][pair][i] belongs to the column 2 pair + i / 2 of
-// the lane's four, and to the token 2 t + i % 2 of the octet.
+// The fragments of the PTX ISA say where a lane's sums lie. Sum [octet][pair][i] belongs to the column 2 pair + i / 2
+// of the lane's four, and to the token 2 t + i % 2 of the octet.
 #pragma once
 
 #include "mma_operands.cuh"

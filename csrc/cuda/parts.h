@@ -30,8 +30,8 @@ struct Parts {
 };
 
 #ifdef __CUDACC__
-// The tile of a thread block, in a grid (column tiles * row tiles, splits). Thread blocks that follow one another have the
-// same columns and other rows of x. Together they read W from DRAM once, however many rows there are.
+// The tile of a thread block, in a grid (column tiles * row tiles, splits). Thread blocks that follow one another have
+// the same columns and other rows of x. Together they read W from DRAM once, however many rows there are.
 struct Tile {
   Weight weight;           // the part that it belongs to
   int64_t first_column;    // of the part

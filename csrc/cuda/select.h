@@ -1,8 +1,8 @@
 // Which kernel computes a gemm, and how it is divided: one pure function of the problem, without CUDA.
 //
-// To add an algorithm, write its struct in a header gemm_*.h, as gemm_tiled.h does, and name it in Gemms. Give it a value
-// of Algorithm in problem.h and a launch in gemm.cu; the compiler says where that is missing. Its bound is declared in
-// exllama_ops/testing/errors.py, which a test holds to `additions`.
+// To add an algorithm, write its struct in a header gemm_*.h, as gemm_tiled.h does, and name it in Gemms. Give it a
+// value of Algorithm in problem.h and a launch in gemm.cu; the compiler says where that is missing. Its bound is
+// declared in exllama_ops/testing/errors.py, which a test holds to `additions`.
 #pragma once
 
 #include "gemm_dense.h"

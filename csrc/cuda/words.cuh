@@ -45,9 +45,9 @@ __device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
 
 // Makes q - z of the values of a block of words as floats: one instruction places the field, and one subtracts.
 //
-// The bits of a word from bit s on, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z in
-// the same place the difference of the two is exact: both are multiples of 2**-s below 2**24. Higher fields of a word
-// are shifted down together. A value of 3 bits that lies in three words is brought to s = 0.
+// The bits of a word from bit s on, with the exponent of 2**(23 - s) above them, are the float 2**(23 - s) + q. With z
+// in the same place the difference of the two is exact: both are multiples of 2**-s below 2**24. Higher fields of a
+// word are shifted down together. A value of 3 bits that lies in three words is brought to s = 0.
 template <int bits, bool shuffled>
 struct PlacedFields {
   static_assert(layout::block_words(bits) == 1 || bits == 3,
