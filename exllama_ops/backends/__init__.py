@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from exllama_ops.backends import cpu, cuda, reference, triton
-from exllama_ops.backends._types import VARIABLE, Backend, Choice
+from exllama_ops.backends._types import VARIABLE, Backend, Choice, Report
 from exllama_ops.ops import _library
 
-__all__ = ["PRIORITY", "Backend", "Choice", "register", "report", "serving"]
+__all__ = ["PRIORITY", "Backend", "Choice", "Report", "register", "report", "serving"]
 
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
@@ -85,17 +85,20 @@ def serving(op: str, dispatch_key: str) -> Backend:
     return _choose(op, dispatch_key, PRIORITY[dispatch_key]).backend
 
 
-def report() -> list[Choice]:
-    """Which backend serves which op on which device, why the ones before it do not, and whether those after it would.
+def report() -> Report:
+    """Say which backend serves which op on which device, and why.
 
-    A backend that finds out at its first call whether it can serve shows in the report as it stands now.
+    ``print(exllama_ops.backends.report())`` shows a table; the report itself is a sequence of `Choice`. A backend that
+    finds out at its first call whether it can serve shows as it stands now.
     """
     ops = dict.fromkeys(_library.op_of(name) for name in _library.schemas())
-    choices = [_choose(op, key, backends) for key, backends in PRIORITY.items() for op in ops]
-    return [replace(choice, later=_later(choice)) for choice in choices]
+    choices = (_choose(op, key, backends) for key, backends in PRIORITY.items() for op in ops)
+    return Report(replace(choice, later=_later(choice)) for choice in choices)
 
 
 def _later(choice: Choice) -> dict[str, tuple[str, ...]]:
+    if choice.backend.is_settled():
+        return {}
     order = PRIORITY[choice.dispatch_key]
     later = order[order.index(choice.backend) + 1 :]
     return {backend.name: _reasons_against(backend, choice.op, choice.dispatch_key) for backend in later}

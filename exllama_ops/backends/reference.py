@@ -26,6 +26,9 @@ class ReferenceBackend:
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         return [] if hasattr(reference, op) else [f"the reference has no {op}"]
 
+    def is_settled(self) -> bool:
+        return True
+
     def detail(self, dispatch_key: str) -> str:
         return ""
 

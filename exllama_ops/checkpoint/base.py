@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.lazy import LazyWeights
 
 
 @runtime_checkable
@@ -63,29 +64,7 @@ class Checkpoint(Protocol):
 
     def weights(self) -> Mapping[str, GptqWeight]:
         """All quantized modules, as `convert` and `save_gptq` take them. Each access reads a weight and keeps none."""
-        return _LazyWeights(self)
-
-
-class _LazyWeights(Mapping[str, GptqWeight]):
-    """The quantized modules of a checkpoint, each read on access."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._names = dict.fromkeys(checkpoint.quantized)
-
-    def __getitem__(self, name: str) -> GptqWeight:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._checkpoint.read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return LazyWeights(self.quantized, self.read)
 
 
 class Format(Protocol):

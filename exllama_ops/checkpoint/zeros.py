@@ -43,6 +43,8 @@ def v2_to_v1(qzeros: Tensor, bits: int) -> Tensor:
 def _add_to_fields(qzeros: Tensor, bits: int, delta: int) -> Tensor:
     if bits == 3:
         return pack_columns((unpack_columns(qzeros, bits) + delta) & 7, bits)
+    if bits not in _ONES:
+        raise NotImplementedError(f"v1 zero points of {bits} bits have no rule in checkpoint/zeros.py")
     return qzeros + delta * _ONES[bits]
 
 

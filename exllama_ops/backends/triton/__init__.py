@@ -20,14 +20,17 @@ from torch import Tensor
 from exllama_ops.backends._types import VARIABLE, NextBest
 from exllama_ops.layout.weight import Weight
 
-__all__ = ["BACKEND", "TritonBackend"]
+__all__ = ["BACKEND", "OPS", "TritonBackend"]
+
+# The ops that have kernels in `exllama_ops.backends.triton.ops`, whose import takes Triton; a test compares the two.
+OPS = ("gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle")
 
 # What Triton compiles for at all; its tl.dot uses tensor cores from 8.0 on.
 _FIRST_CAPABILITY = (7, 5)
 
 
 class TritonBackend:
-    """Serves every op on GPUs, and on CPU tensors in Triton's interpreter."""
+    """Serves the ops of `OPS` on GPUs, and on CPU tensors in Triton's interpreter."""
 
     name = "triton"
 
@@ -42,6 +45,8 @@ class TritonBackend:
             if torch.version.hip is not None or torch.version.xpu is not None:
                 return ["Triton is not installed, which PyTorch brings for this device, by another name than triton"]
             return ['Triton is not installed: pip install "exllama-ops[triton]"']
+        if op not in OPS:
+            return [f"it has no kernel of {op}"]
         return self.failure or self.reasons_against_device(dispatch_key)
 
     def reasons_against_device(self, dispatch_key: str) -> list[str]:
@@ -57,6 +62,9 @@ class TritonBackend:
         if torch.version.cuda is None and torch.version.hip is None:
             return ["torch was installed without CUDA and ROCm"]
         return [] if torch.cuda.device_count() > 0 else ["there is no CUDA or ROCm device"]
+
+    def is_settled(self) -> bool:
+        return self._ops is not None
 
     def detail(self, dispatch_key: str) -> str:
         if _is_interpreting():

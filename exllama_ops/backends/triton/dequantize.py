@@ -8,6 +8,7 @@ from torch import Tensor
 
 from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
+from exllama_ops.backends.triton.tiles import check_width
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights
 from exllama_ops.layout.checks import check_gptq_dequantize
 from exllama_ops.layout.formats import FORMATS
@@ -56,6 +57,7 @@ def dequantize_kernel(
 def gptq_dequantize(weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_dequantize` in Triton."""
     check_gptq_dequantize(weight)
+    check_width("gptq_dequantize", weight.bits)
     K, N, dtype = weight.K, weight.N, weight.scales.dtype
     out = new_rows(weight, (K, N), kernel_dtype(dtype))
     values = FORMATS[weight.bits].block_values

@@ -21,7 +21,7 @@ from torch import Tensor
 from exllama_ops.backends.batch_invariant import is_batch_invariant
 from exllama_ops.backends.triton.arguments import constants, sizes
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
-from exllama_ops.backends.triton.tiles import Plan, Tile, device_of, plan_gemm
+from exllama_ops.backends.triton.tiles import Plan, Tile, check_width, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
@@ -313,6 +313,7 @@ def in_order_of_rows(x: Tensor, plan: Plan, weight: Weight) -> Tensor:
 def gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_gemm` in Triton."""
     check_gptq_gemm(x, weight)
+    check_width("gptq_gemm", weight.bits)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.N)
     return _products(x, [weight])
@@ -322,6 +323,7 @@ def gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
 def gptq_gemm_multi(x: Tensor, parts: Parts) -> Tensor:
     """`torch.ops.exllama.gptq_gemm_multi` in Triton."""
     check_gptq_gemm_multi(x, parts)
+    check_width("gptq_gemm_multi", parts.bits)
     weights = parts.weights
     if x.shape[0] == 0:
         return x.new_empty(0, sum(weight.N for weight in weights))

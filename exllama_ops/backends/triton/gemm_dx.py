@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
-from exllama_ops.backends.triton.tiles import DxPlan, device_of, plan_dx
+from exllama_ops.backends.triton.tiles import DxPlan, check_width, device_of, plan_dx
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.layout.checks import check_gptq_gemm_dx
@@ -89,6 +89,7 @@ def compute_dx(plan: DxPlan, grad: Tensor, weight: Weight) -> Tensor:
 def gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_gemm_dx` in Triton."""
     check_gptq_gemm_dx(grad, weight)
+    check_width("gptq_gemm_dx", weight.bits)
     if grad.shape[0] == 0:
         return grad.new_empty(0, weight.K)
     plan = plan_dx(weight.bits, device_of(grad.device))

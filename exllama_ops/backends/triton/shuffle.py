@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.triton.launch import launch
+from exllama_ops.backends.triton.tiles import check_width
 from exllama_ops.backends.triton.unpack import (
     block_values,
     block_words,
@@ -51,8 +52,8 @@ def value_at(
     ptrs = in_ptr + first_bit // 32 * N + offs_n[None, :]
     shift = (first_bit % 32).to(tl.uint32)
     value = tl.load(ptrs, mask, 0).to(tl.uint32, bitcast=True) >> shift
-    if BITS == 3:
-        goes_on = shift > 29
+    if 32 % BITS != 0:
+        goes_on = shift > 32 - BITS
         rest = tl.load(ptrs + N, mask & goes_on, 0).to(tl.uint32, bitcast=True)
         value |= tl.where(goes_on, rest << (32 - tl.where(goes_on, shift, 1)), 0)
     return (value & ((1 << BITS) - 1)).to(tl.int32, bitcast=True)
@@ -81,7 +82,7 @@ def reorder_kernel(
     mask_b = blocks < K // VALUES
     mask = mask_b[:, None] & (offs_n < N)[None, :]
     zero = tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
-    result = (zero, zero, zero) if BITS == 3 else (zero,)
+    result = (zero, zero, zero) if block_words(BITS) == 3 else (zero,)
     if not HAS_ROW_ORDER:
         words = load_words(in_ptr, blocks, offs_n, mask, N, BITS)
     for j in tl.static_range(VALUES):
@@ -117,6 +118,7 @@ def _reorder(words: Tensor, rows: Tensor, out: Tensor, bits: int, *, from_shuffl
 def gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
     """`torch.ops.exllama.gptq_shuffle` in Triton."""
     check_gptq_shuffle(qweight, q_perm, bit)
+    check_width("gptq_shuffle", bit)
     words = qweight.clone() if q_perm.shape[0] else qweight
     _reorder(words, q_perm, qweight, bit, from_shuffled=False, to_shuffled=True)
 
@@ -124,6 +126,7 @@ def gptq_shuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> None:
 def gptq_unshuffle(qweight: Tensor, q_perm: Tensor, bit: int) -> Tensor:
     """`torch.ops.exllama.gptq_unshuffle` in Triton."""
     check_gptq_unshuffle(qweight, q_perm, bit)
+    check_width("gptq_unshuffle", bit)
     in_order = qweight.new_empty(qweight.shape)
     none = q_perm[:0]
     _reorder(qweight, none, in_order, bit, from_shuffled=True, to_shuffled=False)

@@ -10,6 +10,7 @@ benchmarks/results/triton-device-code.md.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +38,28 @@ DOT_ROWS = {2: (128, 64, 32, 16), 3: (128, 64, 32), 4: (128, 64, 32, 16), 8: (64
 _FLOAT_DOT_ROWS = {2: 16, 3: 32, 4: 16, 8: 16}
 # Columns of W in a step of gptq_gemm_dx: as few.
 _DX_COLUMNS = 16
+
+# What a bit width needs beside its row in layout/formats.py.
+_OF_WIDTHS: dict[str, Mapping[int, object]] = {
+    "_GEMV_BLOCKS": _GEMV_BLOCKS,
+    "DOT_ROWS": DOT_ROWS,
+    "_FLOAT_DOT_ROWS": _FLOAT_DOT_ROWS,
+}
+
+
+@functools.cache
+def check_width(op: str, bits: int) -> None:
+    """Refuse a width that the kernels have not been told of.
+
+    Raises:
+        NotImplementedError: a table lacks it; the text names all that do.
+    """
+    lacking = [name for name, table in _OF_WIDTHS.items() if bits not in table]
+    if lacking:
+        raise NotImplementedError(
+            f"{op}: Triton's kernels have no tiles for {bits} bits: backends/triton/tiles.py lacks that width in "
+            f"{', '.join(lacking)}"
+        )
 
 
 @dataclass(frozen=True)

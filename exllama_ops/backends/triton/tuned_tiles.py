@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import re
-import tempfile
 import threading
 import warnings
 from contextlib import suppress
@@ -24,7 +23,7 @@ import triton
 
 from exllama_ops.backends.triton.arguments import groups_of
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, bucket_of, device_of
-from exllama_ops.cache import WHAT_TO_DO, cache_folder
+from exllama_ops.cache import WHAT_TO_DO, cache_folder, publishing_file
 from exllama_ops.layout import formats
 from exllama_ops.layout.weight import Weight
 
@@ -132,10 +131,8 @@ def _write(device: torch.device, choices: dict[Problem, Tile]) -> None:
     path = path_of(device)
     record = {"for": _identity(device), "choices": [[*key[:-1], list(key.tile), list(choices[key])] for key in choices]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as scratch:
-        whole = Path(scratch) / path.name
-        whole.write_text(json.dumps(record, indent=0))
-        whole.replace(path)
+    with publishing_file(path, prefix=f"{path.name}.") as file:
+        file.write_text(json.dumps(record, indent=0))
 
 
 def path_of(device: torch.device) -> Path:

@@ -66,9 +66,10 @@ def load_words(
 ) -> tl.tuple:
     """The words of ``blocks`` (BLOCK_B,) and columns ``offs_n`` (BLOCK_N,); zeros where ``mask`` is not set."""
     ptrs = qweight_ptr + (blocks.to(tl.int64) * (block_words(BITS) * N))[:, None] + offs_n[None, :]
-    if BITS == 3:
+    if block_words(BITS) == 3:
         return tl.load(ptrs, mask, 0), tl.load(ptrs + N, mask, 0), tl.load(ptrs + 2 * N, mask, 0)
     else:
+        tl.static_assert(block_words(BITS) == 1, "load_words has no blocks of this many words")
         return (tl.load(ptrs, mask, 0),)
 
 
@@ -106,8 +107,8 @@ def load_zeros(
     shift = (first_bit % 32).to(tl.uint32)[None, :]
     ptrs = qzeros_ptr + groups.to(tl.int64)[:, None] * (N.to(tl.int64) * BITS // 32) + (first_bit // 32)[None, :]
     field = tl.load(ptrs, mask, 0).to(tl.uint32, bitcast=True) >> shift
-    if BITS == 3:
-        goes_on = shift > 29
+    if 32 % BITS != 0:
+        goes_on = shift > 32 - BITS
         rest = tl.load(ptrs + 1, mask & goes_on, 0).to(tl.uint32, bitcast=True)
         field |= tl.where(goes_on, rest << (32 - tl.where(goes_on, shift, 1)), 0)
     z = (field & ((1 << BITS) - 1)) + ZERO_OFFSET
