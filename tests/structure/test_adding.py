@@ -1,7 +1,7 @@
 """What ARCHITECTURE.md says of adding an op or a bit width, done: with every step, and with one step left out.
 
 An op that is new in Python works by the reference, whatever native library is there. A width that one table lacks is
-refused by name.
+refused by name; tests/native/test_width_left_out.py says it of the tables of C++.
 """
 
 from __future__ import annotations
@@ -309,38 +309,3 @@ print(ExllamaLinearKernel.can_implement(config)[1].partition(";")[0])
         f"v1 zero points of {WIDTH} bits have no rule in checkpoint/zeros.py",
         f"weight type uint{WIDTH}b32 is not supported",
     ]
-
-
-# Each step adds the width to one more place of csrc; the compiler names the next one.
-STEPS = {
-    "layout/formats.h: kWidths": ("kWidths[] = {2, 3, 4, 8}", f"kWidths[] = {{2, 3, 4, {WIDTH}, 8}}"),
-    "layout/formats.h: shuffled_position": (
-        "if (bits == 2 || bits == 4)",
-        f"if (bits == 2 || bits == 4 || bits == {WIDTH})",
-    ),
-    "cpu/kernels.h: quad_order": ("if (bits == 8) return i;", f"if (bits == 8 || bits == {WIDTH}) return i;"),
-}
-REFUSED_BY = [
-    ("cpu/gemm/gemm.cpp", "no shuffled order of a width in kWidths: add it to shuffled_position in formats.h"),
-    ("cpu/gemm/gemm.cpp", "no order of quads of a width in kWidths: add it to quad_order in kernels.h"),
-    ("cpu/isa/avx2/kernels.cpp", "no unpacking of this bit width: add it to pair_of in words-inl.h"),
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize("steps", range(1, len(STEPS) + 1), ids=lambda steps: list(STEPS)[steps - 1])
-def test_the_compiler_names_what_csrc_lacks_of_a_width(tmp_path: Path, steps: int) -> None:
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    for place, (old, new) in list(STEPS.items())[:steps]:
-        file = csrc / place.partition(":")[0]
-        text = file.read_text()
-        assert text.count(old) == 1, place
-        file.write_text(text.replace(old, new))
-    source, rule = REFUSED_BY[steps - 1]
-    compiler = compiling.find_compiler(CPU)
-    assert compiler is not None
-    command = [*compiler.command, "-std=c++17", "-fsyntax-only", "-I", str(csrc), str(csrc / source)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert rule in result.stderr
