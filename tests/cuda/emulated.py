@@ -11,6 +11,7 @@ import torch
 
 from exllama_ops.ops import _library
 from ptx_emulator.emulator import DEVICES, Emulator, build
+from ptx_emulator.toolchain import WARNINGS
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
@@ -38,6 +39,7 @@ def _build(arch: int, bindings: list[Path], *, link: tuple[str, ...] = (), sanit
         include_dirs=[CSRC],
         system_include_dirs=[TORCH / "include"],
         defines=["EXLLAMA_CUDA_ON_CPU", "TORCH_TARGET_VERSION=0x020a000000000000"],
+        nvcc_flags=["-Xcompiler", ",".join(WARNINGS)],
         link=link,
         sanitize=sanitize,
     )

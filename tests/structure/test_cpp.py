@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from exllama_ops.backends.native import compile as compiling
-from ptx_emulator.toolchain import cuda_include
+from ptx_emulator.toolchain import WARNINGS, cuda_include
 
 ROOT = Path(__file__).parents[2]
 INCLUDE = Path(torch.__file__).parent / "include"
 FOLDERS = ("csrc", "tests", "benchmarks", "tools")
-WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
-# The emulator's sources are compiled with what it makes of a kernel, by its own tests.
+# The runtime of the emulator and the .cu files are compiled with the same warnings where they are emulated.
 SOURCES = [
     path.relative_to(ROOT)
     for folder in FOLDERS

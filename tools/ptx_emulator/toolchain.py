@@ -34,6 +34,7 @@ CXX_FLAGS = (
     "-std=c++17", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off",
     "-mavx2", "-mfma", "-mf16c", "-g1",
 )  # fmt: skip
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror")
 SANITIZE_FLAGS: dict[str | None, tuple[str, ...]] = {
     None: (),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DEMU_ASAN"),
@@ -169,7 +170,7 @@ def _sanitizers(sanitize: str | None) -> list[str]:
 
 def _runtime_objects(sanitize: str | None) -> list[Path]:
     defines = [flag for flag in SANITIZE_FLAGS[sanitize] if flag.startswith("-D")]
-    flags = ["-O2", *CXX_FLAGS, *defines, "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME}", f"-isystem{cuda_include()}"]
+    flags = ["-O2", *CXX_FLAGS, *defines, *WARNINGS, f"-I{RUNTIME}", f"-isystem{cuda_include()}"]
     headers = _contents(RUNTIME)
     return [_object(RUNTIME / f"{name}.cpp", flags, headers) for name in ("scheduler", "collectives", "cudart")]
 
@@ -184,6 +185,7 @@ def build(
     system_include_dirs: Sequence[Path | str] = (),
     defines: Sequence[str] = (),
     flags: Sequence[str] = (),
+    nvcc_flags: Sequence[str] = (),
     link: Sequence[str] = (),
     sanitize: str | None = None,
 ) -> Path:
@@ -200,6 +202,7 @@ def build(
         system_include_dirs: folders of other projects (torch), whose files are not.
         defines: "NAME" or "NAME=value", for sources and bindings.
         flags: other options of g++ for the bindings.
+        nvcc_flags: other options of nvcc for the sources.
         link: options of the link, such as -L and -l.
         sanitize: None, "address" (with undefined behaviour) or "thread" (races within and between blocks); such a
             library is loaded in a process that was started with `sanitizer_environment`.
@@ -217,7 +220,7 @@ def build(
     ]
     kept = [part for path, parts in contents.items() for part in (str(path).encode(), *parts)]
     ours = [*_contents(RUNTIME), *_contents(RUNTIME.parent)]
-    key = _digest(str(arch), str(sanitize), *options, *flags, *link, *kept, *ours, _versions())
+    key = _digest(str(arch), str(sanitize), *options, *flags, *nvcc_flags, *link, *kept, *ours, _versions())
     library = cache_folder() / f"{key}.so"
     with _locked(library.with_suffix(".lock")):
         if library.exists():
@@ -227,7 +230,7 @@ def build(
             objects = _runtime_objects(sanitize)
             modules = [(path.read_text(), str(path)) for path in texts]
             for source in kernels:
-                host, text = _compile_cuda(source, arch, options, contents[source])
+                host, text = _compile_cuda(source, arch, [*options, *nvcc_flags], contents[source])
                 objects.append(host)
                 modules.append((text, str(source)))
             # Their variables come before the host code that registers them.
