@@ -20,6 +20,7 @@ from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import SCHEMA, find_compiler
 from exllama_ops.compile import FuseSharedInput
 from exllama_ops.ops import _library
+from ptx_emulator.toolchain import WARNINGS
 
 TORCH = Path(torch.__file__).parent
 
@@ -142,12 +143,12 @@ def test_a_packaged_mlp_runs_in_a_program_without_python(
     assert BACKEND.library is not None, BACKEND.failure
     model, path = packaged
     program = tmp_path / "program"
-    include = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    include = [f"-isystem{TORCH / 'include'}", f"-isystem{TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     source = Path(__file__).with_name("aoti_program.cpp")
     link = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{TORCH / 'lib'}"]
     compiler = find_compiler(SCHEMA)
     assert compiler is not None
-    command = [*compiler.command, "-std=c++20", *include, str(source), *link, "-o", str(program)]
+    command = [*compiler.command, "-std=c++20", *WARNINGS, *include, str(source), *link, "-o", str(program)]
     subprocess.run(command, check=True)
     x = torch.randn(7, K)
     x.numpy().tofile(tmp_path / "x")

@@ -27,9 +27,9 @@ BUILDS = {
     "plain": Build("g++", ["-O2"], []),
     # Many times as slow; every kind of numbers still comes up with some shapes of each width.
     "address-undefined": Build(
-        "g++", ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [], "sampled"
+        "g++", ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], [], "sampled"
     ),
-    "thread": Build("g++", ["-O1", "-g", "-fsanitize=thread"], [], "sampled"),
+    "thread": Build("g++", ["-O1", "-g1", "-fsanitize=thread"], [], "sampled"),
     "clang": Build("clang++", ["-O2"], []),
     "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
 }

@@ -97,6 +97,7 @@ def test_a_width_that_a_table_lacks_is_refused_by_name(left_out: str, csrc: Path
     assert refusals == [left_out], result.stderr
 
 
+@pytest.mark.slow
 def test_a_width_in_every_table_computes_what_sums_in_double_say(csrc: Path) -> None:
     for table in TABLES.values():
         _replace(csrc, table.file, table.before, table.after)
