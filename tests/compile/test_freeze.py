@@ -592,18 +592,21 @@ def test_one_region_compiled_once_serves_all_frozen_blocks() -> None:
     assert len(regions) == 2  # the model, and one region
 
 
+# An export of all layers, which are alike, takes a minute.
 @pytest.mark.demo
-def test_the_demo_model_frozen_computes_the_same_logits() -> None:
+@pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_the_demo_model_frozen_computes_the_same_logits(layers: int) -> None:
     pytest.importorskip("transformers")
     from exllama_ops import load_model
     from exllama_ops.integrations.demo import demo_checkpoint
 
     model = load_model(demo_checkpoint())
+    assert len(model.model.layers) == 30
+    model.model.layers = model.model.layers[:layers]
     ids = torch.arange(1, 9).unsqueeze(0)
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
     report = freeze(model, {"input_ids": ids, "use_cache": False})
-    layers = len(model.model.layers)
     assert [len(group) for group in report.fused] == [3, 2] * layers
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, expected)
