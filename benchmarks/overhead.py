@@ -20,7 +20,7 @@ from benchmarks import isa
 from benchmarks.run import RESULTS
 
 SIZE = 32
-# A round of each kind takes this long. It is shorter than the turns in which an operating system shares a core, so the
+# A round of each kind takes this long. It is shorter than the turns in which an operating system shares a core. So the
 # least of many rounds is one that nothing interrupted, for long calls as for short ones.
 WINDOW_SECONDS = 1e-4
 ROUNDS = 4000

@@ -20,7 +20,7 @@ from exllama_ops.cli.output import say
 
 # Copies of a weight are used in turns; together they are as much as this, and more than the caches keep.
 ROTATION_BYTES = 256 << 20
-# Above as many tokens two copies take turns: a burst is one call, and between two calls of a kernel the limits and the
+# Above as many tokens two copies take turns. A burst is one call, and between two calls of a kernel the limits and the
 # other kernels read more than the rotation holds.
 ROTATED_TOKENS = BURST_TOKENS
 # Rows of which the error of a peer is taken.

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from benchmarks.peers.peer import nothing
 
-# A burst of short calls holds several, after one that is not timed: the caches and sleeping threads of a kernel come
+# A burst of short calls holds several, after one that is not timed. The caches and sleeping threads of a kernel come
 # back to it, as in a model that has many layers of it.
 BURST_CALLS = 4
 BURST_TOKENS = 16

@@ -14,9 +14,9 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     """Bring a weight into the form that `torch.ops.exllama.gptq_gemm` runs fastest.
 
     Without activation order the rows stay where they are. With it they are sorted by group,
-    ``perm = argsort(g_idx, stable=True)``. If the sorted rows do not fall into groups of group_size (a shard of an
-    act-order weight under tensor parallelism, groups of unequal sizes), the weight stays in checkpoint order and keeps
-    its raw g_idx. Weights with equal orders get one tensor of it between them: never write to a perm or g_idx.
+    ``perm = argsort(g_idx, stable=True)``. In a shard of an act-order weight, or with groups of unequal sizes, sorted
+    rows may not fall into groups of group_size. Such a weight stays in checkpoint order and keeps its raw g_idx.
+    Weights with equal orders get one tensor of it between them: never write to a perm or g_idx.
 
     Args:
         weight: the weight as a checkpoint has it. It is neither changed nor shared.

@@ -51,7 +51,7 @@ class EventTimer:
 
     A kernel of a single token takes microseconds, less than Python takes to launch it. So the device is kept busy
     until all of the call is in its queue, and what is timed has no gap for the host. That the host was ahead is looked
-    up after the call: if the first event was over by then, the call is timed again with a longer head start. A captured
+    up after the call. If the first event was over by then, the call is timed again with a longer head start. A captured
     graph would hide the host too, but its own launch lies between the events, and not every kernel can be captured.
 
     Args:

@@ -1,6 +1,6 @@
 // What a product prefetches while it runs: the words of a panel to come.
 //
-// The words of a panel are pieces of many rows, each on another page, and the hardware alone reads them at a quarter of
+// The words of a panel are pieces of many rows, each on another page. The hardware alone reads them at a quarter of
 // the speed of DRAM. Prefetched all at once they fill the buffers between L1 and L2, and the product waits. So it takes
 // a share of them, as far as L2, each time it goes on to other rows of x.
 #pragma once

@@ -1,6 +1,6 @@
 // The CUDA kernels of the ops: plain pointers, sizes and a stream, no torch. Arguments were checked by the caller.
 //
-// All work is enqueued on the stream of the current device, and nothing waits, allocates or reads device memory, so
+// All work is enqueued on the stream of the current device. Nothing waits, allocates or reads device memory, so
 // that every function can be captured in a graph. A launch that fails throws std::runtime_error.
 #pragma once
 

@@ -60,8 +60,8 @@ EXLLAMA_HOST_DEVICE constexpr int mma_step_k(int bits, int unit_k) {
   return bits == 3 ? 128 : bits == 2 ? 64 : 32;
 }
 
-// Steps whose words a warp loads ahead: those of a run. Two runs are ahead if they are few loads and fit into a stage:
-// the loads of a run are two for 2 bits and three for 3 bits.
+// Steps whose words a warp loads ahead: those of a run. Two runs are ahead if they are few loads and fit into a stage.
+// The loads of a run are two for 2 bits and three for 3 bits.
 EXLLAMA_HOST_DEVICE constexpr int mma_steps_ahead(int bits, int unit_k, int octets) {
   const int run_steps = kMmaRunK / mma_step_k(bits, unit_k);
   if (unit_k == kMmaMinUnitK) return bits == 3 ? run_steps / 2 : run_steps;

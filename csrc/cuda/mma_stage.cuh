@@ -75,7 +75,7 @@ struct Stage {
   UnitGroup groups[kUnits][kFours];
 
   // Lays the columns of x for the rows of W from first_k to end_k into x. Tokens that are not there keep what lies
-  // there, or get another's numbers: a column of the product depends on no other column of x.
+  // there, or get another's numbers. A column of the product depends on no other column of x.
   __device__ __forceinline__ void load_x(const Weight& weight, const StageSource& source, int32_t first_k,
                                          int32_t end_k) {
     constexpr int kInStep = 4 * Lane::kChunks;

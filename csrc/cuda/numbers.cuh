@@ -31,7 +31,7 @@ __device__ inline float rounded<float>(float value) {
 }
 
 // One number of an array whose dtype is known at run time. Scales go through these functions, and so do x and the
-// results of all kernels but gemm_mma: a branch at the ends of a kernel costs less than three times the kernels.
+// results of all kernels but gemm_mma. A branch at the ends of a kernel costs less than three times the kernels.
 __device__ inline float load_number(const void* array, DType dtype, int64_t index) {
   if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(array)[index]);
   if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(array)[index]);

@@ -62,7 +62,7 @@ EXLLAMA_HOST_DEVICE constexpr int block_words(int bits) { return bits / (bits & 
 EXLLAMA_HOST_DEVICE constexpr int checkpoint_position(int bits, int j, int b) { return bits * j + b; }
 
 // In shuffled order: values 2 i and 2 i + 1 lie 16 bits apart. 8 bits are not moved. A word of 3 bits has ten whole
-// values, and the values 30 and 31 are sliced over the bits 15 and 31 of the three words. The position is negative for a
+// values. The values 30 and 31 are sliced over the bits 15 and 31 of the three words. The position is negative for a
 // width that has no shuffled order yet: the static_assert below kWidths refuses it.
 EXLLAMA_HOST_DEVICE constexpr int shuffled_position(int bits, int j, int b) {
   if (bits == 8) return 8 * j + b;

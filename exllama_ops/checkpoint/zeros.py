@@ -1,8 +1,8 @@
 """Zero-point words of the two formats on disk: v1 ("gptq", stored = z - 1) and v2 ("gptq_v2", stored = z).
 
-The rule is that of the tool that writes the files, GPTQModel. For 2, 4 and 8 bits it subtracts 1 in every field by
-one subtraction from the whole 32-bit word, so the field above a zero point of 0 receives its borrow. For 3 bits, whose
-fields cross words, it subtracts field by field modulo 8. Only the same rule backwards gives the zero points that the
+The rule is that of the tool that writes the files, GPTQModel. For 2, 4 and 8 bits one subtraction from the whole
+32-bit word takes 1 from every field. The field above a zero point of 0 then receives its borrow. Fields of 3 bits
+cross words, and it subtracts from each of them modulo 8. Only the same rule backwards gives the zero points that the
 file was made with.
 """
 

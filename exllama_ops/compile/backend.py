@@ -36,8 +36,8 @@ def exllama(
         The compiled graph.
 
     Raises:
-        ValueError: Inductor has no such mode or option or another type for it; the mode, an option or
-            ``torch._inductor.config`` keeps passes from running, or has another one in the place of ours.
+        ValueError: Inductor has no such mode or option, or another type for it. Or one of them, or
+            ``torch._inductor.config``, keeps passes from running or has another one in the place of ours.
     """
     compiled: Callable[..., Any] = _inductor(mode, options or {})(graph, example_inputs)
     return compiled

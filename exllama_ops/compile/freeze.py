@@ -46,11 +46,11 @@ def freeze(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]
       format and one order of rows. They lie side by side in one layer then, and there is no second copy. A reshape or
       cast of its own for each is another tensor: let them share one.
     * The activation order of a layer goes into the columns of the layers before, if its input is made from their
-      outputs element by element (down_proj from gate_proj and up_proj). They compute ``x[:, perm]`` then, and the
-      gather before each product is gone.
+      outputs element by element. That is how down_proj follows gate_proj and up_proj. They
+      compute ``x[:, perm]`` then, and the gather before each product is gone.
 
     Both are proven by a non-strict export of the forward on the example. A layer for which they do not follow stays as
-    it is, and the report says why. The proof is one of the path that the example takes: a model that uses the
+    it is, and the report says why. The proof is one of the path that the example takes. A model that uses the
     intermediate of an MLP elsewhere on another path must not be frozen.
 
     Results are the same numbers (on a CPU the same bits). Freeze before compiling, training adapters or wrapping

@@ -38,15 +38,15 @@ def onnx_program(
     com.microsoft, with weights in that op's layout as initializers; the model and its weights stay as they are:
 
     * bits: 2, 4 and 8 as they are, 3 in fields of 4; the next width where a v1 zero point is 2**bits.
-    * groups: of any multiple of 16 rows, in blocks of the largest power of two that divides it, at most 256; a partial
+    * groups: of any multiple of 16 rows, in blocks of the largest power of two that divides it, at most 256. A partial
       last group is padded.
     * activation order: a Gather of x before the product.
 
-    What MatMulNBits cannot express is computed as ``MatMul(x, (q - zeros[g]) * scales[g])`` in plain ONNX ops, in
-    float32, with a byte for each q in the file: other group sizes, a raw g_idx, 8-bit zero points of 256.
+    MatMulNBits cannot express other group sizes, a raw g_idx, and 8-bit zero points of 256. Such a product is
+    ``MatMul(x, (q - zeros[g]) * scales[g])`` in plain ONNX ops, in float32, with a byte for each q in the file.
 
     Sums are float32, rounded once to the dtype of x, and scales are float32, which holds all of their dtypes exactly.
-    x may be float32, float16 or bfloat16; whether a runtime has the model's other ops in that dtype is up to it
+    x may be float32, float16 or bfloat16. Whether a runtime has the model's other ops in that dtype is up to it
     (onnxruntime's CPU lacks most in bfloat16).
 
     Args:

@@ -43,9 +43,9 @@ _WRITING_OPERATORS = frozenset(
 class FuseSharedInput(CustomGraphPass):
     """Turn calls of `gptq_gemm` on the same x into one call of `gptq_gemm_multi` and a split of its columns.
 
-    The calls must agree in their options and number of groups, take the same g_idx node or none, and have nothing
-    between them that may write to a tensor: no call moves across a write. x is the same if it is the same node, or the
-    same reshapes and casts of one. Weights are arguments before and after: the pass reads no values, so one graph
+    The calls must agree in their options and number of groups, and take the same g_idx node or none. Nothing between
+    them may write to a tensor, since no call moves across a write. x is the same if it is the same node, or the
+    same reshapes and casts of one. Weights are arguments before and after. The pass reads no values, so one graph
     serves all layers that Dynamo gives it, and weights that are loaded later.
 
     The backend "exllama" runs it; on its own it is a pass for ``torch._inductor.config.pre_grad_custom_pass``, or for

@@ -48,8 +48,8 @@ class _LayerShape(NamedTuple):
 class CompiledGenerator:
     """Greedy decoding with a static cache, the whole forward compiled with ``fullgraph=True``.
 
-    Two graphs serve any number of generations: prefill, whose sequence length is a symbol, and decode, whose length
-    is 1 and which also takes prompts of one token. The length of the cache is a symbol in both, so a longer generation
+    Two graphs serve any number of generations. Prefill has a symbol for its sequence length. Decode has
+    length 1, and also takes prompts of one token. The length of the cache is a symbol in both. So a longer generation
     moves to a larger cache without a recompile. Positions are tensors in the cache, so no step is guarded on an int.
 
     Args:
@@ -232,7 +232,7 @@ class CompiledGenerator:
             logits: Tensor = model(input_ids=ids, **{cache_argument: cache}, use_cache=True, logits_to_keep=1).logits
             return logits[0, -1]
 
-        # Dynamo keeps its graphs, and counts them against its limit, per code object: sharing one would make the steps,
+        # Dynamo keeps its graphs, and counts them against its limit, per code object. Sharing one would make the steps,
         # and the generators of one process, guard against each other.
         return FunctionType(
             forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
@@ -293,7 +293,7 @@ class _Layer(StaticLayer):  # type: ignore[misc]
 class _Cache(StaticCache):  # type: ignore[misc]
     """A transformers StaticCache, allocated, the length of its tensors marked as a symbol.
 
-    A window layer gets the full length as well: transformers masks it all the same, and its own static window counts
+    A window layer gets the full length as well. Transformers masks it all the same, and its own static window counts
     in Python, which is a recompile per token.
     """
 

@@ -1,7 +1,7 @@
 """The bit maps of 2-, 3-, 4- and 8-bit GPTQ weights: one row per width.
 
-A *block* is the smallest run of values that fills whole 32-bit words: 16, 8 and 4 values in one word for 2, 4 and
-8 bits, 32 values in three words for 3 bits. Two orders of the bits in a block exist:
+A *block* is the smallest run of values that fills whole 32-bit words. For 2, 4 and 8 bits that is one word of 16, 8
+and 4 values, and for 3 bits three words of 32 values. Two orders of the bits in a block exist:
 
 * checkpoint order, a little-endian stream: bit b of value j lies at stream bit ``bits * j + b``;
 * shuffled order, made for the ExLlama kernels: the values ``2 i`` and ``2 i + 1`` lie 16 bits apart, so that one AND

@@ -101,8 +101,9 @@ def _take_rows(weight: GptqWeight, rows: range) -> GptqWeight:
 def _runs_of_groups(rows: range, group_size: int, device: torch.device) -> tuple[Tensor, None, int]:
     """The groups that a run of rows meets, as runs of equal size.
 
-    A run that starts within a group has shorter groups, of the greatest size that divides both what is left of that
-    group and a whole one. Their scales are repeated: a raw g_idx would say the same, and would compute more slowly.
+    A run that starts within a group has shorter groups. Their size is the greatest that divides both
+    what is left of that group and a whole one. Their scales are repeated. A raw g_idx would say the
+    same, and would compute more slowly.
     """
     start, size = rows.start, group_size
     if start // size < (rows.stop - 1) // size:

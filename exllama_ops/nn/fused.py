@@ -53,7 +53,7 @@ class FusedProjection(nn.Module):
     """One of several projections of the same x: its columns of ``x @ [W_0 W_1 ...]``, plus its own bias.
 
     The projection that is called first in a forward multiplies for all, and leaves the others their columns for as long
-    as x lives. One that finds none multiplies for itself, and so does each where x is a leaf that requires a gradient:
+    as x lives. One that finds none multiplies for itself. So does each where x is a leaf that requires a gradient:
     columns of it would keep it alive. In traced code each multiplies, and what the graph has already is taken from it.
     Made by `fuse`.
 

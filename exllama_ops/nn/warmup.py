@@ -28,9 +28,9 @@ def warmup(
     """Call gptq_gemm once for every weight, dtype and number of tokens that decides which kernel runs.
 
     Nothing is compiled while a CUDA graph is captured: a kernel that was not launched before raises an error there.
-    `gptq_gemm_multi` has kernels of its own, and so have `gptq_dequantize` and `gptq_shuffle`, none of which is called
-    here: which layers a model that is compiled with the backend "exllama" takes together, its graph alone knows. Call
-    such a model once, with as many tokens as are captured, before the capture.
+    `gptq_gemm_multi`, `gptq_dequantize` and `gptq_shuffle` have kernels of their own, which are not called here. The
+    backend "exllama" takes layers together, and the graph of a compiled model alone knows which. Call such a model
+    once, with as many tokens as are captured, before the capture.
     Results are thrown away; the device is not waited for.
 
     Args:
@@ -40,7 +40,7 @@ def warmup(
             that depends on M and on the device.
         gradient: whether gptq_gemm_dx is called too.
         autotune: whether Triton's tiles for what is called are timed, of which the fastest serves from then on, in
-            later processes too: it is kept in the folder that EXLLAMA_OPS_CACHE names, by default ~/.cache/exllama_ops.
+            later processes too. It is kept in the folder that EXLLAMA_OPS_CACHE names, by default ~/.cache/exllama_ops.
             What was kept is not timed again. Results have the same bits with every tile.
 
     Raises:

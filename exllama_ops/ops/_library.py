@@ -1,7 +1,7 @@
 """The one owner of the ``exllama`` operator namespace: schemas, fakes and kernels are registered here and only here.
 
 Schemas and tags belong to Python (``Library.define`` and ``impl`` cost a third of the ``custom_op`` decorator per
-call); native libraries bring implementations only, since a second definition of a schema kills the process.
+call). Native libraries bring implementations only, since a second definition of a schema kills the process.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def late_kernel(name: str, dispatch_key: str, kernel: NativeKernel) -> Callable[
     """A function that calls a native kernel which came after ``exllama::name`` had got its own.
 
     That one may be running in another thread and is never exchanged. The native one goes to an op of the same schema
-    in a second namespace, which nobody but the returned function calls: it enters the dispatcher at the kernel's key,
+    in a second namespace, which nobody but the returned function calls. It enters the dispatcher at the kernel's key,
     below autograd.
     """
     global _late_library

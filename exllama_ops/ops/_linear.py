@@ -2,8 +2,8 @@
 
 A Python autograd kernel costs as much as the call, in compiled code too if the compiled graph contains the op that
 owns it. So each of these ops has a second overload, ``no_autograd``, with the same schema and kernels. The autograd
-kernel of the default overload calls it, AOTAutograd compiles it, and the function of the op's name calls it where the
-autograd kernel would do no more. A TorchDispatchMode that looks at ops by their names sees the default overload.
+kernel of the default overload calls it, and AOTAutograd compiles it. The function of the op's name calls it too, where
+the autograd kernel would do no more. A TorchDispatchMode that looks at ops by their names sees the default overload.
 """
 
 from __future__ import annotations

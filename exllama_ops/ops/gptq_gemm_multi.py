@@ -26,7 +26,7 @@ def gptq_gemm_multi(
 ) -> Tensor:
     """``out = [x @ W[0], x @ W[1], ...]``, the columns side by side; x is gathered and prepared once.
 
-    The columns of a part are those of `gptq_gemm`: bit for bit, but on CUDA, where one launch has all parts and splits
+    The columns of a part are those of `gptq_gemm`, bit for bit but on CUDA. There one launch has all parts, and splits
     their sums along K as those of one weight with all columns. In batch-invariant mode a row's bits do not depend on M
     there either. Differentiable with respect to x (by `gptq_gemm_dx` of each part, summed); the weights get no
     gradient.

@@ -13,7 +13,7 @@ from exllama_ops.layout.weight import Weight, from_op_arguments
 def gptq_dequantize(weight: Weight) -> Tensor:
     """Reference of `torch.ops.exllama.gptq_dequantize`: ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``.
 
-    The product of a half-precision scale (11 significant bits) and ``q - z`` (9) is exact in float32, so that the
+    The product of a half-precision scale (11 significant bits) and ``q - z`` (9) is exact in float32. So the
     only rounding is the one to the scales' dtype. With float32 scales the one rounding is the product's.
     """
     check_gptq_dequantize(weight)

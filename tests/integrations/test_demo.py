@@ -117,8 +117,8 @@ def test_compiled_tokens_are_those_of_the_dequantized_model_in_two_graphs(
 
     Two computations whose logits err by at most a and b from the exact ones agree on the largest wherever the two
     largest differ by more than 2 (a + b). The exact logits are those of the dequantized model in float64, along the
-    tokens that it chose; a and b are the errors found at that step. b may not be large because the compiled model is
-    wrong: it is held against the error that the dequantized model has itself.
+    tokens that it chose. Then a and b are the errors found at that step. b may not be large because
+    the compiled model is wrong: it is held against the error that the dequantized model has itself.
     """
     assert quantized.config.num_hidden_layers == 30
     quantized, dequantized = (first_layers(model, layers) for model in (quantized, dequantized))

@@ -109,7 +109,7 @@ def test_shuffling_8_bits_moves_no_bit():
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_one_and_isolates_a_pair_of_16_bit_lanes(bits):
-    """What the shuffled order is for: lane 0 of the AND holds value 2 i, lane 1 value 2 i + 1, at the same place."""
+    """What the shuffled order is for: lane 0 of the AND holds value 2 i, and lane 1 the next one there."""
     values = torch.arange(slow_words.BLOCK_VALUES[bits]).remainder(2**bits).unsqueeze(1)
     word = pack_rows(values, bits, "shuffled").item() & 0xFFFFFFFF
     for i in range(slow_words.BLOCK_VALUES[bits] // 2):

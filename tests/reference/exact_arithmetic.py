@@ -1,6 +1,6 @@
 """Quantized weights as Python integers, their exact arithmetic, and the bounds that float results must keep.
 
-Nothing here comes from exllama_ops: words are cut out of one big integer, scales and activations are the rationals that
+Nothing here comes from exllama_ops. Words are cut out of one big integer, scales and activations are the rationals that
 their floats stand for, and a result is rounded by `round_once`.
 """
 
@@ -68,8 +68,8 @@ class ExactWeight:
     """A random weight as integers, and the arguments by which the ops take it.
 
     Args:
-        order: "shuffled" and "checkpoint" have groups k // group_size; "perm" is shuffled and "raw" in checkpoint
-            order, both with the groups of an act-order weight; "any" has a raw g_idx of no pattern at all.
+        order: "shuffled" and "checkpoint" have groups k // group_size. "perm" is shuffled and "raw" in checkpoint
+            order, both with the groups of an act-order weight. "any" has a raw g_idx of no pattern at all.
     """
 
     ORDERS = ("shuffled", "perm", "checkpoint", "raw", "any")

@@ -16,8 +16,8 @@ from ptx_emulator.toolchain import WARNINGS, cuda_include
 ROOT = Path(__file__).parents[2]
 INCLUDE = Path(torch.__file__).parent / "include"
 FOLDERS = ("csrc", "tests", "benchmarks", "tools")
-# The runtime of the emulator and the .cu files are compiled with the same warnings where they are emulated, and the
-# program that runs a package where it is run.
+# Other tests compile three kinds with the same warnings: the runtime of the emulator and the .cu files where they are
+# emulated, and the program that runs a package where it is run.
 SOURCES = [
     path.relative_to(ROOT)
     for folder in FOLDERS

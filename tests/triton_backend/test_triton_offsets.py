@@ -1,7 +1,7 @@
 """Offsets beyond 32 bits, of the compiled kernels: of a launch the last block alone, on memory that is hardly there.
 
-A weight lies in the last columns of one with so many that words, scales, zero points and their bits are beyond 2**31;
-rows of x or grad are the last of as many.
+A weight lies in the last columns of one with so many that words, scales, zero points and their bits are beyond 2**31.
+Rows of x or grad are the last of as many.
 """
 
 from __future__ import annotations

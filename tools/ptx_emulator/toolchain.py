@@ -204,7 +204,7 @@ def build(
         flags: other options of g++ for the bindings.
         nvcc_flags: other options of nvcc for the sources.
         link: options of the link, such as -L and -l.
-        sanitize: None, "address" (with undefined behaviour) or "thread" (races within and between blocks); such a
+        sanitize: None, "address" (with undefined behaviour) or "thread" (races within and between blocks). Such a
             library is loaded in a process that was started with `sanitizer_environment`.
 
     Raises:

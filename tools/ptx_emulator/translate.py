@@ -1,6 +1,6 @@
 """PTX -> C++: one translation unit per .entry, and one for a module's variables, for g++ and the headers in runtime/.
 
-A PTX register becomes a local variable, a PTX instruction one C++ statement, a label a label; what an instruction does
+A PTX register becomes a local variable, a PTX instruction one C++ statement, a label a label. What an instruction does
 stands in runtime/*.h, how it is spelled in arithmetic.py and machine.py. What has no spelling is refused with its line.
 """
 

@@ -1,7 +1,7 @@
 // Elements whose float32 sum is not finite, computed again in double, as the reference computes all of them.
 //
 // float32 can overflow on the way to a result that it has: |W| reaches 2^136, and the sums of groups may cancel. A sum
-// that was inf or NaN once is so at its end, where Kernels::store finds it; in double no sum of finite terms overflows.
+// that was inf or NaN once is so at its end, where Kernels::store finds it. In double no sum of finite terms overflows.
 // One function and one order of terms serve all ISAs, so that the bits depend on the terms alone.
 //
 // A term takes 0.7 ns in gemm and 2 ns in gemm_dx (Zen 4), some 60 times as long as in float32. Rows with NaN are left

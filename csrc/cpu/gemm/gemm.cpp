@@ -1,4 +1,4 @@
-// out = x @ W of each part: x is packed span by span, then each task walks down the spans with its tile of the result.
+// out = x @ W of each part: x is packed span by span. Then each task walks down the spans with its tile of the result.
 //
 // What happens to one row of x and one span depends on that row and span alone, and spans are added in ascending order.
 // So the result of a row does not depend on M or on the threads.

@@ -1,7 +1,7 @@
 """The native CUDA backend: csrc/cuda behind torch's stable ABI.
 
 How the library is found, built and called is `exllama_ops.backends.native`'s. Nothing here asks the CUDA driver when
-the package is imported, and where torch or the machine has no CUDA, nothing is looked for and nvcc never runs.
+the package is imported. Where torch or the machine has no CUDA, nothing is looked for and nvcc never runs.
 """
 
 from __future__ import annotations

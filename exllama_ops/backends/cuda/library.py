@@ -7,6 +7,8 @@ from pathlib import Path
 
 from exllama_ops.backends.native import Library
 
+_FUNCTIONS = ("set_batch_invariant", "get_batch_invariant", "read_environment")
+
 
 class CudaLibrary(Library):
     """A loaded library of CUDA kernels.
@@ -19,9 +21,10 @@ class CudaLibrary(Library):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "exllama_cuda", ("set_batch_invariant", "get_batch_invariant"))
+        super().__init__(path, "exllama_cuda", _FUNCTIONS)
         self._set_batch_invariant = self._declare("set_batch_invariant", [ctypes.c_bool], None)
         self._get_batch_invariant = self._declare("get_batch_invariant", [], ctypes.c_bool)
+        self._read_environment = self._declare("read_environment", [], None)
 
     def set_batch_invariant(self, enabled: bool) -> None:
         """Whether a row's bits must not depend on the rows that it is batched with."""
@@ -34,4 +37,4 @@ class CudaLibrary(Library):
 
     def read_environment(self) -> None:
         """Read EXLLAMA_OPS_CUDA_ALGORITHM and EXLLAMA_OPS_CUDA_LOG again, which loading has read once."""
-        ctypes.CDLL(str(self.path)).exllama_cuda_read_environment()
+        self._read_environment()

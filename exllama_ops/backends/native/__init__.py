@@ -6,7 +6,7 @@ nor a build is needed for that. If it is there, its kernels are the ops' kernels
 If it is not, an op's one kernel is a Python function. The first op to be called on a tensor of the device builds the
 library into the cache, with a message and progress on stderr. A kernel that torch has cannot be exchanged safely:
 another thread may be inside it, or find none. So in this one process the Python functions stay and call the library's
-kernels under a second namespace (`exllama_ops.ops._library.late_kernel`), for a few microseconds a call; later
+kernels under a second namespace (`exllama_ops.ops._library.late_kernel`). It takes a few microseconds a call. Later
 processes find the library at import. Where it cannot be built, or lacks an op, the functions run the next backend of
 the order.
 """

@@ -1,7 +1,7 @@
 """Where a native library lies: in the installed package, or in a cache that is built into on first use.
 
 The cache has a folder for every key of sources, flags, machine and compiler, so that nothing in it ever goes stale.
-A folder appears by one rename, complete; builds of one key wait for each other at a lock that the system releases
+A folder appears by one rename, complete. Builds of one key wait for each other at a lock that the system releases
 when its process dies. What a build that was killed has left is removed by the next one, of whatever key.
 """
 

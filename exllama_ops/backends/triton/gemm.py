@@ -2,7 +2,7 @@
 
 * gemv: few rows of x, multiplied and added in float32, in the layout in which the words were loaded. Each thread has
   sums of its own for its blocks of words, which are added up pairwise at the end.
-* dot: tl.dot of x's dtype on tensor cores, whose other operand is the integer q - z, exact in 16 bits: an outlier of x
+* dot: tl.dot of x's dtype on tensor cores, whose other operand is the integer q - z, exact in 16 bits. An outlier of x
   costs nothing where q = z. A step lies in one group, and its scale is applied to the float32 sum of the step.
 * float_dot: tl.dot in float32 with scale * (q - z), for everything else: float32 x, groups of any size, devices whose
   tensor cores Triton does not use.

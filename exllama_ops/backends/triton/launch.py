@@ -29,7 +29,7 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that kernels multiply and store numbers of ``dtype`` in: itself on a device.
 
     Triton's interpreter truncates to bfloat16 where a device rounds to nearest, and multiplies its bits as integers in
-    tl.dot; there it is float32, and torch rounds the result.
+    tl.dot. There it is float32, and torch rounds the result.
     """
     return torch.float32 if is_interpreting() and dtype == torch.bfloat16 else dtype
 
@@ -97,7 +97,7 @@ def launch(
     """Launch a kernel on the device of its tensors, on the current stream.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, and this variant of the kernel was not launched before: it would
+        RuntimeError: a CUDA graph is being captured, and this variant of the kernel was not launched before. It would
             be compiled and loaded, which a capture does not survive.
     """
     device = _each(next(iter(tensors.values())))[0].device

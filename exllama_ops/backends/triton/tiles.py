@@ -1,6 +1,6 @@
 """The choice of the kernel that computes a gptq_gemm, and of its tiles: pure functions of the problem, and a table.
 
-What could change a result's bits is never tuned: the form, the rows of a step and the split of K are functions of the
+What could change a result's bits is never tuned. The form, the rows of a step and the split of K are functions of the
 problem and the device, in batch-invariant mode without M. The table holds the rest: a tile's extent in M and N, warps,
 stages. So bits repeat on GPUs of one kind; a GPU of another has other tensor cores, or fills with other splits.
 It was chosen by what the kernels compile to (no spills, instructions per weight), as no GPU has run them:

@@ -2,7 +2,7 @@
 
 A choice replaces the tile of a finished plan, whose form, step and split came of the table's tile. It is a neighbour of
 that tile with the same matrix instructions, so no bit of a result depends on it. There is a file for each name of a
-device, version of Triton and text of the kernels, so that none goes stale; it is read when a first plan asks.
+device, version of Triton and text of the kernels, so that none goes stale. It is read when a first plan asks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Device functions that every kernel shares: from words, zero points and scales to weights.
 
 A tile of words is a tuple of ``block_words(bits)`` tensors, [BLOCK_B, BLOCK_N] each: BLOCK_B blocks of BLOCK_N columns.
-Value J of its blocks is known by number when a kernel is compiled, so that where its bits lie comes from
-`exllama_ops.layout.formats`, for either order, and costs a shift and an AND.
+Value J of its blocks is known by number when a kernel is compiled. So `exllama_ops.layout.formats` says where its bits
+lie, for either order, and reading them costs a shift and an AND.
 
 GROUPS_OF says how far a group of rows reaches in a tile, and so where zero points and scales are loaded. With "tile"
 all of it lies in one group, with "block" each block does, and with "row" any row may be of another group.
