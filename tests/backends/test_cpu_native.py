@@ -21,7 +21,6 @@ import pytest
 import torch
 
 import exllama_ops
-from backends.sandbox import CALL, MARK, Sandbox
 from conformance.backends import CPU_ISAS
 from conformance.conftest import cpu_isa
 from conformance.weights import Case, build
@@ -31,6 +30,7 @@ from exllama_ops.backends.native import LoadError, cache
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CPU, SCHEMA
 from exllama_ops.ops import _library
+from sandbox import CALL, MARK, Sandbox
 
 needs_compiler = pytest.mark.skipif(compiling.find_compiler(CPU) is None, reason="needs a C++ compiler")
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from backends.sandbox import CALL, MARK, ROOT, Sandbox
 from exllama_ops import ops, reference
 from exllama_ops.backends import triton
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CPU
+from sandbox import CALL, MARK, ROOT, Sandbox
 
 needs_compiler = pytest.mark.skipif(compiling.find_compiler(CPU) is None, reason="needs a C++ compiler")
 

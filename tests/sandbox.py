@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exllama_ops.backends.native.compile import CPU
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MARK = 0x2A2A2A2A  # what the stub's gptq_unshuffle writes
 
 CALL = """
@@ -37,7 +37,7 @@ class Sandbox:
         (self.root / "csrc" / "cpu").mkdir()
         shutil.copy(csrc / "cpu" / "cpu.h", self.root / "csrc" / "cpu")
         self.stub = self.root / "csrc" / "cpu" / "stub.cpp"
-        shutil.copy(Path(__file__).parent / "stub_cpu.cpp", self.stub)
+        shutil.copy(ROOT / "tests" / "backends" / "stub_cpu.cpp", self.stub)
 
     def environment(self, changes: Mapping[str, str]) -> dict[str, str]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("EXLLAMA_OPS_")}
