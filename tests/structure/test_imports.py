@@ -16,16 +16,17 @@ PARTS: dict[str, set[str]] = {
     "layout": set(),
     "extras": set(),
     "cache": set(),
+    "progress": set(),
     "reference": {"layout"},
     "ops": {"layout"},
-    "backends": {"ops", "reference", "layout", "cache"},
+    "backends": {"ops", "reference", "layout", "cache", "progress"},
     "prepare": {"layout"},
-    "checkpoint": {"layout", "extras"},
+    "checkpoint": {"layout", "extras", "progress"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout", "ops", "backends"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
-    "integrations": {"nn", "prepare", "checkpoint", "layout", "extras", "cache"},
-    "cli": {"integrations", "checkpoint", "backends", "extras"},
+    "integrations": {"nn", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
+    "cli": {"integrations", "checkpoint", "backends", "extras", "progress"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
 # optional dependency -> the parts that may import it
