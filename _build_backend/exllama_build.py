@@ -91,7 +91,7 @@ def _compile(scratch: Path) -> dict[str, Path]:
             try:
                 _say(recipe, f"compiling it with {compiler} for {torch_directory}")
                 compiling.compile_library(
-                    recipe, _CSRC, torch_directory, compiler, folder, functools.partial(_say, recipe)
+                    recipe, _CSRC, torch_directory, compiler, folder, functools.partial(_tell, recipe)
                 )
                 made |= {f"{recipe.device}/{name}": folder / name for name in (recipe.library, compiling.RECORD)}
                 continue
@@ -152,6 +152,11 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def _hash(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def _tell(recipe: Any, done: int, total: int, file: str) -> None:
+    if done:
+        _say(recipe, f"[{done}/{total}] {file}")
 
 
 def _say(recipe: Any, line: str) -> None:

@@ -12,7 +12,8 @@ from exllama_ops.backends.cpu.library import CpuLibrary
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import LoadError, cache
 from exllama_ops.backends.native.compile import CPU, CUDA, SCHEMA, Recipe
-from exllama_ops.cli.output import CliError, emit, say
+from exllama_ops.cli.output import CliError, emit
+from exllama_ops.progress import Screen
 
 
 def add_parser(subparsers: Any) -> None:
@@ -92,7 +93,8 @@ def _find_or_build(recipe: Recipe, *, force: bool) -> dict[str, Any]:
         if built is None:
             raise CliError(f"build: {packaged} is damaged; install the package anew")
     else:
-        built = cache.find_or_build(recipe, say, force=force)
+        with Screen() as screen:
+            built = cache.find_or_build(recipe, screen, force=force)
         origin = "built" if built.fresh else "cached"
     return {
         "library": str(built.path),

@@ -24,6 +24,7 @@ from exllama_ops.backends.cpu import CpuBackend
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CPU, CUDA, CompileError, Recipe
+from exllama_ops.progress import ignore
 
 # Compiles with what CXX names, in the folder that is the first argument. The second says in which thread: the main one,
 # one that it joins, or one of a pool that it leaves.
@@ -73,10 +74,10 @@ def compiler(folder: Path, script: str) -> str:
     return str(program)
 
 
-def compile_library(folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+def compile_library(folder: Path, tell: Callable[[int, int, str], None] = lambda done, total, file: None) -> None:
     found = compiling.find_compiler(CPU)
     assert found is not None
-    compiling.compile_library(CPU, folder / "csrc", folder, found, folder / "out", say)
+    compiling.compile_library(CPU, folder / "csrc", folder, found, folder / "out", tell)
 
 
 def pids(folder: Path) -> list[int]:
@@ -173,7 +174,7 @@ def root(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(**options: bool) -> cache.Built:
-    return cache.find_or_build(CPU, lambda line: None, **options)
+    return cache.find_or_build(CPU, ignore, **options)
 
 
 def test_the_next_build_removes_what_killed_ones_have_left(root: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_variable_that_names_no_compiler_is_a_reason_that_quotes_it(
     assert reason in found
     assert cache.find(recipe) is None
     with pytest.raises(cache.BuildError, match=re.escape(reason)):
-        cache.find_or_build(recipe, lambda line: None)
+        cache.find_or_build(recipe, ignore)
 
 
 def test_a_variable_that_names_no_compiler_is_no_failed_search(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
@@ -266,9 +267,9 @@ def test_a_program_that_is_no_compiler_is_named_with_its_variable(
 def test_another_number_of_jobs_is_said_and_not_used(folder: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler(folder, WORKS))
     monkeypatch.setenv("MAX_JOBS", value)
-    lines: list[str] = []
-    compile_library(folder, lines.append)
-    assert lines[0].startswith(f"MAX_JOBS must be a number of compilers, 1 or more; got {value[:200]!r}")
+    message = f"MAX_JOBS must be a number of compilers, 1 or more; got {value[:200]!r}"
+    with pytest.warns(UserWarning, match=rf"^{re.escape(message)}"):
+        compile_library(folder)
     assert (folder / "out" / CPU.library).read_text() == "made\n"
 
 

@@ -13,7 +13,6 @@ the order.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -26,6 +25,7 @@ from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import Recipe
 from exllama_ops.backends.native.library import Library, LoadError
 from exllama_ops.ops import _library
+from exllama_ops.progress import Notify, Screen
 
 __all__ = ["Library", "LoadError", "NativeBackend"]
 
@@ -113,13 +113,17 @@ class NativeBackend(Generic[L]):
         if self.library is None and not self.failure:
             self.failure = cache.reasons_against_building(self.recipe)
 
-    def build(self) -> None:
-        """Have a library, or a `failure`; builds at most once, whichever thread comes first."""
+    def build(self, notify: Notify | None = None) -> None:
+        """Have a library, or a `failure`; builds at most once, whichever thread comes first.
+
+        Args:
+            notify: takes the steps; None shows them on stderr.
+        """
         with self._lock:
             if self.library is not None or self.failure:
                 return
             try:
-                self._load(cache.find_or_build(self.recipe, _say).path)
+                self._load(_find_or_build(self.recipe, notify))
             except cache.BuildError as error:
                 self.failure = [str(error)]
             except LoadError as error:
@@ -156,8 +160,8 @@ class NativeBackend(Generic[L]):
             return self._late[op]
 
 
-def _say(line: str) -> None:
-    # A service may have no stderr, or one that is closed: no reason to do without the library.
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(f"exllama_ops: {line}\n")
-        sys.stderr.flush()
+def _find_or_build(recipe: Recipe, notify: Notify | None) -> Path:
+    if notify is not None:
+        return cache.find_or_build(recipe, notify).path
+    with Screen(prefix="exllama_ops: ") as screen:
+        return cache.find_or_build(recipe, screen).path

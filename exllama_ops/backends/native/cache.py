@@ -7,6 +7,7 @@ when its process dies. What a build that was killed has left is removed by the n
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,6 +25,7 @@ import torch
 from exllama_ops.backends.native import compile as compiling
 from exllama_ops.backends.native.compile import CompileError, Compiler, Recipe
 from exllama_ops.cache import WHAT_TO_DO, cache_folder, publishing_folder
+from exllama_ops.progress import Notify
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -87,12 +89,12 @@ def reasons_against_building(recipe: Recipe) -> list[str]:
     return []
 
 
-def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = False) -> Built:
+def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Built:
     """The library of the cache for the present sources and compiler, built if it is not there.
 
     Args:
         recipe: of the device.
-        say: takes lines of progress.
+        notify: takes the steps.
         force: build it even if it is there.
 
     Raises:
@@ -112,9 +114,9 @@ def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = F
         if found:
             return found
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(_lock_of(target), say):
+        with _locked(_lock_of(target), notify):
             found = None if force else read(recipe, target)
-            return found or _build(recipe, folder, compiler, target, say)
+            return found or _build(recipe, folder, compiler, target, notify)
     except OSError as error:
         raise BuildError(f"its library cannot be kept: {error}; {WHAT_TO_DO}") from error
     except CompileError as error:
@@ -122,12 +124,13 @@ def find_or_build(recipe: Recipe, say: Callable[[str], None], *, force: bool = F
         raise BuildError(f"the compiler{f', by {chosen},' if chosen else ''} failed:\n{error}") from error
 
 
-def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, say: Callable[[str], None]) -> Built:
+def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, notify: Notify) -> Built:
     _sweep(target)
-    say(f"building the {recipe.device.upper()} kernels with {compiler} into {target}: once, in a few minutes")
+    step = f"building the {recipe.device.upper()} kernels with {compiler} into {target}, once, in a few minutes"
+    tell = functools.partial(notify, step)
     prefix = f"{target.name}."  # by which `_sweep` knows what a killed build has left
     with publishing_folder(target, prefix=prefix) as scratch:
-        compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, say)
+        compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, tell)
         if target.exists():
             # A library may be in use: it is moved away whole, and a process that has loaded it keeps it.
             old = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
@@ -136,7 +139,6 @@ def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, say: 
     built = read(recipe, target)
     if built is None:
         raise BuildError(f"{target} changed while it was built")
-    say(f"built in {built.seconds:.0f} s")
     return built._replace(fresh=True)
 
 
@@ -175,18 +177,15 @@ def _lock_of(target: Path) -> Path:
 
 
 @contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(path: Path, notify: Notify) -> Iterator[None]:
     """Hold a lock, after its holder if there is one."""
     with ExitStack() as stack:
-        waited = False
         while True:
             try:
                 stack.enter_context(_held(path))
                 break
             except BlockingIOError:
-                if not waited:
-                    say(f"waiting for another process that builds the kernels ({path})")
-                waited = True
+                notify(f"waiting for another process that builds the kernels ({path})")
             compiling.check_interrupt()
             time.sleep(compiling.INTERVAL_S)
         yield

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -204,7 +205,12 @@ def compiler_key(compiler: Compiler) -> str:
 
 
 def compile_library(
-    recipe: Recipe, csrc: Path, torch_directory: Path, compiler: Compiler, folder: Path, say: Callable[[str], None]
+    recipe: Recipe,
+    csrc: Path,
+    torch_directory: Path,
+    compiler: Compiler,
+    folder: Path,
+    tell: Callable[[int, int, str], None],
 ) -> None:
     """Compile the sources in parallel and link them: the recipe's library in ``folder``, and its `RECORD`.
 
@@ -214,10 +220,13 @@ def compile_library(
         torch_directory: the installed package torch, for its headers and the library to link with.
         compiler: from `find_compiler`.
         folder: where to write; it exists.
-        say: takes a line of progress.
+        tell: takes how many files are compiled, how many there are, and the name of the last one.
 
     Raises:
         CompileError: the compiler failed.
+
+    Warns:
+        UserWarning: MAX_JOBS is no number of compilers.
     """
     units = sources(recipe, csrc)
     include = ("-I", str(csrc), "-isystem", str(torch_directory / "include"))
@@ -225,16 +234,16 @@ def compile_library(
     library = folder / recipe.library
     start = time.perf_counter()
 
-    def tell(done: int, number: int) -> None:
-        unit = units[number].relative_to(csrc)
-        say(f"[{done}/{len(units)}] {unit} ({time.perf_counter() - start:.0f} s)")
+    def tell_of(done: int, number: int) -> None:
+        tell(done, len(units), units[number].relative_to(csrc).as_posix())
 
+    tell(0, len(units), "")
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         flags = (*recipe.compile_flags, *device_flags(recipe, compiler, Path(scratch)))
         objects = [f"{scratch}/{number}-{unit.stem}.o" for number, unit in enumerate(units)]
         compile_only = (*compiler.command, *flags, *include, "-c")
         commands = [(*compile_only, str(unit), "-o", path) for unit, path in zip(units, objects, strict=True)]
-        _run(commands, Path(scratch), _jobs(say), tell)
+        _run(commands, Path(scratch), _jobs(), tell_of)
         command = (*compiler.command, *objects, *link, "-o", str(library))
         _run([command], Path(scratch))
     if not library.is_file():
@@ -284,14 +293,17 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def _jobs(say: Callable[[str], None]) -> int:
+def _jobs() -> int:
     """As many compilers as cores, unless MAX_JOBS, which torch's own builds obey too, says less."""
     limit = os.environ.get("MAX_JOBS")
     if limit:
         with contextlib.suppress(ValueError):
             if int(limit) > 0:
                 return int(limit)
-        say(f"MAX_JOBS must be a number of compilers, 1 or more; got {limit[:200]!r}: as many run as there are cores")
+        warnings.warn(
+            f"MAX_JOBS must be a number of compilers, 1 or more; got {limit[:200]!r}: as many run as there are cores",
+            stacklevel=3,
+        )
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
