@@ -87,8 +87,10 @@ def _measure(dtype: str, seconds: float, act_order: bool) -> dict[str, Any]:
     from exllama_ops.cli.output import say
     from exllama_ops.integrations.demo import demo_checkpoint
     from exllama_ops.integrations.generation import CompiledGenerator
+    from exllama_ops.progress import Screen
 
-    path = demo_checkpoint(say)
+    with Screen() as screen:
+        path = demo_checkpoint(screen)
     chosen = None if dtype == "checkpoint" else getattr(torch, dtype)
 
     def model() -> Any:

@@ -62,20 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from exllama_ops.backends.cpu import BACKEND
     from exllama_ops.cli.output import emit, say
     from exllama_ops.integrations.demo import demo_checkpoint
+    from exllama_ops.progress import Screen
 
     torch.set_num_threads(args.threads)
     if BACKEND.library is None:
         say("error: no native CPU kernels were found at import; run `exllama-ops build` first")
         return 1
     isa_in_use = BACKEND.library.isa_in_use() or ""
+    with Screen() as screen:
+        path = demo_checkpoint(screen)
     given = sys.argv[1:] if arguments is None else arguments
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.overhead", *given]),
         "machine": description(args.threads, isa_in_use, "native", ["exllama-ops", "torch", "transformers"]),
         "microseconds": _calls(),
-        "compile_seconds": {
-            backend: compile_seconds(demo_checkpoint(say), args.threads, backend) for backend in BACKENDS
-        },
+        "compile_seconds": {backend: compile_seconds(path, args.threads, backend) for backend in BACKENDS},
     }
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,9 @@ def ignore(step: str, done: int | None = None, total: int | None = None, detail:
 class Screen:
     """Shows steps on a stream, and is a `Notify`.
 
-    As a context manager it also takes the place of ``sys.stderr`` on a terminal: a warning, a log record or a bar of
+    As a context manager it also takes the place of ``sys.stderr``. On a terminal a warning, a log record or a bar of
     another library then stands on a line of its own. A line that others have begun, as bars do, hides the live line
-    until it ends. Nothing is replaced where the stream is no terminal.
+    until it ends. Elsewhere a line that others write over and over is written once, as it was when it ended.
 
     Args:
         stream: where to write; None for ``sys.stderr``.
@@ -61,6 +61,7 @@ class Screen:
         self._step: _Step | None = None
         self._shown = 0  # columns of the live line that are on the screen
         self._others_line = False  # whether others have begun a line
+        self._rewritten: str | None = None  # where there is no terminal: a line of others that had a carriage return
 
     def __call__(self, step: str, done: int | None = None, total: int | None = None, detail: str = "") -> None:
         with self._lock:
@@ -84,7 +85,7 @@ class Screen:
             self._write(f"{self._prefix}{step.text}{step.counts()}: {how}{step.age()}\n")
 
     def __enter__(self) -> Screen:
-        if self._live and self._stream is sys.stderr:
+        if self._stream is sys.stderr and self._stream is not None:
             self._others = _Others(self)
             sys.stderr = cast(TextIO, self._others)
             _redirect_logs(self._stream, sys.stderr)
@@ -98,16 +99,28 @@ class Screen:
         if others is not None and sys.stderr is others:
             sys.stderr = self._stream
             _redirect_logs(others, self._stream)
+        if self._rewritten is not None:
+            self.write_for_others("\n")
 
-    def write_for_others(self, text: str) -> int:
+    def write_for_others(self, text: str) -> None:
         """Write what is none of the screen's own, above the live line."""
         with self._lock:
+            if not self._live:
+                text = self._once(text)
             self._hide()
-            written = self._stream.write(text)
+            self._stream.write(text)
             if text:
                 self._others_line = not text.endswith(("\n", "\r"))
             self._draw()
-            return written
+
+    def _once(self, text: str) -> str:
+        """What of a text can be written where nothing can be written over."""
+        if self._rewritten is None and "\r" not in text:
+            return text
+        whole, newline, line = f"{self._rewritten or ''}{text}".rpartition("\n")
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in whole.split("\n")] if newline else []
+        self._rewritten = line.rpartition("\r")[2] or None
+        return "".join(f"{line}\n" for line in lines)
 
     def _begin(self, text: str) -> None:
         self._step = _Step(text)
@@ -186,9 +199,11 @@ class _Others:
         self._pid = os.getpid()
 
     def write(self, text: str) -> int:
-        if os.getpid() != self._pid:  # of a child that was forked, the screen's lock may be held for ever
-            return self._screen._stream.write(text)
-        return self._screen.write_for_others(text)
+        if os.getpid() == self._pid:
+            self._screen.write_for_others(text)
+        else:  # in a child that was forked, the screen's lock may be held for ever
+            self._screen._stream.write(text)
+        return len(text)
 
     def writelines(self, lines: Iterator[str]) -> None:
         for line in lines:

@@ -15,6 +15,7 @@ import torch
 
 from exllama_ops import backends
 from exllama_ops.cli.output import CliError, emit, say
+from exllama_ops.progress import Screen
 
 DEFAULT_PROMPT = "Why is the sky blue? Answer in two sentences."
 
@@ -117,7 +118,8 @@ def _checkpoint(model: str | None) -> Path:
         return open_checkpoint(model).path
     from exllama_ops.integrations.demo import demo_checkpoint
 
-    return demo_checkpoint(say)
+    with Screen() as screen:
+        return demo_checkpoint(screen)
 
 
 def _load(path: Path, dtype: str | None, device: torch.device) -> tuple[Any, float]:

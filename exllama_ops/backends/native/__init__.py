@@ -163,5 +163,11 @@ class NativeBackend(Generic[L]):
 def _find_or_build(recipe: Recipe, notify: Notify | None) -> Path:
     if notify is not None:
         return cache.find_or_build(recipe, notify).path
-    with Screen(prefix="exllama_ops: ") as screen:
-        return cache.find_or_build(recipe, screen).path
+    screen = Screen(prefix="exllama_ops: ")  # and what others write to stderr in the meantime is theirs
+    completed = False
+    try:
+        path = cache.find_or_build(recipe, screen).path
+        completed = True
+    finally:
+        screen.end(completed=completed)
+    return path
