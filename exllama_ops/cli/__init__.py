@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 import exllama_ops
-from exllama_ops.cli import build, run
+from exllama_ops.cli import build, chat, interrupt, run
 from exllama_ops.cli.output import CliError, say
 
-_COMMANDS = (run, build)
+_COMMANDS = (run, chat, build)
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_NOBODY_READS = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit code: 0, or 2 for an expected error, told in one line on stderr.
+        The exit code: 0; 2 for an expected error, told in one line on stderr; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="exllama-ops", description="GPTQ models through PyTorch custom ops.")
     parser.add_argument("--version", action="version", version=f"exllama-ops {exllama_ops.__version__}")
@@ -29,11 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    try:
-        args.command(args)
-    except CliError as error:
-        say(f"exllama-ops: error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    with interrupt.watched():
+        try:
+            args.command(args)
+        except KeyboardInterrupt:
+            return interrupt.EXIT_CODE
+        except BrokenPipeError:
+            # What is still in the buffer would be an error at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _NOBODY_READS
+        except CliError as error:
+            if interrupt.came():
+                return interrupt.EXIT_CODE
+            say(f"exllama-ops: error: {error}")
+            return 2
+        except Exception:
+            if interrupt.came():
+                return interrupt.EXIT_CODE
+            raise
     return 0

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CliError(Exception):
     """An expected error: one line for the user, no traceback."""
+
+
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """Errors that the library documents become one line; the rest keep their tracebacks."""
+    try:
+        yield
+    except (CliError, ModuleNotFoundError):
+        # A missing extra arrives as a plain ImportError whose text says what to install.
+        raise
+    except (ImportError, ValueError) as error:
+        raise CliError(one_line(error)) from error
+    except RuntimeError as error:
+        if type(error).__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise
+        raise CliError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error, in one line."""
+    return " ".join(str(error).split())
 
 
 def emit(text: str) -> None:
