@@ -30,13 +30,10 @@ class Clock:
         self._phases[phase] = _Moment(before.wall + now.wall - self._last.wall, before.cpu + now.cpu - self._last.cpu)
         self._last = now
 
-    def skip(self) -> None:
-        """Leave the time since the last lap out."""
-        self._last = _now()
-
-    def forget(self, phase: str) -> None:
-        """Begin a phase anew."""
+    def begin(self, phase: str) -> None:
+        """Begin a phase anew, and leave the time since the last lap out."""
         self._phases.pop(phase, None)
+        self._last = _now()
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, and their sum as "first_token"."""

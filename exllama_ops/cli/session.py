@@ -182,8 +182,7 @@ class Session:
         text = TextStream(self.tokenizer)
         tokens: list[int] = []
         interrupted = False
-        self.clock.skip()
-        self.clock.forget("prefill")
+        self.clock.begin("prefill")
         self._screen(f"prefill of {len(prompt)} tokens")
         times = [time.perf_counter()]
         try:
