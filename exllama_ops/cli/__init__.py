@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import exllama_ops
 from exllama_ops.cli import build, chat, interrupt, run
@@ -14,6 +15,14 @@ from exllama_ops.cli.output import CliError, say
 _COMMANDS = (run, chat, build)
 
 _NOBODY_READS = 141  # 128 + SIGPIPE
+
+
+def entry() -> NoReturn:
+    """The command as a process of its own."""
+    code = main()
+    if code == interrupt.EXIT_CODE:
+        interrupt.end_process()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
