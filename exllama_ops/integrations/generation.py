@@ -1,96 +1,117 @@
-"""Greedy generation with a transformers causal LM, its whole forward compiled into two graphs."""
+"""Generation with a transformers causal LM whose forward is compiled: layer by layer, or whole."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exllama_ops.extras import require
+from exllama_ops.backends.native.compile import CompileError
+from exllama_ops.integrations.layered import LayeredForward
+from exllama_ops.integrations.sampling import Sampler
+from exllama_ops.integrations.static_cache import cache_interface
+from exllama_ops.integrations.whole import WholeForward
+from exllama_ops.progress import Notify, ignore
 
-require("transformers")
-from transformers.cache_utils import (  # noqa: E402 (after the check that says what to install)
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-)
+MODES = ("layers", "whole")
 
 _SMALLEST_BUCKET = 64
-
-# What transformers calls the cache, in forwards and in results: newer versions, and older ones.
-_CACHE_NAMES = ("cache", "past_key_values")
 
 # Inductor's exceptions for a machine that lacks what its kernels are compiled with. They arrive wrapped, and under
 # names that moved between versions of torch.
 _NO_TOOLCHAIN = ("InvalidCxxCompiler", "TritonMissing")
-
-_Step = Callable[[Tensor, Any], Tensor]
 
 
 class CompilerUnavailableError(RuntimeError):
     """torch.compile cannot build kernels on this machine."""
 
 
-class _LayerShape(NamedTuple):
-    heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 class CompiledGenerator:
-    """Greedy decoding with a static cache, the whole forward compiled with ``fullgraph=True``.
+    """Decoding with a static cache and a compiled forward.
 
-    Two graphs serve any number of generations. Prefill has a symbol for its sequence length. Decode has
-    length 1, and also takes prompts of one token. The length of the cache is a symbol in both. So a longer generation
-    moves to a larger cache without a recompile. Positions are tensors in the cache, so no step is guarded on an int.
+    The graphs serve prompts and generations of any length. A prompt's length is a symbol in them, and so is the
+    length of the cache. Positions are tensors, so no step is guarded on an int.
+
+    - Mode "layers" compiles a decoder layer once for prompts and once for single tokens, and it serves all layers.
+      With Inductor the graphs are kept in the cache folder, and a later process loads them.
+    - Mode "whole" compiles the whole forward with ``fullgraph=True``, once for prompts and once for single tokens. A
+      model with more layers takes longer to compile.
 
     Args:
         model: a transformers causal LM in eval mode whose layers have full or sliding-window attention.
-        compile: False runs the same steps eagerly.
-        backend: of torch.compile; another one than Inductor serves tests and debugging.
+        compile: False runs the forward eagerly.
+        mode: "layers" or "whole". None is "layers" on a CPU, but "whole" for a model that cannot be split, and
+            `notify` is told why. It is "whole" on other devices.
+        backend: of torch.compile: "inductor", "exllama", or another one for tests and debugging.
+        notify: takes the steps of compiling.
 
     Raises:
         ValueError: the model is in training mode, or has layers with another kind of cache.
         ImportError: the extra "hf" is not installed.
     """
 
-    def __init__(self, model: Any, compile: bool = True, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self,
+        model: Any,
+        compile: bool = True,
+        *,
+        mode: str | None = None,
+        backend: str | Callable[..., Any] = "inductor",
+        notify: Notify = ignore,
+    ) -> None:
         if model.training:
             raise ValueError("CompiledGenerator: model must be in eval mode; call model.eval()")
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"CompiledGenerator: mode must be one of {', '.join(MODES)}, or None; got {mode!r}")
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.max_length: int | None = _text_config(model).to_dict().get("max_position_embeddings")
-        self._cache_argument, self._cache_shapes = _cache_of(model, self.device)
+        self._interface = cache_interface(model, self.device)
+        self._compile, self._mode, self._backend, self._notify = compile, mode, backend, notify
+        self._forward: LayeredForward | WholeForward | None = None
         self._cache: Any = None
         self._capacity = 0
         self._length = 0
         self._generation = 0
-        self._graphs: dict[str, list[int]] = {"prefill": [], "decode": []}
-        self._prefill = self._step("prefill", backend) if compile else self._forward()
-        self._decode = self._step("decode", backend) if compile else self._forward()
+
+    @property
+    def mode(self) -> str | None:
+        """How the forward is compiled: "layers" or "whole". None if that is not yet known, and for an eager one."""
+        if self._forward is None or not self._compile:
+            return None
+        return "layers" if isinstance(self._forward, LayeredForward) else "whole"
 
     @property
     def graphs(self) -> int:
-        """Graphs compiled so far."""
-        return sum(map(len, self._graphs.values()))
+        """Graphs compiled or loaded so far."""
+        return self._forward.graphs if self._forward else 0
 
     @property
     def recompiles(self) -> int:
-        """Graphs compiled beyond the first of prefill and the first of decode."""
-        return sum(max(len(graphs) - 1, 0) for graphs in self._graphs.values())
+        """Graphs compiled because the first ones did not serve; in mode "layers" there are none."""
+        return self._forward.recompiles if isinstance(self._forward, WholeForward) else 0
 
     @property
     def op_calls(self) -> dict[str, int]:
-        """Calls of ``torch.ops.exllama`` in the first graph of "prefill" and "decode", as far as they are compiled."""
-        return {name: graphs[0] for name, graphs in self._graphs.items() if graphs}
+        """Calls of ``torch.ops.exllama`` in a forward of "prefill" and of "decode", as far as they are compiled."""
+        return self._forward.op_calls if self._forward else {}
+
+    @property
+    def cache_length(self) -> int:
+        """Positions of the present cache; 0 before the first prefill."""
+        return self._capacity
+
+    def warm_up(self) -> None:
+        """Compile or load all graphs, and run two steps on made-up tokens.
+
+        Raises:
+            CompilerUnavailableError: torch.compile finds no working compiler.
+            ValueError: the model cannot be split, in mode "layers".
+        """
+        self.prefill([0, 0], 2)
+        self.decode(0)
 
     def prefill(self, prompt: Sequence[int] | Tensor, max_new_tokens: int = 1) -> Tensor:
         """Forget the former generation and run a prompt: the logits (vocabulary,) of the token after it.
@@ -101,7 +122,7 @@ class CompiledGenerator:
 
         Raises:
             ValueError: no token, or more positions than the model has.
-            CompilerUnavailableError: torch.compile finds no working compiler.
+            CompilerUnavailableError: as in `warm_up`.
         """
         self._generation += 1
         ids = torch.as_tensor(prompt, dtype=torch.long, device=self.device).reshape(1, -1)
@@ -116,14 +137,7 @@ class CompiledGenerator:
                 f"CompiledGenerator: prompt and new tokens must fit the model's {self.max_length} positions; got "
                 f"{length} + {max_new_tokens}"
             )
-        with torch.inference_mode():
-            self._make_room(length + max_new_tokens)
-            # A copy made in here: whether a tensor comes from inference mode is part of the guards.
-            ids = ids.clone()
-            if length == 1:
-                return self._run(self._decode, ids)
-            torch._dynamo.mark_dynamic(ids, 1)
-            return self._run(self._prefill, ids)
+        return self._run(ids, length + max_new_tokens)
 
     def decode(self, token: int | Tensor) -> Tensor:
         """Append one token to the sequence: the logits (vocabulary,) of the token after it.
@@ -134,31 +148,39 @@ class CompiledGenerator:
         if self._length >= self._capacity:
             state = f"all {self._capacity} positions are used" if self._capacity else "there was no prefill"
             raise ValueError(f"CompiledGenerator: the cache must have room for a token; {state}")
-        with torch.inference_mode():
-            ids = torch.as_tensor(token, dtype=torch.long, device=self.device).reshape(1, 1).clone()
-            return self._run(self._decode, ids)
+        return self._run(torch.as_tensor(token, dtype=torch.long, device=self.device).reshape(1, 1))
 
     def generate(
-        self, prompt: Sequence[int] | Tensor, max_new_tokens: int, *, stop: Collection[int] | None = None
+        self,
+        prompt: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        stop: Collection[int] | None = None,
+        sampler: Sampler | None = None,
     ) -> Iterator[int]:
-        """Yield greedy tokens as they come; the last one yielded may be a stop token.
+        """Yield tokens as they come; the last one yielded may be a stop token.
 
         Args:
             prompt: token ids, at least one.
             max_new_tokens: the most tokens to yield, at least 1.
             stop: tokens that end the text; None for those of the model's generation_config.
+            sampler: draws the tokens; None takes the likeliest one each time.
 
         Raises:
-            ValueError: as in `prefill`, or another generation was started before this one was done.
-            CompilerUnavailableError: as in `prefill`.
+            ValueError: as in `prefill`, or another generation was started before this one was done, or there are no
+                probabilities to draw from, since logits are NaN or inf.
+            CompilerUnavailableError: as in `warm_up`.
         """
         stops = stop_tokens(self.model) if stop is None else frozenset(stop)
+        choose = Tensor.argmax if sampler is None else sampler
         logits = self.prefill(prompt, max_new_tokens)
         generation = self._generation
         for remaining in reversed(range(max_new_tokens)):
             # The token stays on its device for the next step; reading it is what waits for this one.
-            token = logits.argmax()
+            token = choose(logits)
             value = int(token)
+            if value < 0:
+                raise ValueError("CompiledGenerator: logits must be finite to draw a token; they are NaN or inf")
             yield value
             if value in stops or not remaining:
                 return
@@ -166,33 +188,15 @@ class CompiledGenerator:
                 raise ValueError("CompiledGenerator: one generation at a time; another one was started meanwhile")
             logits = self.decode(token)
 
-    def warm_up(self) -> None:
-        """Compile both graphs, with two steps on made-up tokens."""
-        self.prefill([0, 0], 2)
-        self.decode(0)
-
-    @property
-    def cache_length(self) -> int:
-        """Positions of the present cache; 0 before the first prefill."""
-        return self._capacity
-
-    def _make_room(self, length: int) -> None:
-        """An empty cache of more than ``length - 1`` positions, in a power of two unless the model has fewer."""
-        bucket = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-        if self.max_length is not None:
-            bucket = min(bucket, self.max_length)
-        self._length = 0
-        if bucket == self._capacity:
-            self._cache.reset()
-            return
-        self._cache = None  # frees the former cache before the next is made
-        self._capacity = bucket
-        with self.device:  # transformers makes a count where the caller's default is
-            self._cache = _Cache(self._cache_shapes, bucket)
-
-    def _run(self, step: _Step, ids: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, room: int | None = None) -> Tensor:
+        """One step. With ``room`` it begins a sequence of at most so many tokens."""
         try:
-            logits = step(ids, self._cache)
+            if self._forward is None:
+                self._forward = self._made_forward()
+            with torch.inference_mode():
+                if room is not None:
+                    self._make_room(self._forward, room)
+                logits: Tensor = self._forward(ids, self._cache)
         except Exception as error:
             reason = _missing_toolchain(error)
             if reason is None:
@@ -205,38 +209,30 @@ class CompiledGenerator:
         self._length += ids.shape[1]
         return logits
 
-    def _step(self, name: str, backend: str | Callable[..., Any]) -> _Step:
-        compile_graph = torch._dynamo.lookup_backend(backend)
-        graphs = self._graphs[name]
+    def _made_forward(self) -> LayeredForward | WholeForward:
+        if self._compile and self._mode != "whole" and (self._mode == "layers" or self.device.type == "cpu"):
+            try:
+                return LayeredForward(self.model, backend=self._backend, notify=self._notify, interface=self._interface)
+            except ValueError as error:
+                if self._mode == "layers":
+                    raise
+                self._notify(f"{error}; its whole forward is compiled, which takes longer")
+        if self._compile:
+            self._notify("compiling the whole forward: prefill and decode")
+        return WholeForward(self.model, self._interface, compile=self._compile, backend=self._backend)
 
-        def counting_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-            graphs.append(sum(str(node.target).startswith("exllama.") for node in graph.graph.nodes))
-            compiled: Callable[..., Any] = compile_graph(graph, inputs)
-            return compiled
-
-        step: _Step = torch.compile(
-            self._forward(),
-            fullgraph=True,
-            # What is marked is a symbol, and nothing else becomes one because it differed in another model.
-            dynamic=False,
-            backend=counting_backend,
-            options={"guard_filter_fn": _without_registry},
-        )
-        return step
-
-    def _forward(self) -> _Step:
-        """One forward with a cache, as a function with a code object of its own."""
-        model, cache_argument = self.model, self._cache_argument
-
-        def forward(ids: Tensor, cache: Any) -> Tensor:
-            logits: Tensor = model(input_ids=ids, **{cache_argument: cache}, use_cache=True, logits_to_keep=1).logits
-            return logits[0, -1]
-
-        # Dynamo keeps its graphs, and counts them against its limit, per code object. Sharing one would make the steps,
-        # and the generators of one process, guard against each other.
-        return FunctionType(
-            forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-        )
+    def _make_room(self, forward: LayeredForward | WholeForward, length: int) -> None:
+        """An empty cache of more than ``length - 1`` positions, in a power of two unless the model has fewer."""
+        bucket = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+        if self.max_length is not None:
+            bucket = min(bucket, self.max_length)
+        self._length = 0
+        if bucket == self._capacity:
+            self._cache.reset()
+            return
+        self._cache = None  # frees the former cache before the next is made
+        self._capacity = bucket
+        self._cache = forward.new_cache(bucket)
 
 
 def stop_tokens(model: Any) -> frozenset[int]:
@@ -245,72 +241,8 @@ def stop_tokens(model: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _without_registry(guards: Sequence[Any]) -> list[bool]:
-    """Drop the guards on transformers' registry of model classes, which grows when a model of a new class is made."""
-    return ["_CAN_RECORD_REGISTRY" not in guard.name for guard in guards]
-
-
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
-
-
-def _cache_of(model: Any, device: torch.device) -> tuple[str, list[_LayerShape]]:
-    """The name of the argument that takes the cache, and what each layer caches.
-
-    Both are learned from a step of one token: configs name the latter in too many ways.
-    """
-    with torch.inference_mode():
-        output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
-    returned = next((name for name in _CACHE_NAMES if isinstance(getattr(output, name, None), Cache)), None)
-    if returned is None:
-        raise ValueError(
-            f"CompiledGenerator: {type(model).__name__} must return a Cache of keys and values; it has none"
-        )
-    # A model's own code may keep the older name, and a wrapper's forward may have neither among its parameters.
-    parameters = inspect.signature(model.forward).parameters
-    argument = next((name for name in _CACHE_NAMES if name in parameters), returned)
-    cache = getattr(output, returned)
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
-    if unknown:
-        raise ValueError(
-            "CompiledGenerator: every layer of the model must have full or sliding-window attention; "
-            f"{type(model).__name__} caches with {', '.join(unknown)}"
-        )
-    return argument, [
-        _LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
-    ]
-
-
-class _Layer(StaticLayer):  # type: ignore[misc]
-    """A layer of the static cache that takes its length from its tensor: the attribute, an int, would be guarded on."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-
-class _Cache(StaticCache):  # type: ignore[misc]
-    """A transformers StaticCache, allocated, the length of its tensors marked as a symbol.
-
-    A window layer gets the full length as well. Transformers masks it all the same, and its own static window counts
-    in Python, which is a recompile per token.
-    """
-
-    def __init__(self, shapes: Sequence[_LayerShape], capacity: int) -> None:
-        layers = []
-        for shape in shapes:
-            layer = _Layer(capacity)
-            # Nothing is lazy: a first update that allocates would be a graph of its own.
-            layer.lazy_initialization(
-                torch.empty(1, shape.heads, 0, shape.key_dim, dtype=shape.dtype, device=shape.device),
-                torch.empty(1, shape.heads, 0, shape.value_dim, dtype=shape.dtype, device=shape.device),
-            )
-            torch._dynamo.mark_dynamic(layer.keys, 2)
-            torch._dynamo.mark_dynamic(layer.values, 2)
-            layers.append(layer)
-        # StaticCache by type, since models ask for it; its constructor would choose the layers itself.
-        Cache.__init__(self, layers=layers)
 
 
 def _missing_toolchain(error: BaseException) -> str | None:
@@ -321,5 +253,9 @@ def _missing_toolchain(error: BaseException) -> str | None:
         seen.add(id(current))
         if any(name in (type(current).__name__, *str(current).split(":")[:1]) for name in _NO_TOOLCHAIN):
             return str(current).partition("\n")[0]
+        if isinstance(current, CompileError):  # of another process, whose last words it holds
+            lines = [line for line in str(current).splitlines() if any(name in line for name in _NO_TOOLCHAIN)]
+            if lines:
+                return lines[-1].rpartition("Error: ")[2].partition("InvalidCxxCompiler: ")[2] or lines[-1]
         current = getattr(current, "inner_exception", None) or current.__cause__ or current.__context__
     return None

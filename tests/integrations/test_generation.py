@@ -16,7 +16,7 @@ from compile.blocks import Recorder
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
-from exllama_ops.integrations import generation  # noqa: E402 (it needs transformers)
+from exllama_ops.integrations import whole  # noqa: E402 (it needs transformers)
 from exllama_ops.integrations.generation import (  # noqa: E402 (it needs transformers)
     CompiledGenerator,
     CompilerUnavailableError,
@@ -66,7 +66,7 @@ def quantized_llama(layers: int) -> Any:
 
 @pytest.fixture(scope="module")
 def traced(model: Any) -> CompiledGenerator:
-    return CompiledGenerator(model, backend=TRACE_ONLY)
+    return CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
 
 
 @pytest.mark.parametrize("length", [*PROMPT_LENGTHS, 1, 63, 64, 65])
@@ -97,7 +97,7 @@ def test_graphs_hold_every_quantized_layer(model: Any, traced: CompiledGenerator
 def test_prompts_of_any_length_need_no_graph_after_one_prefill_and_one_decode(model: Any) -> None:
     """Under the pass of the backend "exllama", which takes q, k, v and gate, up together in every layer."""
     recorder = Recorder()
-    generator = CompiledGenerator(model, backend=recorder)
+    generator = CompiledGenerator(model, mode="whole", backend=recorder)
     generator.warm_up()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (*PROMPT_LENGTHS, 63, 64, 1):
@@ -117,11 +117,11 @@ def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.Monke
         kept[:] = [(guard.guard_type, guard.name) for guard, chosen in zip(guards, choice, strict=True) if chosen]
         return choice
 
-    without_registry = generation._without_registry
-    monkeypatch.setattr(generation, "_without_registry", keep)
+    without_registry = whole._without_registry
+    monkeypatch.setattr(whole, "_without_registry", keep)
     of_models, of_projections = [], {}
     for layers in (1, 2, 3):
-        CompiledGenerator(quantized_llama(layers), backend=TRACE_ONLY).prefill([0], 2)
+        CompiledGenerator(quantized_llama(layers), mode="whole", backend=TRACE_ONLY).prefill([0], 2)
         of_models.append(Counter(kind for kind, _ in kept))
         for kind, name in set(kept):
             if found := re.search(r"\['layers'\]\._modules\['(\d)'\].*\['(\w+_proj)'\]", name):
@@ -144,13 +144,13 @@ def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.Monke
 
 
 def test_a_first_prompt_of_one_token_compiles_decode_alone(model: Any) -> None:
-    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    generator = CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
     assert list(generator.generate(prompt(1), 3, stop=())) == greedy(model, prompt(1), 3)
     assert (generator.graphs, generator.recompiles) == (1, 0)
 
 
 def test_a_first_prompt_that_fills_its_bucket_but_for_one(model: Any) -> None:
-    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    generator = CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
     for length in (63, 7, 100):
         assert list(generator.generate(prompt(length), 1, stop=())) == greedy(model, prompt(length), 1)
     list(generator.generate(prompt(5), 2, stop=()))
@@ -160,14 +160,14 @@ def test_a_first_prompt_that_fills_its_bucket_but_for_one(model: Any) -> None:
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
 def test_sliding_windows_and_other_models_in_the_same_process(kind: str) -> None:
     model = random_model(kind, sliding_window=8)
-    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    generator = CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
     for length in (20, 3, 33, 1):
         assert list(generator.generate(prompt(length), 12, stop=())) == greedy(model, prompt(length), 12)
     assert (generator.graphs, generator.recompiles) == (2, 0)
 
 
 def test_a_model_of_a_new_class_in_the_process_costs_no_recompile(model: Any) -> None:
-    generator = CompiledGenerator(model, backend=TRACE_ONLY)
+    generator = CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
     generator.warm_up()
     random_model("Qwen2")
     generator.warm_up()
@@ -291,14 +291,14 @@ def test_without_a_compiler_the_error_says_what_to_do(model: Any) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise InvalidCxxCompiler("No working C++ compiler found in ['no-such-compiler']")
 
-    generator = CompiledGenerator(model, backend=backend)
+    generator = CompiledGenerator(model, mode="whole", backend=backend)
     with pytest.raises(CompilerUnavailableError, match=r"No working C\+\+ compiler found.*--no-compile"):
         generator.prefill([1, 2, 3])
 
 
 def test_the_backend_exllama_compiles_two_graphs_and_no_third(model: Any) -> None:
     """With Inductor behind it, which the tests above do without."""
-    generator = CompiledGenerator(model, backend="exllama")
+    generator = CompiledGenerator(model, mode="whole", backend="exllama")
     generator.warm_up()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length, new in ((7, 3), (2, 3), (33, 3), (1, 3), (60, 8)):

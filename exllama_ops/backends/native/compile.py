@@ -243,9 +243,9 @@ def compile_library(
         objects = [f"{scratch}/{number}-{unit.stem}.o" for number, unit in enumerate(units)]
         compile_only = (*compiler.command, *flags, *include, "-c")
         commands = [(*compile_only, str(unit), "-o", path) for unit, path in zip(units, objects, strict=True)]
-        _run(commands, Path(scratch), _jobs(), tell_of)
+        run_commands(commands, Path(scratch), processes_at_once(), tell_of)
         command = (*compiler.command, *objects, *link, "-o", str(library))
-        _run([command], Path(scratch))
+        run_commands([command], Path(scratch))
     if not library.is_file():
         raise CompileError(f"{shlex.join(command)}\n(exit status 0, and no {library.name})")
     record = {
@@ -265,7 +265,7 @@ def device_flags(recipe: Recipe, compiler: Compiler, scratch: Path) -> list[str]
     """
     if not recipe.device_code:
         return []
-    known = set(_run([(*compiler.command, "--list-gpu-code")], scratch)[0].split())
+    known = set(run_commands([(*compiler.command, "--list-gpu-code")], scratch)[0].split())
     flags = []
     for virtual, codes in recipe.device_code.items():
         if known & set(codes):
@@ -293,7 +293,7 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def _jobs() -> int:
+def processes_at_once() -> int:
     """As many compilers as cores, unless MAX_JOBS, which torch's own builds obey too, says less."""
     limit = os.environ.get("MAX_JOBS")
     if limit:
@@ -316,11 +316,13 @@ class _Process(NamedTuple):
     deadline: float
 
 
-def _run(
+def run_commands(
     commands: Sequence[tuple[str, ...]],
     scratch: Path,
     jobs: int = 1,
     tell: Callable[[int, int], None] = lambda done, number: None,
+    look: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """What each command prints. When this ends, however it does, none of them runs, nor what they have started.
 
@@ -331,12 +333,14 @@ def _run(
         scratch: a folder for their temporary files.
         jobs: how many run at once.
         tell: takes how many have succeeded, and the number of the last one.
+        look: is called several times a second.
+        environment: variables to add to those of this process.
 
     Raises:
         CompileError: one of them failed, or ran for longer than `_LIMIT_S`.
     """
     # Messages in English, whatever the user's locale: they end in bug reports.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)}
+    variables = {**os.environ, **environment, "LC_ALL": "C", "TMPDIR": str(scratch)}
     waiting = list(range(len(commands)))[::-1]
     running: dict[int, _Process] = {}
     printed: dict[int, str] = {}
@@ -347,9 +351,10 @@ def _run(
                 while waiting and len(running) < jobs:
                     number = waiting.pop()
                     output = scratch / f"{number}.txt"
-                    pid = _start(commands[number], environment, group, os.devnull, str(output))
+                    pid = _start(commands[number], variables, group, os.devnull, str(output))
                     running[number] = _Process(commands[number], output, pid, time.monotonic() + _LIMIT_S)
                 time.sleep(INTERVAL_S)
+                look()
                 for number, process in list(running.items()):
                     status = _wait(process.pid, os.WNOHANG)
                     if status is not None:

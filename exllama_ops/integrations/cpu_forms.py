@@ -1,0 +1,97 @@
+"""Attention and the output layer of a token, written so that Inductor's CPU code is fast; used while graphs are traced.
+
+The results are those of transformers' own forms within the rounding of the dtype, and closer to the exact ones: sums
+are in float32. benchmarks/results/decode-forms.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Arguments of transformers' attention functions that change the result, and that are not known here.
+_UNKNOWN = ("position_bias", "softcap", "s_aux")
+
+
+@contextmanager
+def fast_forms(model: Any, device: torch.device) -> Iterator[None]:
+    """Put them in the place of transformers' "sdpa" attention and of a dense output layer, on a CPU."""
+    if device.type != "cpu":
+        yield
+        return
+    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    output_layer = model.get_output_embeddings()
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        unknown = any(kwargs.get(name) is not None for name in _UNKNOWN) or kwargs.get("dropout", 0.0)
+        if unknown or attention_mask is None or attention_mask.shape[1] != 1 or query.shape[0] != 1:
+            result: tuple[Tensor, None] = former(module, query, key, value, attention_mask, **kwargs)
+            return result
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        attend = attend_one if query.shape[2] == 1 else attend_many
+        return attend(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+
+    plain = type(output_layer) is nn.Linear and "forward" not in vars(output_layer)
+    try:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        if plain:
+            output_layer.forward = lambda x: multiply_row(x, output_layer.weight, output_layer.bias)
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = former
+        if plain:
+            del output_layer.forward
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one token: ``softmax(scale * q k^T + mask) v``.
+
+    torch's kernel converts float16 slowly, starts threads for a few microseconds of work, and wants the keys of each
+    query head. These sums read the keys of a group once, and Inductor makes one loop of each.
+
+    Args:
+        query: (1, heads, 1, dim).
+        key: (1, groups, length, dim); ``heads / groups`` heads in turn belong to each.
+        value: (1, groups, length, dim).
+        mask: (1, 1, 1, length), bool (True: attend) or what is added.
+        scale: of the products.
+    """
+    groups = key.shape[1]
+    heads = query.shape[1] // groups
+    q = query.view(groups, heads, 1, query.shape[3]).float() * scale
+    scores = (q * key[0].unsqueeze(1).float()).sum(-1)
+    hidden = ~mask[0] if mask.dtype == torch.bool else None
+    scores = scores + mask[0].float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(-1)
+    result = (weights.unsqueeze(-1) * value[0].unsqueeze(1).float()).sum(-2)
+    return result.to(query.dtype).view(1, query.shape[1], 1, value.shape[3])
+
+
+def attend_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of several tokens, as `attend_one` has it with a mask (1, 1, tokens, length).
+
+    torch's kernel is two to three times as fast in float32 as in float16.
+    """
+    dtype = query.dtype
+    if dtype == torch.float16:
+        query, key, value = query.float(), key.float(), value.float()
+    if mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    result = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return result.to(dtype)
+
+
+def multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` of one row (1, 1, K), in float32 and rounded once: as fast as the weights can be read."""
+    result = (weight.float() * x.reshape(1, -1).float()).sum(-1)
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype).view(1, 1, -1)

@@ -1,0 +1,204 @@
+"""Keys and values of transformers models in memory of a fixed size, as compiled graphs take them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from exllama_ops.extras import require
+
+require("transformers")
+from transformers.cache_utils import (  # noqa: E402 (after the check that says what to install)
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
+
+# What transformers calls the cache, in forwards and in results: newer versions, and older ones.
+_CACHE_NAMES = ("cache", "past_key_values")
+# Attention reads the positions up to the last one that is used, rounded up to a multiple of this.
+_CUT = 64
+
+
+class LayerShape(NamedTuple):
+    """What one layer caches of a token."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class CacheInterface(NamedTuple):
+    """What a step of one token shows of a model.
+
+    Args:
+        argument: the name under which its forward takes its cache.
+        shapes: what each layer caches.
+        calls: the modules of its lists that were called, in order, and what each returned: 0 for a tensor, n for a
+            tuple of n that begins with one, None for anything else.
+    """
+
+    argument: str
+    shapes: list[LayerShape]
+    calls: list[tuple[nn.Module, int | None]]
+
+
+def cache_interface(model: Any, device: torch.device) -> CacheInterface:
+    """Learn it from a step of one token: configs name it in too many ways.
+
+    Raises:
+        ValueError: the model returns no cache, or one with layers of another kind than attention.
+    """
+    calls: list[tuple[nn.Module, int | None]] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, result: calls.append((module, _length(result))))
+        for modules in model.modules()
+        if isinstance(modules, nn.ModuleList)
+        for module in modules
+    ]
+    try:
+        with torch.inference_mode():
+            output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    returned = next((name for name in _CACHE_NAMES if isinstance(getattr(output, name, None), Cache)), None)
+    if returned is None:
+        raise ValueError(
+            f"CompiledGenerator: {type(model).__name__} must return a Cache of keys and values; it has none"
+        )
+    # A model's own code may keep the older name, and a wrapper's forward may have neither among its parameters.
+    parameters = inspect.signature(model.forward).parameters
+    argument = next((name for name in _CACHE_NAMES if name in parameters), returned)
+    cache = getattr(output, returned)
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
+    if unknown:
+        raise ValueError(
+            "CompiledGenerator: every layer of the model must have full or sliding-window attention; "
+            f"{type(model).__name__} caches with {', '.join(unknown)}"
+        )
+    shapes = [
+        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+        for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
+    ]
+    return CacheInterface(argument, shapes, calls)
+
+
+def _length(result: Any) -> int | None:
+    if isinstance(result, Tensor):
+        return 0
+    return len(result) if isinstance(result, tuple) and isinstance(result[0], Tensor) else None
+
+
+class _Layer(StaticLayer):  # type: ignore[misc]
+    """A layer of the static cache that takes its length from its tensor: the attribute, an int, would be guarded on."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+
+class WholeCache(StaticCache):  # type: ignore[misc]
+    """A transformers StaticCache, allocated, the length of its tensors marked as a symbol for Dynamo.
+
+    A window layer gets the full length as well. Transformers masks it all the same, and its own static window counts
+    in Python, which is a recompile per token.
+    """
+
+    def __init__(self, shapes: Sequence[LayerShape], capacity: int) -> None:
+        layers = []
+        for shape in shapes:
+            layer = _Layer(capacity)
+            # Nothing is lazy: a first update that allocates would be a graph of its own.
+            layer.lazy_initialization(
+                torch.empty(1, shape.heads, 0, shape.key_dim, dtype=shape.dtype, device=shape.device),
+                torch.empty(1, shape.heads, 0, shape.value_dim, dtype=shape.dtype, device=shape.device),
+            )
+            torch._dynamo.mark_dynamic(layer.keys, 2)
+            torch._dynamo.mark_dynamic(layer.values, 2)
+            layers.append(layer)
+        # StaticCache by type, since models ask for it; its constructor would choose the layers itself.
+        Cache.__init__(self, layers=layers)
+
+
+class OneLayerCache(StaticCache):  # type: ignore[misc]
+    """The cache of a model while one layer of it is traced: whatever layer is asked for, it is this one.
+
+    Args:
+        keys: (1, heads, length, key_dim), written in place at the positions of the new tokens.
+        values: (1, heads, length, value_dim), likewise.
+        start: the position of the first new token, a tensor without dimensions.
+        layers: how many layers the model has.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, start: Tensor, layers: int) -> None:
+        layer = _Layer(keys.shape[2])
+        layer.keys, layer.values, layer.cumulative_length = keys, values, start
+        layer.device = keys.device
+        layer.is_initialized = True
+        self._start = start
+        Cache.__init__(self, layers=[layer] * layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        layer = self.layers[0]
+        positions = torch.arange(key_states.shape[2], device=key_states.device) + self._start
+        layer.keys.index_copy_(2, positions, key_states)
+        layer.values.index_copy_(2, positions, value_states)
+        return layer.keys, layer.values
+
+
+class KeysAndValues:
+    """The keys and values of all layers of one sequence, for `LayeredForward`.
+
+    A layer's memory is (capacity, heads, head_dim), so that a cut to the positions in use changes no stride, and what
+    attention reads does not grow with the capacity.
+
+    Args:
+        shapes: of the layers.
+        capacity: positions.
+    """
+
+    def __init__(self, shapes: Sequence[LayerShape], capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.start = torch.zeros((), dtype=torch.long, device=shapes[0].device)
+        # Zeros: attention multiplies what lies beyond the mask by zero, and NaN would survive that.
+        self._memory = [
+            tuple(
+                torch.zeros(capacity, shape.heads, dim, dtype=shape.dtype, device=shape.device)
+                for dim in (shape.key_dim, shape.value_dim)
+            )
+            for shape in shapes
+        ]
+        self._views: list[tuple[Tensor, ...]] = []
+
+    def cut(self, length: int) -> int:
+        """How many positions attention has to read for a sequence of this length."""
+        return min(self.capacity, -(-length // _CUT) * _CUT)
+
+    def views(self, cut: int) -> list[tuple[Tensor, ...]]:
+        """The first positions of the keys and values of each layer: (1, heads, cut, head_dim)."""
+        if not self._views or self._views[0][0].shape[2] != cut:
+            self._views = [tuple(memory[:cut].transpose(0, 1).unsqueeze(0) for memory in pair) for pair in self._memory]
+        return self._views
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were appended."""
+        self.length += tokens
+        self.start.fill_(self.length)
+
+    def reset(self) -> None:
+        """Forget the sequence; the memory stays."""
+        self.length = 0
+        self.start.fill_(0)
+        for pair in self._memory:
+            for memory in pair:
+                memory.zero_()
