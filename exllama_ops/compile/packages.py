@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from exllama_ops.backends.native.compile import digest, processes_at_once, run_commands
+from exllama_ops.backends.native.compile import CompileError, digest, processes_at_once, run_commands
 from exllama_ops.cache import WHAT_TO_DO, cache_folder, publishing_folder
 from exllama_ops.progress import Notify
 
@@ -37,6 +37,10 @@ _KEPT_ENTRIES = 4
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ATEN_CPU_CAPABILITY")
 _CPU_LINES = ("flags", "Features", "model name")
 _NO_SETTINGS = ("TORCHINDUCTOR_CACHE_DIR",)
+
+
+class PackageError(RuntimeError):
+    """A graph does not compile; the text holds what the compiler said."""
 
 
 class Graph(NamedTuple):
@@ -124,7 +128,7 @@ def make(model: str, needed: Mapping[str, str], graphs: Mapping[str, Graph], not
         notify: takes the steps.
 
     Raises:
-        CompileError: a graph does not compile.
+        PackageError: a graph does not compile.
 
     Warns:
         UserWarning: the packages cannot be kept.
@@ -135,7 +139,10 @@ def make(model: str, needed: Mapping[str, str], graphs: Mapping[str, Graph], not
         except OSError as error:
             warnings.warn(f"compiled graphs are not kept: {error}; {WHAT_TO_DO}", stacklevel=2)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _compile(graphs, folder, notify)
+        try:
+            _compile(graphs, folder, notify)
+        except CompileError as error:
+            raise PackageError(str(error)) from error
         runs = {name: load(folder / f"{name}.pt2") for name in graphs}
         record = {
             "model": model,
@@ -235,7 +242,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def _cpu_digest() -> str:
-    """Of the features of this CPU, for which the code is compiled."""
+    """The digest of what this CPU can: the code is compiled for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

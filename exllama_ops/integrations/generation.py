@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exllama_ops.backends.native.compile import CompileError
+from exllama_ops.compile.packages import PackageError
 from exllama_ops.integrations.layered import LayeredForward
 from exllama_ops.integrations.sampling import Sampler
 from exllama_ops.integrations.static_cache import cache_interface
@@ -253,7 +253,7 @@ def _missing_toolchain(error: BaseException) -> str | None:
         seen.add(id(current))
         if any(name in (type(current).__name__, *str(current).split(":")[:1]) for name in _NO_TOOLCHAIN):
             return str(current).partition("\n")[0]
-        if isinstance(current, CompileError):  # of another process, whose last words it holds
+        if isinstance(current, PackageError):  # of another process, whose last words it holds
             lines = [line for line in str(current).splitlines() if any(name in line for name in _NO_TOOLCHAIN)]
             if lines:
                 return lines[-1].rpartition("Error: ")[2].partition("InvalidCxxCompiler: ")[2] or lines[-1]

@@ -73,7 +73,7 @@ class LayeredForward:
 
     Raises:
         ValueError: the model cannot be split into layers, and the text says why.
-        exllama_ops.backends.native.compile.CompileError: a graph does not compile.
+        exllama_ops.compile.packages.PackageError: a graph does not compile.
 
     Example::
 
@@ -334,7 +334,7 @@ class _Tracer:
 
 
 def _varying_sizes(head: ExportedProgram) -> list[dict[int, str]]:
-    """For each result of the head its axes whose size is that of the tokens or of the cache.
+    """The axes of each result of the head whose size is that of the tokens or of the cache, by its name.
 
     Raises:
         SplitError: a size is computed from one of them.

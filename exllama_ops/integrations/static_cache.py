@@ -149,7 +149,7 @@ class OneLayerCache(StaticCache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         layer = self.layers[0]
-        positions = torch.arange(key_states.shape[2], device=key_states.device) + self._start
+        positions = torch.arange(key_states.shape[2], dtype=torch.long, device=key_states.device) + self._start
         layer.keys.index_copy_(2, positions, key_states)
         layer.values.index_copy_(2, positions, value_states)
         return layer.keys, layer.values

@@ -24,8 +24,8 @@ PARTS: dict[str, set[str]] = {
     "checkpoint": {"layout", "extras", "progress"},
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout", "ops", "backends"},
-    "compile": {"nn", "ops", "backends", "reference", "layout", "extras"},
-    "integrations": {"nn", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
+    "compile": {"nn", "ops", "backends", "reference", "layout", "extras", "cache", "progress"},
+    "integrations": {"compile", "nn", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
     "cli": {"integrations", "checkpoint", "backends", "extras", "progress"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
