@@ -119,6 +119,7 @@ class Session:
         self.load_seconds = self.compile_seconds = 0.0
         self.model: Any = None
         self.generator: Any = None
+        self._first_token: tuple[dict[str, float], dict[str, float]] | None = None
         self._screen = screen
         if not args.temperature and (args.top_p is not None or args.seed is not None):
             option = "--top-p" if args.top_p is not None else "--seed"
@@ -190,6 +191,7 @@ class Session:
                 times.append(time.perf_counter())
                 if not tokens:
                     self.clock.lap("prefill")
+                    self._first_token = self._first_token or (self.clock.seconds(), self.clock.cpu_seconds())
                     self._screen.end()
                 if token < 0:
                     raise CliError("the model computes NaN or infinity, of which no token can be drawn")
@@ -231,6 +233,14 @@ class Session:
             "cpu_seconds": self.clock.cpu_seconds(),
         }
 
+    def first_token(self) -> str:
+        """Where the time until the first token of the first answer went."""
+        if self._first_token is None:
+            return "none"
+        seconds, cpu_seconds = self._first_token
+        phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "first_token")
+        return f"{seconds['first_token']:.1f} s ({phases}); {cpu_seconds['first_token']:.1f} CPU s"
+
 
 def report_answer(answer: Answer) -> None:
     """Say how fast an answer came."""
@@ -248,12 +258,9 @@ def report_session(session: Session) -> None:
     figures = session.figures()
     calls = ", ".join(f"{name}: {count} exllama ops" for name, count in figures["op_calls"].items())
     peak = figures["peak_memory_bytes"]
-    seconds = dict(figures["seconds"])
-    first_token = seconds.pop("first_token")
-    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
     _say_all(
         {
-            "first token": f"{first_token:.1f} s ({phases}); {figures['cpu_seconds']['first_token']:.1f} CPU s",
+            "first token": session.first_token(),
             "graphs compiled": f"{figures['graphs']} ({calls})" if calls else str(figures["graphs"]),
             "recompiles": str(figures["recompiles"]),
             "compile time": f"{figures['compile_seconds']:.1f} s",

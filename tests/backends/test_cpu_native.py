@@ -201,7 +201,7 @@ def test_the_first_call_builds_with_a_message_and_progress(built: tuple[Sandbox,
     assert out.splitlines()[0] == str(MARK)
     assert out.splitlines()[1].startswith(f"CPU gptq_dequantize: cpu (cached library {path}, scalar, high")
     first, last = err.splitlines()
-    assert first.startswith("exllama_ops: building the CPU kernels with ")
+    assert first.startswith("exllama_ops: building the CPU kernels (once, for some minutes) with ")
     assert str(path.parent) in first
     assert re.fullmatch(rf"{re.escape(first)} \(3 of 3\): \d+\.\d s", last)
 

@@ -202,6 +202,24 @@ def test_each_prompt_is_answered_in_turn_with_an_object_of_its_own(
     assert "prompt 2 of 2: b" in captured.err
 
 
+def test_the_report_has_the_first_token_of_the_first_prompt_and_each_object_its_own_prefill(
+    checkpoint: Path, answering: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exllama_ops.cli.clock import Clock
+
+    laps = iter([0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 5.0])  # checkpoint, load, build, load, compile, and both prefills
+
+    def lap(self: Clock, phase: str) -> None:
+        self._phases[phase] = type(self._last)(next(laps), 1.0)
+
+    monkeypatch.setattr(Clock, "lap", lap)
+    answering("one", "two")
+    assert run(checkpoint, "--prompt", "a", "--prompt", "b", "--json") == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["seconds"]["prefill"] for line in captured.out.splitlines()] == [3, 5]
+    assert "prefill 3.0)" in captured.err
+
+
 def test_a_prompt_that_is_too_long_is_refused_before_any_is_answered(
     checkpoint: Path, answering: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

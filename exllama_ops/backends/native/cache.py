@@ -126,7 +126,7 @@ def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Bui
 
 def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, notify: Notify) -> Built:
     _sweep(target)
-    step = f"building the {recipe.device.upper()} kernels with {compiler} into {target}, once, in a few minutes"
+    step = f"building the {recipe.device.upper()} kernels (once, for some minutes) with {compiler} into {target}"
     tell = functools.partial(notify, step)
     prefix = f"{target.name}."  # by which `_sweep` knows what a killed build has left
     with publishing_folder(target, prefix=prefix) as scratch:
