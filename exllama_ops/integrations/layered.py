@@ -330,7 +330,15 @@ class _Tracer:
         self, function: Callable[..., Any], inputs: Sequence[Tensor], sizes: Sequence[dict[int, str]]
     ) -> ExportedProgram:
         dims = tuple({axis: self._dims[name] for axis, name in varying.items()} for varying in sizes)
-        return torch.export.export(_Function(function), tuple(inputs), dynamic_shapes=(dims,), strict=False)
+        program = torch.export.export(_Function(function), tuple(inputs), dynamic_shapes=(dims,), strict=False)
+        # A forward computes more than what its head or its tail gives. Checks of dtypes would keep all of it.
+        for check in program.graph.find_nodes(
+            op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+        ):
+            program.graph.erase_node(check)
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+        return program
 
 
 def _varying_sizes(head: ExportedProgram) -> list[dict[int, str]]:

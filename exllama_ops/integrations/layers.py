@@ -7,6 +7,7 @@ of a layer serves all layers of its kind.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from exllama_ops.integrations.static_cache import CacheInterface, OneLayerCache
 # In the places of a layer's arguments that each call fills.
 _HIDDEN, _CACHE, _TENSOR = "hidden", "cache", "tensor"
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+# What a call of a module calls.
+_CALLED = ("forward", "_forward_hooks", "_forward_pre_hooks")
 # What torch.nn.Module keeps of its own.
 _MODULE_STATE = frozenset(vars(nn.Module())) - {"training"}
 
@@ -249,15 +252,18 @@ def _type(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-class _NoIndex(int):
+class _NoIndex:
     """Stands for the number of a layer while it is traced for all: it may find the layer's cache, and no more."""
+
+    def __index__(self) -> int:
+        return 0
 
     def _refuse(self, *args: Any) -> Any:
         raise SplitError("a layer computes with its number")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __float__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
-    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __int__ = __float__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __neg__ = _refuse
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
 
 
 @contextmanager
@@ -266,7 +272,7 @@ def _without_index(layer: nn.Module) -> Iterator[None]:
     indices = [attributes["layer_idx"] for attributes in numbered]
     try:
         for attributes in numbered:
-            attributes["layer_idx"] = _NoIndex(0)
+            attributes["layer_idx"] = _NoIndex()
         yield
     finally:
         for attributes, index in zip(numbered, indices, strict=True):
@@ -280,7 +286,6 @@ def _replaced_forwards(
     called: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor],
 ) -> Iterator[None]:
     """Let the layers' forwards call this instead; their hooks and attributes stay."""
-    former = [vars(layer).get("forward") for layer in layers]
     count = [0]
 
     def replacement(index: int) -> Callable[..., Any]:
@@ -291,15 +296,15 @@ def _replaced_forwards(
 
         return forward
 
+    # A layer's hooks belong to the layer, so they are not called here.
+    former = [{name: value for name, value in vars(layer).items() if name in _CALLED} for layer in layers]
     try:
         for index, layer in enumerate(layers):
-            layer.forward = replacement(index)
+            vars(layer).update({name: OrderedDict() for name in former[index]}, forward=replacement(index))
         yield
     finally:
-        for layer, forward in zip(layers, former, strict=True):
-            if forward is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = forward
+        for layer, attributes in zip(layers, former, strict=True):
+            vars(layer).pop("forward")
+            vars(layer).update(attributes)
     if count[0] != len(layers):
         raise SplitError("its forward must call every layer once, in order")

@@ -1,4 +1,4 @@
-"""`CompiledGenerator`: two graphs for prompts and generations of any length, and the tokens of the eager forward."""
+"""`CompiledGenerator`: few graphs for prompts and generations of any length, and the tokens of the eager forward."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ transformers = pytest.importorskip("transformers", reason='needs the extra "hf"'
 
 from exllama_ops.integrations import whole  # noqa: E402 (it needs transformers)
 from exllama_ops.integrations.generation import (  # noqa: E402 (it needs transformers)
+    MODES,
     CompiledGenerator,
     CompilerUnavailableError,
     stop_tokens,
 )
+from exllama_ops.integrations.sampling import Sampler  # noqa: E402
 from exllama_ops.nn import convert, quantize  # noqa: E402
 
 PROMPT_LENGTHS = [7, 12, 3, 33, 2]
@@ -64,16 +66,21 @@ def quantized_llama(layers: int) -> Any:
     return dense
 
 
-@pytest.fixture(scope="module")
-def traced(model: Any) -> CompiledGenerator:
-    return CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
+@pytest.fixture(scope="module", params=MODES)
+def traced(request: pytest.FixtureRequest, model: Any) -> CompiledGenerator:
+    return CompiledGenerator(model, mode=request.param, backend=TRACE_ONLY)
+
+
+def graphs_of(generator: CompiledGenerator) -> int:
+    """As many as a model has whose layers are all of one kind."""
+    return {"whole": 2, "layers": 4}[str(generator.mode)]
 
 
 @pytest.mark.parametrize("length", [*PROMPT_LENGTHS, 1, 63, 64, 65])
-def test_two_graphs_and_the_tokens_of_the_eager_forward(model: Any, traced: CompiledGenerator, length: int) -> None:
+def test_the_graphs_give_the_tokens_of_the_eager_forward(model: Any, traced: CompiledGenerator, length: int) -> None:
     tokens = prompt(length)
     assert list(traced.generate(tokens, 4, stop=())) == greedy(model, tokens, 4)
-    assert traced.graphs <= 2
+    assert traced.graphs <= graphs_of(traced)
     assert traced.recompiles == 0
 
 
@@ -84,7 +91,7 @@ def test_a_longer_generation_moves_to_a_larger_cache_without_a_graph(model: Any,
         list(traced.generate(prompt(7), new, stop=()))
         lengths.append(traced.cache_length)
     assert lengths == [64, 128, 128, 64]
-    assert (traced.graphs, traced.recompiles) == (2, 0)
+    assert (traced.graphs, traced.recompiles) == (graphs_of(traced), 0)
 
 
 def test_graphs_hold_every_quantized_layer(model: Any, traced: CompiledGenerator) -> None:
@@ -157,13 +164,17 @@ def test_a_first_prompt_that_fills_its_bucket_but_for_one(model: Any) -> None:
     assert (generator.graphs, generator.recompiles) == (2, 0)
 
 
-@pytest.mark.parametrize("kind", ["Mistral", "Gemma2"])
-def test_sliding_windows_and_other_models_in_the_same_process(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kind", "graphs"),
+    # Gemma2 has layers with a window and layers without.
+    [("whole", "Mistral", 2), ("whole", "Gemma2", 2), ("layers", "Mistral", 4), ("layers", "Gemma2", 6)],
+)
+def test_sliding_windows_and_other_models_in_the_same_process(mode: str, kind: str, graphs: int) -> None:
     model = random_model(kind, sliding_window=8)
-    generator = CompiledGenerator(model, mode="whole", backend=TRACE_ONLY)
+    generator = CompiledGenerator(model, mode=mode, backend=TRACE_ONLY)
     for length in (20, 3, 33, 1):
         assert list(generator.generate(prompt(length), 12, stop=())) == greedy(model, prompt(length), 12)
-    assert (generator.graphs, generator.recompiles) == (2, 0)
+    assert (generator.graphs, generator.recompiles) == (graphs, 0)
 
 
 def test_a_model_of_a_new_class_in_the_process_costs_no_recompile(model: Any) -> None:
@@ -218,7 +229,7 @@ def test_prompts_may_be_tensors_of_any_mode(model: Any, traced: CompiledGenerato
         inside = torch.tensor(prompt(6))
     for tokens in (inside, torch.tensor(prompt(6)), torch.tensor(prompt(6), dtype=torch.int32)):
         assert torch.equal(traced.prefill(tokens), expected)
-    assert (traced.graphs, traced.recompiles) == (2, 0)
+    assert (traced.graphs, traced.recompiles) == (graphs_of(traced), 0)
 
 
 def test_errors_name_the_numbers(model: Any) -> None:
@@ -277,6 +288,47 @@ def test_nothing_is_used_that_transformers_warns_of(model: Any, monkeypatch: pyt
         warnings.simplefilter("error")
         list(CompiledGenerator(model, compile=False).generate(prompt(7), 4))
     assert told == []
+
+
+def test_a_sampler_draws_the_tokens(model: Any) -> None:
+    generator = CompiledGenerator(model, compile=False)
+    drawn = [list(generator.generate(prompt(7), 8, stop=(), sampler=Sampler(3.0, seed=seed))) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_logits_that_are_not_finite_are_refused_by_a_sampler() -> None:
+    model = random_model("Llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits must be finite"):
+        list(CompiledGenerator(model, compile=False).generate(prompt(3), 2, stop=(), sampler=Sampler()))
+
+
+class CountsItsLayers(torch.nn.Module):
+    """A layer whose result depends on its number, as some families have it."""
+
+    def __init__(self, layer: Any, index: int) -> None:
+        super().__init__()
+        self.layer, self.layer_idx = layer, index
+
+    def forward(self, hidden: Any, **options: Any) -> Any:
+        return self.layer(hidden, **options) * (1.0 + self.layer_idx)
+
+
+def test_a_model_that_cannot_be_split_is_compiled_whole_and_says_why() -> None:
+    model = random_model("Llama")
+    model.model.layers = torch.nn.ModuleList(map(CountsItsLayers, model.model.layers, range(2)))
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be compiled layer by layer: a layer computes with"):
+        CompiledGenerator(model, mode="layers", backend=TRACE_ONLY).warm_up()
+    told: list[str] = []
+    generator = CompiledGenerator(model, backend=TRACE_ONLY, notify=lambda step, *counts, **more: told.append(step))
+    assert list(generator.generate(prompt(7), 4, stop=())) == greedy(model, prompt(7), 4)
+    assert (generator.mode, generator.graphs) == ("whole", 2)
+    assert any("computes with its number; its whole forward is compiled" in step for step in told)
+
+
+def test_an_unknown_mode_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="mode must be one of layers, whole, or None; got 'regions'"):
+        CompiledGenerator(model, mode="regions")
 
 
 def test_layers_with_another_cache_are_refused() -> None:
