@@ -18,8 +18,10 @@ from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.extras import require
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.checks import fills_words, words_rule
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.lazy import LazyWeights
-from exllama_ops.nn import convert
+from exllama_ops.nn import convert, quantize
 
 # Files of old transformers versions hold this buffer in every layer; every version computes it from the config.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -27,6 +29,13 @@ _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _GENERATION_CONFIG = "generation_config.json"
 
 _NAMES_SHOWN = 8
+
+# With 8 bits, groups of 128 cost a head of 4096 x 32000 a quarter less time than groups of 32, and the demo 0.1% of
+# perplexity. With fewer bits larger groups cost accuracy: 37.5 instead of 39.9 is the demo's perplexity with 4 bits.
+_HEAD_GROUP_SIZE = {bits: 128 if bits == 8 else 32 for bits in SUPPORTED_BITS}
+
+# Outputs of the head that are quantized at a time, which bounds the float32 copies. They fill whole words in any width.
+_HEAD_SLICE = 4096
 
 
 def load_model(
@@ -36,6 +45,7 @@ def load_model(
     *,
     revision: str | None = None,
     progress: bool = True,
+    lm_head_bits: int | None = None,
 ) -> Any:
     """Load a GPTQ checkpoint as a transformers causal LM whose quantized Linear layers are `exllama_ops.ExllamaLinear`.
 
@@ -48,6 +58,10 @@ def load_model(
         device: where to put the model.
         revision: branch, tag or commit of a hub id.
         progress: show a progress bar on stderr, if that is a terminal.
+        lm_head_bits: quantize a dense output head to 8 bits, or to 2, 3 or 4, by rounding to nearest. Every token reads
+            the whole head, and 8 bits halve it. Fewer bits cost accuracy that nothing corrects. The groups are
+            asymmetric, of 128 inputs for 8 bits and of 32 for fewer. If the head is tied to the embedding, that stays
+            dense, and the model grows by the quantized copy. None leaves the head as it is.
 
     Returns:
         The model, a `transformers.PreTrainedModel`, in eval mode, its parameters frozen.
@@ -56,10 +70,14 @@ def load_model(
         CheckpointError: the checkpoint is broken, or does not fit the model that its config describes; the text names
             the tensors.
         ImportError: the extra "hf" is not installed.
+        ValueError: lm_head_bits is no width, or the head is quantized already, or is no Linear layer of the model, or
+            its sizes do not fill whole words.
 
     Warns:
         UserWarning: the checkpoint has dense tensors that the model has no place for.
     """
+    if lm_head_bits is not None and lm_head_bits not in SUPPORTED_BITS:
+        raise ValueError(f"load_model: lm_head_bits must be None or one of {SUPPORTED_BITS}; got {lm_head_bits}")
     transformers = require("transformers")
     tqdm = require("tqdm").tqdm
     checkpoint = open_checkpoint(path_or_id, revision=revision)
@@ -67,7 +85,12 @@ def load_model(
     if dtype is None:
         dtype = config.dtype or torch.float16
     model = _build(transformers, config, dtype)
-    if _must_untie(model, checkpoint):
+    head_is_tied = False
+    if lm_head_bits is not None:
+        _check_head(model, checkpoint, lm_head_bits)
+        head_is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    # A quantized copy of the head cannot be tied.
+    if head_is_tied or _must_untie(model, checkpoint):
         for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
             part.tie_word_embeddings = False
         model = _build(transformers, config, dtype)
@@ -82,6 +105,13 @@ def load_model(
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         unexpected = _load_dense(model, checkpoint, dtype, device, bar)
+    if head_is_tied:
+        _fill_each_other(model.get_input_embeddings(), model.get_output_embeddings())
+    if lm_head_bits is not None and not model.get_output_embeddings().weight.is_meta:
+        try:
+            _quantize_head(model, lm_head_bits, progress)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: the output head: {error}") from error
     _check_complete(model, checkpoint.path)
     if unexpected:
         warnings.warn(
@@ -163,6 +193,66 @@ def _check_quantized(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: quantized modules must be nn.Linear layers of {type(model).__name__}, which "
             f"config.json describes; {len(alien)} of {len(checkpoint.quantized)} are not: {_listed(alien)}"
         )
+
+
+def _check_head(model: Any, checkpoint: Checkpoint, bits: int) -> None:
+    head = model.get_output_embeddings()
+    name = _name_of(model, head)
+    if type(head) is not nn.Linear or name is None:
+        raise ValueError(
+            f"load_model: lm_head_bits needs an output head that is an nn.Linear; {type(model).__name__} has "
+            f"{type(head).__name__}"
+        )
+    if name in checkpoint.quantized:
+        raise ValueError(
+            f"load_model: lm_head_bits must be None for a checkpoint whose head is quantized, as {name} of "
+            f"{checkpoint.path} is; got {bits}"
+        )
+    for size_name, size in (("out_features", head.out_features), ("in_features", head.in_features)):
+        if not fills_words(size, bits):
+            raise ValueError(
+                f"load_model: lm_head_bits={bits} does not fit {name}: {words_rule(size_name, size, bits)}"
+            )
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name for name, member in model.named_modules() if member is module), None)
+
+
+def _fill_each_other(*modules: Any) -> None:
+    """Share the weight of modules that are tied in the files, which then hold one of them."""
+    filled = [module.weight for module in modules if not module.weight.is_meta]
+    for module in modules:
+        if filled and module.weight.is_meta:
+            module.weight = filled[0]
+
+
+def _quantize_head(model: Any, bits: int, progress: bool) -> None:
+    """Put an ExllamaLinear with the rounded weight in place of the output head."""
+    tqdm = require("tqdm").tqdm
+    head = model.get_output_embeddings()
+    name = _name_of(model, head)
+    assert name is not None
+    parts = [
+        quantize(rows, bits, _HEAD_GROUP_SIZE[bits])
+        for rows in tqdm(
+            head.weight.split(_HEAD_SLICE),
+            desc="Quantizing the head",
+            unit=" slices",
+            disable=None if progress else True,
+        )
+    ]
+    packed = GptqWeight(
+        qweight=torch.cat([part.qweight for part in parts], 1),
+        qzeros=torch.cat([part.qzeros for part in parts], 1),
+        scales=torch.cat([part.scales for part in parts], 1),
+        g_idx=None,
+        bits=bits,
+        group_size=parts[0].group_size,
+        bias=None if head.bias is None else head.bias.detach(),
+    )
+    del parts
+    convert(model, {name: packed})
 
 
 def _weights(checkpoint: Checkpoint, device: torch.device | str, bar: Any) -> LazyWeights:

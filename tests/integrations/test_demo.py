@@ -172,6 +172,13 @@ def test_perplexity(quantized: Any, dequantized: Any, tokens: list[int]) -> None
 
 
 @pytest.mark.demo
+def test_a_head_of_8_bits_keeps_the_perplexity(checkpoint: Path, quantized: Any, tokens: list[int]) -> None:
+    dense, rounded = (perplexity(model, tokens) for model in (quantized, load_model(checkpoint, DTYPE, lm_head_bits=8)))
+    print(f"perplexity of {len(tokens)} tokens: {dense:.2f} with the dense head, {rounded:.2f} with one of 8 bits")
+    assert rounded == pytest.approx(dense, rel=0.005)
+
+
+@pytest.mark.demo
 def test_second_call_takes_the_cache(checkpoint: Path) -> None:
     steps: list[tuple[Any, ...]] = []
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns

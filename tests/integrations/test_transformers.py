@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import exllama_ops
 from exllama_ops.checkpoint import CheckpointError, save_gptq
 from exllama_ops.integrations.transformers import load_model
 from exllama_ops.layout import GptqWeight
+from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.nn import ExllamaLinear, quantize
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
@@ -243,6 +245,109 @@ def test_two_different_tensors_are_not_tied(write: Write) -> None:
     model = load_model(path)
     assert torch.equal(model.lm_head.weight, torch.ones(VOCABULARY, HIDDEN).half())
     assert not torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_quantized_head_is_within_half_a_step_of_the_dense_one(
+    write: Write, monkeypatch: pytest.MonkeyPatch, bits: int, tied: bool
+) -> None:
+    """Each weight moves by half a step, and a logit by the sum of |x| times that. The head is several slices."""
+    monkeypatch.setattr("exllama_ops.integrations.transformers._HEAD_SLICE", 32)
+    path, _ = write(tie_word_embeddings=tied)
+    dense = load_model(path, torch.float32)
+    model = load_model(path, torch.float32, lm_head_bits=bits)
+    head = model.lm_head
+    assert isinstance(head, ExllamaLinear)
+    assert (head.bits, head.group_size, head.in_features, head.out_features) == (
+        bits,
+        128 if bits == 8 else 32,
+        HIDDEN,
+        VOCABULARY,
+    )
+    ids = torch.arange(20).reshape(1, -1)
+    with torch.inference_mode():
+        x = model.model(ids).last_hidden_state[0].double()
+        assert torch.equal(dense.model(ids).last_hidden_state[0].double(), x)
+        error = (model(ids).logits[0].double() - x @ dense.lm_head.weight.double().t()).abs()
+    exact = deepcopy(head)
+    exact.scales = exact.scales.float()
+    moved = (exact.dequantize().double() - dense.lm_head.weight.double()).abs()
+    step = head.scales.double()[torch.arange(HIDDEN) // head.group_size].t()
+    # A zero point is rounded too: at the ends of its range a weight moves by up to a step.
+    assert (moved <= step).all()
+    assert (moved <= step / 2 * (1 + 1e-5)).double().mean() > 0.95
+    assert (error <= x.abs() @ moved.t() + 1e-5).all()
+    assert error.max() > 1e-4
+
+
+@pytest.mark.parametrize("only", ["model.embed_tokens.weight", "lm_head.weight", None])
+def test_a_tied_embedding_stays_dense_beside_a_quantized_head(write: Write, only: str | None) -> None:
+    """Whichever of the two the files hold, or both."""
+    path, dense = write(tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] if only is None else [only]:
+        tensors[name] = embedding.clone()
+    save_file(tensors, path / "model.safetensors")
+    model = load_model(path, lm_head_bits=8)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert isinstance(model.get_output_embeddings(), ExllamaLinear)
+    assert not model.config.tie_word_embeddings
+    model.tie_weights()
+    assert isinstance(model.lm_head, ExllamaLinear)
+    assert (model.lm_head.dequantize() - dense.lm_head.weight).abs().max() < 1e-3
+
+
+def test_a_model_with_a_quantized_head_goes_back_to_a_checkpoint(write: Write, tmp_path: Path) -> None:
+    path, _ = write(tie_word_embeddings=True)
+    model = load_model(path, lm_head_bits=8)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ExllamaLinear)}
+    weights = {name: layer.to_weight() for name, layer in layers.items()}
+    assert weights["lm_head"].bits == 8
+    tensors = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] not in layers}
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    save_gptq(tmp_path / "again", weights, tensors, config=config, sym=False, desc_act=False)
+    ids = torch.arange(20).reshape(1, -1)
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
+
+
+def test_heads_that_cannot_be_quantized_are_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = write()
+    with pytest.raises(ValueError, match=r"^load_model: lm_head_bits must be None or one of .*; got 5"):
+        load_model(path, lm_head_bits=5)
+    quantized = DATA / "tiny-w4g64-lmhead"
+    with pytest.raises(
+        ValueError, match=r"must be None for a checkpoint whose head is quantized, as lm_head of .*got 8"
+    ):
+        load_model(quantized, lm_head_bits=8)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "get_output_embeddings", lambda model: None)
+    with pytest.raises(ValueError, match=r"needs an output head that is an nn\.Linear; LlamaForCausalLM has NoneType"):
+        load_model(path, lm_head_bits=8)
+
+
+def test_a_vocabulary_that_fills_no_words_is_refused(write: Write) -> None:
+    path, _ = write(vocab_size=98)
+    with pytest.raises(
+        ValueError, match="lm_head_bits=8 does not fit lm_head: out_features must be a positive multiple"
+    ):
+        load_model(path, lm_head_bits=8)
+    assert isinstance(load_model(path).lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_missing_or_broken_is_named(write: Write, tied: bool) -> None:
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    path, _ = write(tie_word_embeddings=tied, drop=(head,))
+    with pytest.raises(CheckpointError, match=r"missing: .*lm_head\.weight"):
+        load_model(path, lm_head_bits=8)
+    tensors = load_file(path / "model.safetensors")
+    tensors[head] = torch.full((VOCABULARY, HIDDEN), float("nan")).half()
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the output head: quantize: weight must be finite"):
+        load_model(path, lm_head_bits=8)
 
 
 def test_rotary_buffers_are_computed_not_read(write: Write) -> None:
