@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -21,3 +24,19 @@ def require(name: str, extra: str = "hf") -> Any:
         raise ImportError(
             f'{error.name} is needed here and not installed: pip install "exllama-ops[{extra}]"'
         ) from error
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's garbage collector off where large packages are imported.
+
+    Importing transformers makes hundreds of thousands of objects, which all stay. A full collection looks at each of
+    them, and their growth starts one after the other: they take a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
+import json
 import os
 import re
 import stat
@@ -11,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from exllama_ops.checkpoint.disk import file_type, list_directory, open_file, read_json
@@ -26,6 +28,32 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_CONFIGS = ["*.json"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer*"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# As the headers of safetensors name them. Others, such as floats of 4 and 6 bits, are in no layer that computes here.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+# A file begins with the bytes of its header, which come after this many.
+_LENGTH_BYTES = 8
 
 
 def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *, configs_only: bool = False) -> Path:
@@ -62,24 +90,28 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *,
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor; ``dtype`` as in the header: "I32", "F16", ..."""
+    """What a file's header says of one tensor.
+
+    Args:
+        file: that has it.
+        dtype: as in the header: "I32", "F16", ...
+        shape: of the tensor.
+        start: where its data begins in the file.
+        num_bytes: size of its data.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the data: the first number of a dtype's name is its width in bits; "BOOL" takes a byte."""
-        width = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (int(width.group()) if width else 8) // 8
+    start: int
+    num_bytes: int
 
 
 class TensorFiles:
     """The tensors of a directory of safetensors files.
 
-    Making one reads the headers. Reading a tensor maps its file for as long as the tensor lives. A mapping that was
-    kept would count every page that was ever read as memory of the process.
+    Making one reads the headers. Reading a tensor copies its bytes from where the header says that they are. A mapping
+    of the file would count every page that was ever read as memory of the process.
 
     Args:
         directory: where the files are.
@@ -94,10 +126,13 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
+        self._headers: dict[Path, bytes] = {}
         names, weight_map = _file_names(directory)
         strays: list[str] = []
         for file_name in names:
-            for name, info in _header(directory / file_name).items():
+            file = directory / file_name
+            infos, self._headers[file] = _header(file)
+            for name, info in infos.items():
                 if weight_map is None or weight_map.get(name) == file_name:
                     self.tensors[name] = info
                 else:
@@ -111,52 +146,88 @@ class TensorFiles:
             warnings.warn(f"{directory}: not in the index, so ignored: {', '.join(strays)}", stacklevel=4)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Map tensors on the CPU, each file opened once; a tensor keeps its mapping until it is freed.
+        """Read tensors on the CPU, in memory of their own, each file opened once.
 
         Raises:
-            CheckpointError: a file is gone or changed.
+            CheckpointError: a file is gone or changed, or a dtype is none of PyTorch's.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         result: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with _open(file) as handle:
-                held = set(handle.keys())
-                for name in members:
-                    tensor = handle.get_tensor(name) if name in held else None
-                    if tensor is None or tuple(tensor.shape) != self.tensors[name].shape:
+            header = self._headers[file]
+            with open_file(file) as opened:
+                try:
+                    # What is there now has its tensors where the header says, if it has the same header.
+                    if opened.read(len(header)) != header:
                         raise CheckpointError(
-                            f"{file}: tensor {name} is not what it was when the checkpoint was opened"
+                            f"{file}: tensor {members[0]} is not what it was when the checkpoint was opened"
                         )
-                    result[name] = tensor
+                    for name in members:
+                        result[name] = _tensor(opened, name, self.tensors[name])
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         return result
 
 
+def _tensor(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
+    """Read one tensor of an opened file."""
+    dtype = _DTYPES.get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{info.file}: tensor {name} must have a dtype of {', '.join(_DTYPES)}; got {info.dtype}")
+    data = torch.empty(info.num_bytes, dtype=torch.uint8, device="cpu")
+    try:
+        tensor = data.view(dtype).reshape(info.shape)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that are more than PyTorch counts to
+        raise CheckpointError(f"{info.file}: tensor {name} cannot be made: {error}") from error
+    if info.num_bytes:
+        file.seek(info.start)
+        # The memory of the tensor as a buffer, without NumPy, which PyTorch may be installed without.
+        memory = (ctypes.c_char * info.num_bytes).from_address(data.data_ptr())
+        if file.readinto(memory) != info.num_bytes:  # type: ignore[attr-defined]  # BinaryIO lacks it
+            size = os.fstat(file.fileno()).st_size
+            raise CheckpointError(
+                f"{info.file}: must be a complete safetensors file: tensor {name} ends after the file; got {size} bytes"
+            )
+    return tensor
+
+
 @contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """A file as safetensors opens it; whatever it raises until it is closed becomes a CheckpointError."""
+def _checked(file: BinaryIO, path: Path) -> Iterator[Any]:
+    """An opened file as safetensors opens it; whatever it raises until it is closed becomes a CheckpointError."""
     safetensors = require("safetensors")
-    with open_file(file) as opened:
-        # The library opens by name. Linux has one for what was opened, and checked, here.
-        name = Path(f"/proc/self/fd/{opened.fileno()}")
-        try:
-            with safetensors.safe_open(name if name.exists() else file, framework="pt") as handle:
-                yield handle
-        except CheckpointError:
+    # The library opens by name. Linux has one for what was opened, and checked, here.
+    name = Path(f"/proc/self/fd/{file.fileno()}")
+    try:
+        with safetensors.safe_open(name if name.exists() else path, framework="pt") as handle:
+            yield handle
+    except BaseException as error:
+        # A panic of the library's Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        except BaseException as error:
-            # A panic of the library's Rust is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            size = os.fstat(opened.fileno()).st_size
-            raise CheckpointError(f"{file}: must be a complete safetensors file: {error}; got {size} bytes") from error
+        size = os.fstat(file.fileno()).st_size
+        raise CheckpointError(f"{path}: must be a complete safetensors file: {error}; got {size} bytes") from error
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
-    with _open(file) as handle:
-        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-        return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+def _header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
+    """What a file has, in the order of its data, and the bytes that it begins with, which say so.
+
+    The library has checked that the header is well-formed, and that its tensors fill the rest of the file.
+    """
+    with open_file(file) as opened:
+        with _checked(opened, file) as handle:
+            names = handle.offset_keys()
+            length = opened.read(_LENGTH_BYTES)
+            text = opened.read(int.from_bytes(length, "little"))
+            entries = json.loads(text)
+            data = len(length) + len(text)
+            infos = {}
+            for name in names:
+                start, stop = entries[name]["data_offsets"]
+                shape = tuple(entries[name]["shape"])
+                infos[name] = TensorInfo(file, entries[name]["dtype"], shape, data + start, stop - start)
+        return infos, length + text
 
 
 def _file_names(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:

@@ -106,7 +106,7 @@ class GptqCheckpoint(Checkpoint):
         tensors = self._files.read(f"{name}.{tensor}" for tensor in module.tensors)
         within = {tensor: tensors[f"{name}.{tensor}"] for tensor in module.tensors}
         try:
-            decoded = module.decode(within, lambda tensor: _own(tensor, device))
+            decoded = module.decode(within, lambda tensor: tensor.to(device))
         except TensorError as error:
             raise self._error(f"{name}.{error.tensor}", error.rule) from error
         if decoded.contradiction is not None:
@@ -125,7 +125,7 @@ class GptqCheckpoint(Checkpoint):
         """
         if name not in self._files.tensors:
             raise CheckpointError(f"{self.path}: no tensor {name!r}; there are {len(self._files.tensors)}")
-        return _own(self._files.read([name])[name], device)
+        return self._files.read([name])[name].to(device)
 
     def stream(self, device: torch.device | str = "cpu", *, progress: bool = True) -> Iterator[tuple[str, GptqWeight]]:
         """Read all quantized modules, one after the other.
@@ -239,11 +239,6 @@ class GptqCheckpoint(Checkpoint):
             f"as in {actual} (first in tensor {name}.qzeros); such tensors are read as {actual}",
             stacklevel=3,
         )
-
-
-def _own(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy, so that nothing keeps the file mapped."""
-    return tensor.to(device, copy=True)
 
 
 def _module_names(files: TensorFiles) -> dict[str, None]:

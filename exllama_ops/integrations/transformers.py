@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
-from exllama_ops.extras import require
+from exllama_ops.extras import collector_paused, require
 from exllama_ops.layout import GptqWeight
 from exllama_ops.layout.checks import fills_words, words_rule
 from exllama_ops.layout.formats import SUPPORTED_BITS
@@ -78,22 +78,23 @@ def load_model(
     """
     if lm_head_bits is not None and lm_head_bits not in SUPPORTED_BITS:
         raise ValueError(f"load_model: lm_head_bits must be None or one of {SUPPORTED_BITS}; got {lm_head_bits}")
-    transformers = require("transformers")
     tqdm = require("tqdm").tqdm
     checkpoint = open_checkpoint(path_or_id, revision=revision)
-    config = _read_config(transformers, checkpoint.path)
-    if dtype is None:
-        dtype = config.dtype or torch.float16
-    model = _build(transformers, config, dtype)
-    head_is_tied = False
-    if lm_head_bits is not None:
-        _check_head(model, checkpoint, lm_head_bits)
-        head_is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    # A quantized copy of the head cannot be tied.
-    if head_is_tied or _must_untie(model, checkpoint):
-        for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-            part.tie_word_embeddings = False
+    with collector_paused():
+        transformers = require("transformers")
+        config = _read_config(transformers, checkpoint.path)
+        if dtype is None:
+            dtype = config.dtype or torch.float16
         model = _build(transformers, config, dtype)
+        head_is_tied = False
+        if lm_head_bits is not None:
+            _check_head(model, checkpoint, lm_head_bits)
+            head_is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        # A quantized copy of the head cannot be tied.
+        if head_is_tied or _must_untie(model, checkpoint):
+            for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+                part.tie_word_embeddings = False
+            model = _build(transformers, config, dtype)
     _check_quantized(model, checkpoint)
 
     total = len(checkpoint.quantized) + len(checkpoint.dense)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.builder import module, quantization, write, write_sharded
-from exllama_ops.checkpoint import CheckpointError, disk, open_gptq
+from exllama_ops.checkpoint import CheckpointError, disk, files, open_gptq
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -104,17 +104,33 @@ def test_a_fifo_that_takes_the_place_of_a_checked_file_is_refused_without_waitin
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_library_reads_the_file_that_was_checked(tmp_path, monkeypatch):
-    tensors = module()
-    opened = open_gptq(write(tmp_path, tensors))
+def test_the_library_looks_at_the_file_that_was_checked(tmp_path, monkeypatch):
+    write(tmp_path, module())
     safe_open = safetensors.safe_open
 
     def swap_and_open(name, **options):
-        save_file(module(seed=1), tmp_path / "other")
-        (tmp_path / "other").replace(tmp_path / "model.safetensors")
+        save_file(module("other"), tmp_path / "model.safetensors.new")
+        (tmp_path / "model.safetensors.new").replace(tmp_path / "model.safetensors")
         return safe_open(name, **options)
 
     monkeypatch.setattr(safetensors, "safe_open", swap_and_open)
+    opened = open_gptq(tmp_path)
+    assert opened.quantized == ("m.q",)
+    with pytest.raises(CheckpointError, match=r"tensor m\.q\.qweight is not what it was when"):
+        opened.read("m.q")
+
+
+def test_data_is_read_of_the_file_that_was_checked(tmp_path, monkeypatch):
+    tensors = module()
+    opened = open_gptq(write(tmp_path, tensors))
+
+    def open_and_swap(path):
+        file = disk.open_file(path)
+        save_file(module(seed=1), tmp_path / "model.safetensors.new")
+        (tmp_path / "model.safetensors.new").replace(tmp_path / "model.safetensors")
+        return file
+
+    monkeypatch.setattr(files, "open_file", open_and_swap)
     assert torch.equal(opened.read("m.q").qweight, tensors["m.q.qweight"])
 
 
@@ -240,6 +256,20 @@ def test_a_tensor_that_the_library_cannot_make_is_refused_when_it_is_read(tmp_pa
     assert torch.equal(opened.read("m.q").qweight, tensors["m.q.qweight"])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
         opened.read_tensor("odd")
+
+
+def test_data_that_begins_at_any_byte_is_read(tmp_path):
+    """The library pads the headers that it writes, and reads others."""
+    tensors = module()
+    content = (write(tmp_path, tensors) / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].rstrip()
+    for spaces in range(5):
+        text = header + b" " * spaces
+        (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+        read = open_gptq(tmp_path).read("m.q")
+        assert torch.equal(read.qweight, tensors["m.q.qweight"])
+        assert torch.equal(read.scales, tensors["m.q.scales"])
 
 
 def test_every_mutated_header_is_read_or_refused(tmp_path):

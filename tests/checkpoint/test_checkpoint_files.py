@@ -18,6 +18,12 @@ from safetensors.torch import save_file
 from checkpoint.builder import DATA, module, quantization, write, write_sharded
 from exllama_ops.checkpoint import CheckpointError, open_gptq, read_gptq
 
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
+    *(torch.int64, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    *(torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
+)
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -144,6 +150,42 @@ def test_a_file_that_changes_after_opening_is_refused(tmp_path):
         (tmp_path / "new").replace(tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"tensor m\.q\.qweight is not what it was"):
             checkpoint.read("m.q")
+
+
+def test_tensors_that_change_places_after_opening_are_refused(tmp_path):
+    file = write(tmp_path, module() | {"a": torch.zeros(4), "b": torch.ones(4)}) / "model.safetensors"
+    checkpoint = open_gptq(tmp_path)
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["a"], header["b"] = header["b"], header["a"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(end - 8)
+    file.write_bytes(content[:8] + text + content[end:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor a is not what it was when"):
+        checkpoint.read_tensor("a")
+    assert open_gptq(tmp_path).read_tensor("a").eq(1).all()
+
+
+def test_data_that_is_cut_off_after_opening_is_refused(tmp_path):
+    file = write(tmp_path, module()) / "model.safetensors"
+    checkpoint = open_gptq(tmp_path)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"must be a complete safetensors file: tensor .* ends after the file"):
+        checkpoint.read("m.q")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tensor_of_every_dtype_is_read(tmp_path, dtype):
+    tensor = torch.tensor([0, 1, 2, 4]).to(dtype)
+    read = open_gptq(write(tmp_path, module() | {"x": tensor})).read_tensor("x")
+    assert read.dtype == dtype
+    assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_scalars_and_tensors_of_nothing_are_read(tmp_path):
+    checkpoint = open_gptq(write(tmp_path, module() | {"scalar": torch.tensor(3.0), "empty": torch.ones(0, 2)}))
+    assert torch.equal(checkpoint.read_tensor("scalar"), torch.tensor(3.0))
+    assert checkpoint.read_tensor("empty").shape == (0, 2)
 
 
 def test_pickles_are_refused_with_the_reason(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import nn
 
 import exllama_ops
 from exllama_ops.checkpoint import CheckpointError, save_gptq
+from exllama_ops.integrations import transformers as loading
 from exllama_ops.integrations.transformers import load_model
 from exllama_ops.layout import GptqWeight
 from exllama_ops.layout.formats import SUPPORTED_BITS
@@ -166,6 +168,26 @@ def random_weight(K: int, N: int) -> GptqWeight:
     )
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_off_while_a_model_is_built_and_then_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    states: list[bool] = []
+    build = loading._build
+    monkeypatch.setattr(loading, "_build", lambda *args: states.append(gc.isenabled()) or build(*args))
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load_model(DATA / CHECKPOINTS[0], progress=False)
+        after = gc.isenabled()
+        monkeypatch.setattr(loading, "_build", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            load_model(DATA / CHECKPOINTS[0], progress=False)
+        assert (states, after, gc.isenabled()) == ([False], enabled, enabled)
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_about_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     """The layers of a model are shuffled one after the other, between weights that stay."""
@@ -183,6 +205,7 @@ def test_peak_memory_is_about_the_size_of_the_checkpoint(tmp_path: Path) -> None
     save_gptq(tmp_path, weights, tensors, config=json.loads(config.to_json_string()), sym=False, desc_act=False)
     code = f"""
 import pathlib
+from exllama_ops.integrations import transformers as loading
 from exllama_ops.integrations.transformers import load_model
 
 def kilobytes(field):
