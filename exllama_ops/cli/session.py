@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import math
 import os
 import sys
@@ -20,6 +22,7 @@ from exllama_ops.cli import interrupt
 from exllama_ops.cli.clock import Clock
 from exllama_ops.cli.output import CliError, say
 from exllama_ops.cli.text import TextStream, load_tokenizer
+from exllama_ops.extras import collector_paused
 from exllama_ops.progress import Screen
 
 _BACKENDS = ("inductor", "exllama")
@@ -130,7 +133,8 @@ class Session:
         self.path = _checkpoint(args.model, screen)
         self.clock.lap("checkpoint")
         screen(f"loading {self.path}")
-        self.tokenizer = load_tokenizer(self.path)
+        with collector_paused():
+            self.tokenizer = load_tokenizer(self.path)
         self.clock.lap("load")
 
     def load(self) -> None:
@@ -140,8 +144,9 @@ class Session:
         if isinstance(backend, NativeBackend):
             backend.build(self._screen)
         self.clock.lap("build")
-        from exllama_ops.integrations.generation import CompiledGenerator
-        from exllama_ops.integrations.transformers import load_model
+        with collector_paused():
+            from exllama_ops.integrations.generation import CompiledGenerator
+            from exllama_ops.integrations.transformers import load_model
 
         self._screen(f"loading {self.path}")
         start = time.perf_counter()
@@ -158,6 +163,9 @@ class Session:
             start = time.perf_counter()
             self.generator.warm_up()
             self.compile_seconds = time.perf_counter() - start
+        # What was imported and compiled stays until the end. Collections between two tokens need not look at it.
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # for extensions that look at exit whether all of theirs is gone
         self.clock.lap("compile")
         self._screen.end()
 

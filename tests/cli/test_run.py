@@ -90,6 +90,7 @@ def test_python_m_runs_the_same_command(checkpoint: Path) -> None:
     options = ["--prompt", PROMPT, "--max-new-tokens", "3", "--dtype", "bfloat16", "--no-compile", "--json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["dtype"] == "bfloat16"
+    assert done.stderr.splitlines()[-1].startswith("peak memory:")  # and no library says a word when it ends
 
 
 def test_chat_template_is_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
