@@ -102,6 +102,8 @@ def find(model: str, needed: Mapping[str, str], notify: Notify) -> Entry | None:
         return None
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        if record != _signed(record):
+            raise ValueError(f"{_RECORD} is damaged")
         if record["model"] != model or record["versions"] != dict(needed):
             raise ValueError("its record describes other graphs")
         for name, expected in record["files"].items():
@@ -150,7 +152,7 @@ def make(model: str, needed: Mapping[str, str], graphs: Mapping[str, Graph], not
             "files": {f"{name}.pt2": digest(folder / f"{name}.pt2") for name in graphs},
             "notes": notes,
         }
-        (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / _RECORD).write_text(json.dumps(_signed(record), indent=1) + "\n", encoding="utf-8")
     return Entry(runs, notes)
 
 
@@ -208,6 +210,12 @@ def _entry_to_fill(target: Path) -> Iterator[Path]:
         entries = sorted((path for path in target.parent.iterdir() if path.is_dir() and path.name[0] != "."), key=_age)
         for path in {target, *entries[: -_KEPT_ENTRIES + 1]}:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _signed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the digest of the rest of it."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    return {**rest, "digest": _short_digest(json.dumps(rest, sort_keys=True))}
 
 
 def _age(path: Path) -> float:

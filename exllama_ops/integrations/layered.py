@@ -26,6 +26,7 @@ Backend = str | Callable[..., Any]
 _TOKENS, _LENGTH = 5, 192
 # More would be as long to compile as the whole forward.
 _MOST_KINDS = 8
+_LONGEST_REASON = 200
 # Backends whose graphs AOTInductor compiles, and whether ours passes over them first.
 _INDUCTOR = {"inductor": False, "exllama": True}
 # Decoding computes some thousand numbers between two products: threads that are woken for them cost more than they
@@ -212,8 +213,30 @@ def _prefill_options() -> dict[str, Any]:
 def _traced(
     parts: Split, around: Weights, weights: Sequence[Weights], *, fuse: bool, notify: Notify
 ) -> tuple[dict[str, Graph], _Plan]:
-    """Export the graphs."""
+    """Export the graphs.
+
+    Raises:
+        SplitError: they cannot be exported, by whatever in the model.
+    """
     notify("tracing the model")
+    try:
+        programs, tracer = _exported(parts, around, weights)
+    except SplitError:
+        raise
+    except Exception as error:  # of the model's code, and of torch.export, which share no base class
+        raise SplitError(f"torch.export says: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
+    op_calls = {name: _op_calls(program) for name, (program, _, _) in programs.items()}
+    graphs = {
+        name: Graph(program, {**_OPTIONS, **options}, fuse, title)
+        for name, (program, options, title) in programs.items()
+    }
+    return graphs, _Plan(tracer.layers, op_calls)
+
+
+def _exported(
+    parts: Split, around: Weights, weights: Sequence[Weights]
+) -> tuple[dict[str, tuple[ExportedProgram, dict[str, Any], str]], _Tracer]:
+    """The graphs with Inductor's options and their titles."""
     tracer = _Tracer(parts, around, weights)
     prefill = _prefill_options()
     programs: dict[str, tuple[ExportedProgram, dict[str, Any], str]] = {}
@@ -223,12 +246,7 @@ def _traced(
         programs[f"layer{kind}-prefill"] = (tracer.layer(kind, _TOKENS), prefill, f"decoder layer{of}, prefill")
         programs[f"layer{kind}-decode"] = (tracer.layer(kind, 1), _ONE_THREAD, f"decoder layer{of}, decode")
     programs["tail"] = (tracer.tail(), {**_ONE_THREAD, **_ONCE}, "last norm and output layer")
-    op_calls = {name: _op_calls(program) for name, (program, _, _) in programs.items()}
-    graphs = {
-        name: Graph(program, {**_OPTIONS, **options}, fuse, title)
-        for name, (program, options, title) in programs.items()
-    }
-    return graphs, _Plan(tracer.layers, op_calls)
+    return programs, tracer
 
 
 class _Function(nn.Module):
