@@ -53,6 +53,9 @@ def add_arguments(parser: Any, *, max_new_tokens: int) -> None:
     parser.add_argument(
         "--backend", choices=_BACKENDS, default=_BACKENDS[0], help="of torch.compile; default: %(default)s"
     )
+    parser.add_argument(
+        "--whole", action="store_true", help="compile the whole forward, not one layer for all: takes longer"
+    )
     parser.add_argument("--no-compile", action="store_true", help="run eagerly")
 
 
@@ -153,13 +156,18 @@ class Session:
         dtype = None if self.args.dtype is None else _DTYPES[self.args.dtype]
         self.model = load_model(self.path, dtype, self.device, progress=False)
         self.load_seconds = time.perf_counter() - start
-        self.generator = CompiledGenerator(self.model, not self.args.no_compile, backend=self.args.backend)
+        self.generator = CompiledGenerator(
+            self.model,
+            not self.args.no_compile,
+            mode="whole" if self.args.whole else None,
+            backend=self.args.backend,
+            notify=self._screen,
+        )
         self.clock.lap("load")
 
     def compile(self) -> None:
         """Compile the model, unless that is not wanted."""
         if not self.args.no_compile:
-            self._screen("compiling the model, which takes minutes the first time")
             start = time.perf_counter()
             self.generator.warm_up()
             self.compile_seconds = time.perf_counter() - start
@@ -201,8 +209,6 @@ class Session:
                     self.clock.lap("prefill")
                     self._first_token = self._first_token or (self.clock.seconds(), self.clock.cpu_seconds())
                     self._screen.end()
-                if token < 0:
-                    raise CliError("the model computes NaN or infinity, of which no token can be drawn")
                 tokens.append(token)
                 write(text.push(token))
         except KeyboardInterrupt:
@@ -227,6 +233,7 @@ class Session:
         """What is known of the model and its graphs, for the JSON object and the report."""
         return {
             "compiled": not self.args.no_compile,
+            "mode": self.generator.mode,
             "compile_seconds": round(self.compile_seconds, 3),
             "graphs": self.generator.graphs,
             "recompiles": self.generator.recompiles,
@@ -269,7 +276,7 @@ def report_session(session: Session) -> None:
     _say_all(
         {
             "first token": session.first_token(),
-            "graphs compiled": f"{figures['graphs']} ({calls})" if calls else str(figures["graphs"]),
+            "graphs": f"{figures['graphs']} ({figures['mode']}; {calls})" if calls else str(figures["graphs"]),
             "recompiles": str(figures["recompiles"]),
             "compile time": f"{figures['compile_seconds']:.1f} s",
             "weights": f"{figures['weight_bytes'] / 1e6:.1f} MB ({figures['weight_bytes']} bytes)",

@@ -230,9 +230,8 @@ class CompiledGenerator:
         if bucket == self._capacity:
             self._cache.reset()
             return
-        self._cache = None  # frees the former cache before the next is made
-        self._capacity = bucket
-        self._cache = forward.new_cache(bucket)
+        self._cache, self._capacity = None, 0  # frees the former cache before the next is made
+        self._cache, self._capacity = forward.new_cache(bucket), bucket
 
 
 def stop_tokens(model: Any) -> frozenset[int]:

@@ -63,6 +63,7 @@ class Generator:
         self.prompts: list[str] = []
         self.samplers: list[Any] = []
         self.max_length = 128
+        self.mode = None
         self.graphs = self.recompiles = 0
         self.op_calls: dict[str, int] = {}
         self._answers = iter(answers)

@@ -33,7 +33,7 @@ FIELDS = {
     "compile_seconds": float, "graphs": int, "recompiles": int, "op_calls": dict, "prefill_tokens_per_s": float,
     "decode_tokens_per_s": float, "dtype": str, "device": str, "load_seconds": float, "weight_bytes": int,
     "peak_memory_bytes": int, "interrupted": bool, "temperature": float, "top_p": type(None), "seed": type(None),
-    "threads": int, "seconds": dict, "cpu_seconds": dict,
+    "threads": int, "mode": type(None), "seconds": dict, "cpu_seconds": dict,
 }  # fmt: skip
 PHASES = {"start", "checkpoint", "build", "load", "compile", "prefill", "first_token"}
 
@@ -63,26 +63,37 @@ def test_compiled_run_streams_the_text_and_reports_on_stderr(
     captured = capsys.readouterr()
     assert captured.out == expected + "\n"
     layers = 2 * 7
-    assert f"graphs compiled: 2 (prefill: {layers} exllama ops, decode: {layers} exllama ops)" in captured.err
+    assert f"graphs:          4 (layers; prefill: {layers} exllama ops, decode: {layers} exllama ops)" in captured.err
+    assert re.search(r"^(compiling the graphs \(4 of 4\)|loading the compiled graphs): \d+\.\d s$", captured.err, re.M)
     assert "recompiles:      0" in captured.err
     for name in ("prefill:", "decode:", "weights:", "peak memory:"):
         assert name in captured.err
 
 
-@pytest.mark.parametrize(("options", "expected"), [([], "inductor"), (["--backend", "exllama"], "exllama")])
-def test_the_backend_compiles_the_forward(
-    options: list[str], expected: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (True, None, "inductor")),
+        (["--backend", "exllama"], (True, None, "exllama")),
+        (["--whole"], (True, "whole", "inductor")),
+        (["--no-compile"], (False, None, "inductor")),
+    ],
+)
+def test_how_the_forward_is_compiled(
+    options: list[str], expected: tuple[Any, ...], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[bool, str]] = []
+    asked: list[tuple[Any, ...]] = []
 
-    def generator(model: Any, compile: bool, backend: str) -> generation.CompiledGenerator:
-        asked.append((compile, backend))
-        return CompiledGenerator(model, compile=False)
+    def generator(
+        model: Any, compile: bool, *, mode: str | None, backend: str, notify: Notify
+    ) -> generation.CompiledGenerator:
+        asked.append((compile, mode, backend))
+        return CompiledGenerator(model, compile=False, notify=notify)
 
     CompiledGenerator = generation.CompiledGenerator
     monkeypatch.setattr(generation, "CompiledGenerator", generator)
     assert run(checkpoint, "--max-new-tokens", "2", *options) == 0
-    assert asked == [(True, expected)]
+    assert asked == [expected]
 
 
 def test_python_m_runs_the_same_command(checkpoint: Path) -> None:
@@ -267,6 +278,15 @@ def test_options_of_sampling_reach_the_sampler_anew_for_each_prompt(
     generator = answering("a")
     assert run(checkpoint, "--temperature", "0") == 0
     assert generator.samplers == [None]
+
+
+def test_a_seed_draws_the_same_text_again(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        options = ("--temperature", "2", "--seed", seed, "--max-new-tokens", "20", "--no-compile", "--json")
+        assert run(checkpoint, *options) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_kernels_are_built_as_a_step_before_the_model_is_loaded(
