@@ -48,6 +48,9 @@ def add_arguments(parser: Any, *, max_new_tokens: int) -> None:
     )
     parser.add_argument("--seed", type=_seed, metavar="N", help="of what is drawn; default: another one each time")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of the activations; default: that of the checkpoint")
+    parser.add_argument(
+        "--lm-head-bits", type=int, metavar="BITS", help="quantize a dense output head, 8 halves it; default: leave it"
+    )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; default: PyTorch's choice")
     parser.add_argument(
@@ -154,7 +157,9 @@ class Session:
         self._screen(f"loading {self.path}")
         start = time.perf_counter()
         dtype = None if self.args.dtype is None else _DTYPES[self.args.dtype]
-        self.model = load_model(self.path, dtype, self.device, progress=False)
+        self.model = load_model(
+            self.path, dtype, self.device, progress=False, notify=self._screen, lm_head_bits=self.args.lm_head_bits
+        )
         self.load_seconds = time.perf_counter() - start
         self.generator = CompiledGenerator(
             self.model,

@@ -22,6 +22,7 @@ from exllama_ops.layout.checks import fills_words, words_rule
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.lazy import LazyWeights
 from exllama_ops.nn import convert, quantize
+from exllama_ops.progress import Notify, ignore
 
 # Files of old transformers versions hold this buffer in every layer; every version computes it from the config.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -45,6 +46,7 @@ def load_model(
     *,
     revision: str | None = None,
     progress: bool = True,
+    notify: Notify = ignore,
     lm_head_bits: int | None = None,
 ) -> Any:
     """Load a GPTQ checkpoint as a transformers causal LM whose quantized Linear layers are `exllama_ops.ExllamaLinear`.
@@ -58,6 +60,7 @@ def load_model(
         device: where to put the model.
         revision: branch, tag or commit of a hub id.
         progress: show a progress bar on stderr, if that is a terminal.
+        notify: takes the steps, for a progress of your own.
         lm_head_bits: quantize a dense output head to 8 bits, or to 2, 3 or 4, by rounding to nearest. Every token reads
             the whole head, and 8 bits halve it. Fewer bits cost accuracy that nothing corrects. The groups are
             asymmetric, of 128 inputs for 8 bits and of 32 for fewer. If the head is tied to the embedding, that stays
@@ -99,18 +102,19 @@ def load_model(
 
     total = len(checkpoint.quantized) + len(checkpoint.dense)
     with tqdm(desc="Loading", total=total, unit=" weights", disable=None if progress else True) as bar:
+        counter = _Counter(bar, notify, f"loading {checkpoint.path}", total)
         try:
-            convert(model, _weights(checkpoint, device, bar))
+            convert(model, _weights(checkpoint, device, counter))
         except CheckpointError:
             raise
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
-        unexpected = _load_dense(model, checkpoint, dtype, device, bar)
+        unexpected = _load_dense(model, checkpoint, dtype, device, counter)
     if head_is_tied:
         _fill_each_other(model.get_input_embeddings(), model.get_output_embeddings())
     if lm_head_bits is not None and not model.get_output_embeddings().weight.is_meta:
         try:
-            _quantize_head(model, lm_head_bits, progress)
+            _quantize_head(model, lm_head_bits, progress, notify)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: the output head: {error}") from error
     _check_complete(model, checkpoint.path)
@@ -228,21 +232,20 @@ def _fill_each_other(*modules: Any) -> None:
             module.weight = filled[0]
 
 
-def _quantize_head(model: Any, bits: int, progress: bool) -> None:
+def _quantize_head(model: Any, bits: int, progress: bool, notify: Notify) -> None:
     """Put an ExllamaLinear with the rounded weight in place of the output head."""
     tqdm = require("tqdm").tqdm
     head = model.get_output_embeddings()
     name = _name_of(model, head)
     assert name is not None
-    parts = [
-        quantize(rows, bits, _HEAD_GROUP_SIZE[bits])
-        for rows in tqdm(
-            head.weight.split(_HEAD_SLICE),
-            desc="Quantizing the head",
-            unit=" slices",
-            disable=None if progress else True,
-        )
-    ]
+    slices = head.weight.split(_HEAD_SLICE)
+    parts = []
+    disable = None if progress else True
+    with tqdm(desc="Quantizing the head", total=len(slices), unit=" slices", disable=disable) as bar:
+        counter = _Counter(bar, notify, f"quantizing the output head to {bits} bits", len(slices))
+        for rows in slices:
+            parts.append(quantize(rows, bits, _HEAD_GROUP_SIZE[bits]))
+            counter.count()
     packed = GptqWeight(
         qweight=torch.cat([part.qweight for part in parts], 1),
         qzeros=torch.cat([part.qzeros for part in parts], 1),
@@ -256,19 +259,33 @@ def _quantize_head(model: Any, bits: int, progress: bool) -> None:
     convert(model, {name: packed})
 
 
-def _weights(checkpoint: Checkpoint, device: torch.device | str, bar: Any) -> LazyWeights:
+class _Counter:
+    """Counts, on a bar and for a `Notify`."""
+
+    def __init__(self, bar: Any, notify: Notify, step: str, total: int) -> None:
+        self._bar, self._notify, self._step, self._total = bar, notify, step, total
+        self._done = 0
+        notify(step, 0, total)
+
+    def count(self) -> None:
+        self._done += 1
+        self._bar.update()
+        self._notify(self._step, self._done, self._total)
+
+
+def _weights(checkpoint: Checkpoint, device: torch.device | str, counter: _Counter) -> LazyWeights:
     """The quantized modules, each read onto ``device`` when it is asked for."""
 
     def read(name: str) -> GptqWeight:
         weight = checkpoint.read(name, device)
-        bar.update()
+        counter.count()
         return weight
 
     return LazyWeights(checkpoint.quantized, read)
 
 
 def _load_dense(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, bar: Any
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, counter: _Counter
 ) -> list[str]:
     """Fill parameters and persistent buffers; return the names of the tensors that the model has no place for."""
     tied = {name: names for names in _tied_groups(model) for name in names}
@@ -277,7 +294,7 @@ def _load_dense(
     unexpected: list[str] = []
     filled: set[str] = set()
     for name in checkpoint.dense:
-        bar.update()
+        counter.count()
         if name not in tied and name not in buffers:
             if not _COMPUTED.search(name):
                 unexpected.append(name)

@@ -174,7 +174,7 @@ def test_a_terminal_has_a_live_line_and_a_prompt_and_survives_ctrl_c(chat_checkp
         written = written[match.end() :]
 
     try:
-        wait_for(r"\rloading \S+ \d+\.\d s\r.*loading \S+: \d+\.\d s\r\n")
+        wait_for(r"\rloading \S+ \d+\.\d s\r.*loading \S+ \(\d+ of \d+\): \d+\.\d s\r\n")
         wait_for("Ctrl-C stops an answer\r\n.*> ")
         os.write(terminal, b"hello\n")
         wait_for(r"hello\r\n.*prefill of 8 tokens: \d+\.\d s\r\n.*> ")

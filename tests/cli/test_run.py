@@ -129,6 +129,7 @@ def test_expected_errors_are_one_line_and_exit_code_2(
         ((checkpoint, "--max-new-tokens", "1000", "--no-compile"), "128 positions"),
         ((checkpoint, "--top-p", "0.9"), "--top-p: is for tokens that are drawn"),
         ((checkpoint, "--seed", "1", "--temperature", "0"), "--seed: is for tokens that are drawn"),
+        ((checkpoint, "--lm-head-bits", "5"), "lm_head_bits must be None or one of"),
         ((checkpoint, "--prompt", "-", "--prompt", "-"), "stdin can be read once"),
     ]
     for arguments, text in cases:
@@ -289,6 +290,19 @@ def test_a_seed_draws_the_same_text_again(checkpoint: Path, capsys: pytest.Captu
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_head_is_quantized_to_as_many_bits_as_asked_for(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight_bytes = []
+    for options in ((), ("--lm-head-bits", "8")):
+        assert run(checkpoint, "--max-new-tokens", "1", "--no-compile", "--json", *options) == 0
+        captured = capsys.readouterr()
+        weight_bytes.append(json.loads(captured.out)["weight_bytes"])
+        quantized = re.search(r"^quantizing the output head to 8 bits \(1 of 1\): \d+\.\d s$", captured.err, re.M)
+        assert bool(quantized) == bool(options)
+    assert weight_bytes[1] < weight_bytes[0]
+
+
 def test_kernels_are_built_as_a_step_before_the_model_is_loaded(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,10 +326,10 @@ def test_kernels_are_built_as_a_step_before_the_model_is_loaded(
     assert run(checkpoint, "--max-new-tokens", "1", "--no-compile") == 0
     assert order == ["build", "load"]
     steps = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("building", "loading"))]
-    assert [re.sub(r": \d+\.\d s$", ": T", line) for line in steps] == [
+    assert [re.sub(r"\d+ of \d+", "N of N", re.sub(r": \d+\.\d s$", ": T", line)) for line in steps] == [
         *(f"loading {checkpoint}", f"loading {checkpoint}: T"),
-        *("building the kernels", "building the kernels (1 of 2): T"),
-        *(f"loading {checkpoint}", f"loading {checkpoint}: T"),
+        *("building the kernels", "building the kernels (N of N): T"),
+        *(f"loading {checkpoint}", f"loading {checkpoint} (N of N): T"),
     ]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import exllama_ops
-from exllama_ops.checkpoint import CheckpointError, save_gptq
+from exllama_ops.checkpoint import CheckpointError, open_checkpoint, save_gptq
 from exllama_ops.integrations import transformers as loading
 from exllama_ops.integrations.transformers import load_model
 from exllama_ops.layout import GptqWeight
@@ -155,6 +155,21 @@ def test_what_a_model_keeps_in_float32_is_not_rounded(
     model = load_model(path, dtype)
     assert (model.model.norm.weight.dtype == torch.float32) == ("norm" in kept)
     assert model.model.layers[0].input_layernorm.weight.dtype == dtype
+
+
+def test_every_tensor_and_every_slice_of_the_head_is_counted(write: Write) -> None:
+    path, _ = write(tie_word_embeddings=False)
+    steps: dict[str, list[tuple[int | None, int | None]]] = {}
+
+    def notify(step: str, done: int | None = None, total: int | None = None, detail: str = "") -> None:
+        steps.setdefault(step, []).append((done, total))
+
+    load_model(path, progress=False, notify=notify, lm_head_bits=8)
+    loading, quantizing = steps
+    assert (loading, quantizing) == (f"loading {path}", "quantizing the output head to 8 bits")
+    total = len(open_checkpoint(path).quantized) + len(open_checkpoint(path).dense)
+    assert steps[loading] == [(done, total) for done in range(total + 1)]
+    assert steps[quantizing] == [(0, 1), (1, 1)]
 
 
 def random_weight(K: int, N: int) -> GptqWeight:
