@@ -150,11 +150,11 @@ class Session:
         if isinstance(backend, NativeBackend):
             backend.build(self._screen)
         self.clock.lap("build")
+        self._screen(f"loading {self.path}")
         with collector_paused():
             from exllama_ops.integrations.generation import CompiledGenerator
             from exllama_ops.integrations.transformers import load_model
 
-        self._screen(f"loading {self.path}")
         start = time.perf_counter()
         dtype = None if self.args.dtype is None else _DTYPES[self.args.dtype]
         self.model = load_model(
