@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -137,7 +138,11 @@ def make(model: str, needed: Mapping[str, str], graphs: Mapping[str, Graph], not
     """
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(_entry_to_fill(_folder(model, needed)))
+            target = _folder(model, needed)
+            _lock(stack, target, notify)
+            if target.is_dir() and (entry := find(model, needed, notify)):
+                return entry  # of a process that held the lock
+            folder = stack.enter_context(_entry_to_fill(target))
         except OSError as error:
             warnings.warn(f"compiled graphs are not kept: {error}; {WHAT_TO_DO}", stacklevel=2)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -154,6 +159,17 @@ def make(model: str, needed: Mapping[str, str], graphs: Mapping[str, Graph], not
         }
         (folder / _RECORD).write_text(json.dumps(_signed(record), indent=1) + "\n", encoding="utf-8")
     return Entry(runs, notes)
+
+
+def _lock(stack: ExitStack, target: Path, notify: Notify) -> None:
+    """Let one process at a time compile the graphs of a model; the system releases the lock of one that dies."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / ".lock")
+    try:
+        stack.enter_context(lock.acquire(timeout=0))
+    except Timeout:
+        notify("waiting for another process, which compiles the graphs of this model")
+        stack.enter_context(lock.acquire())
 
 
 def load(path: Path) -> Run:
@@ -204,7 +220,6 @@ def _without_example_data(program: ExportedProgram) -> ExportedProgram:
 @contextmanager
 def _entry_to_fill(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target``, in the place of what is there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with publishing_folder(target, prefix=f".{target.name}-") as folder:
         yield folder
         entries = sorted((path for path in target.parent.iterdir() if path.is_dir() and path.name[0] != "."), key=_age)

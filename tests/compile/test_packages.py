@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from exllama_ops.compile import packages
 from exllama_ops.compile.packages import Graph, PackageError
@@ -83,7 +86,7 @@ def test_an_entry_is_found_with_its_notes_and_computes(cache: Path) -> None:
 
 def test_nothing_is_left_beside_an_entry(cache: Path) -> None:
     assert sorted(path.name for path in entry_of(cache).iterdir()) == ["product.pt2", "record.json"]
-    assert [path.name for path in entry_of(cache).parent.iterdir()] == [entry_of(cache).name]
+    assert {path.name for path in entry_of(cache).parent.iterdir()} <= {entry_of(cache).name, ".lock"}
 
 
 def cut(path: Path) -> None:
@@ -151,9 +154,25 @@ def test_a_broken_entry_is_replaced_and_old_ones_go(cache: Path, monkeypatch: py
     assert packages.find(MODEL, VERSIONS, Told()) is not None
     for version in "23456":
         packages.make(MODEL, {"torch": version}, graphs(), [], Told())
-    assert len(list(first.parent.iterdir())) == 4
+    assert len([path for path in first.parent.iterdir() if path.is_dir()]) == 4
     assert packages.find(MODEL, {"torch": "6"}, Told()) is not None
     assert packages.find(MODEL, VERSIONS, Told()) is None
+
+
+def test_a_process_that_waited_takes_what_the_other_has_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*args: Any) -> None:
+        raise AssertionError("it compiled")
+
+    monkeypatch.setattr(packages, "_compile", compiled)
+    told = Told()
+    lock = FileLock(entry_of(cache).parent / ".lock")
+    with ThreadPoolExecutor() as pool:
+        with lock:
+            making = pool.submit(packages.make, MODEL, VERSIONS, graphs(), NOTES, told)
+            while not told:
+                time.sleep(0.01)
+            assert "waiting for another process" in told[0]
+        check(making.result().runs["product"])
 
 
 def test_where_nothing_can_be_kept_the_graphs_serve_all_the_same(

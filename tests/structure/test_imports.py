@@ -37,7 +37,7 @@ EXTRAS: dict[str, set[str]] = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
     "gguf": {"integrations"},
-    "filelock": {"integrations"},
+    "filelock": {"compile", "integrations"},
     "triton": {"backends"},
 }
 
