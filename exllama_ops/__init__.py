@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         save_gptq,
     )
     from exllama_ops.compile.freeze import freeze
+    from exllama_ops.integrations.generation import CompiledGenerator
+    from exllama_ops.integrations.layered import LayeredForward
     from exllama_ops.integrations.slot import GptqSlot
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
@@ -47,11 +49,13 @@ __all__ = [
     "OPS_TO_SAVE",
     "Checkpoint",
     "CheckpointError",
+    "CompiledGenerator",
     "ExllamaLinear",
     "ExllamaLinearKernel",
     "GptqModule",
     "GptqSlot",
     "GptqWeight",
+    "LayeredForward",
     "PackedWeight",
     "convert",
     "freeze",
@@ -80,10 +84,12 @@ backends.register()
 _LAZY = {
     "Checkpoint": "exllama_ops.checkpoint",
     "CheckpointError": "exllama_ops.checkpoint",
+    "CompiledGenerator": "exllama_ops.integrations.generation",
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
     "GptqModule": "exllama_ops.checkpoint",
     "GptqSlot": "exllama_ops.integrations.slot",
+    "LayeredForward": "exllama_ops.integrations.layered",
     "convert": "exllama_ops.nn",
     "freeze": "exllama_ops.compile.freeze",
     "load_model": "exllama_ops.integrations.transformers",
