@@ -35,7 +35,8 @@ class Sandbox:
         for part in ("bindings", "layout"):
             shutil.copytree(csrc / part, self.root / "csrc" / part)
         (self.root / "csrc" / "cpu").mkdir()
-        shutil.copy(csrc / "cpu" / "cpu.h", self.root / "csrc" / "cpu")
+        for file in ("cpu.h", "workers.h", "workers.cpp"):
+            shutil.copy(csrc / "cpu" / file, self.root / "csrc" / "cpu")
         self.stub = self.root / "csrc" / "cpu" / "stub.cpp"
         shutil.copy(ROOT / "tests" / "backends" / "stub_cpu.cpp", self.stub)
 

@@ -3,16 +3,11 @@
 // Loading the library has no effect; exllama_cpu_register gives ops their kernels. So a library that is built while an op
 // has its one kernel already can serve under a second namespace. Schemas are defined by Python.
 
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
@@ -20,67 +15,32 @@
 #include "bindings/registration.h"
 #include "bindings/workspace.h"
 #include "cpu/cpu.h"
+#include "cpu/workers.h"
 
 namespace exllama::bindings {
 namespace {
 
 std::atomic<int32_t> matmul_precision{static_cast<int32_t>(cpu::Precision::kHigh)};
 
-// The threads of torch's own pool. torch_parallel_for runs inline in a nested region and with one thread. Otherwise it
-// gives each thread one index, and the thread claims tasks until none is left.
-//
-// A child of fork has none of the pool's threads, for which torch would wait without end; it takes threads of its own.
+// As many threads as torch may use. Below the first thread of one of torch's parallel regions it is one: the others have
+// their share already.
 class TorchThreads {
  public:
-  TorchThreads() { TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads_)); }
+  TorchThreads() {
+    uint32_t index = 0;
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
+    if (index == 0) TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads_));
+  }
 
   int32_t threads() const { return static_cast<int32_t>(threads_); }
-  cpu::Parallel parallel() { return {&TorchThreads::run, this, threads()}; }
+  cpu::Parallel parallel() { return {&TorchThreads::run, this, threads(), &TorchThreads::ready}; }
 
  private:
-  struct Job {
-    std::atomic<int64_t> next;
-    int64_t tasks;
-    cpu::Parallel::Body body;
-    void* context;
-  };
-
   static void run(void* self, int64_t tasks, cpu::Parallel::Body body, void* context) {
-    const int64_t threads = static_cast<TorchThreads*>(self)->threads_;
-    const int64_t workers = threads < tasks ? threads : tasks;
-    if (workers <= 1) {
-      for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
-      return;
-    }
-    Job job{{0}, tasks, body, context};
-    if (in_child_.load(std::memory_order_relaxed)) return run_without_pool(job, workers);
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, &TorchThreads::work, &job));
+    cpu::Workers::of_process().run(tasks, body, context, static_cast<TorchThreads*>(self)->threads());
   }
 
-  static void run_without_pool(Job& job, int64_t workers) {
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(workers));
-    try {
-      for (int64_t index = 1; index < workers; ++index) others.emplace_back(&TorchThreads::work, index, 0, &job);
-    } catch (const std::system_error&) {
-      // The system gives no more threads; those that are there claim all tasks.
-    }
-    work(0, 0, &job);
-    for (std::thread& thread : others) thread.join();
-  }
-
-  static void work(int64_t index, int64_t, void* context) {
-    Job& job = *static_cast<Job*>(context);
-    const auto worker = static_cast<int32_t>(index);
-    // Relaxed: the counter only hands out numbers; the pool's fork and join order the memory around it.
-    for (int64_t task = job.next.fetch_add(1, std::memory_order_relaxed); task < job.tasks;
-         task = job.next.fetch_add(1, std::memory_order_relaxed)) {
-      job.body(job.context, task, worker);
-    }
-  }
-
-  static inline std::atomic<bool> in_child_{false};
-  static inline const int at_fork_ = pthread_atfork(nullptr, nullptr, [] { in_child_ = true; });
+  static int32_t ready(void*, int32_t threads) { return cpu::Workers::of_process().ready(threads); }
 
   uint32_t threads_ = 1;
 };

@@ -22,6 +22,8 @@ struct Parallel {
   void (*run)(void* self, int64_t tasks, Body body, void* context);
   void* self;
   int32_t threads;
+  // How many of so many threads would begin at once; null if all would.
+  int32_t (*ready)(void* self, int32_t threads) = nullptr;
 };
 
 // Scratch memory, 64-byte aligned, valid until the op returns; the caller owns it and sizes it by *_workspace_bytes.

@@ -1,6 +1,7 @@
 // Tasks for the caller's threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -25,6 +26,17 @@ void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
     return;
   }
   parallel.run(parallel.self, tasks, call, context);
+}
+
+// The threads to divide the columns of a weight among, of `bytes` in all, in tasks as wide as can be. A core that reads
+// part of each row fetches some of the rest too, so a little weight is divided only if it is wide, and only for threads
+// that would begin at once.
+inline int32_t threads_for_columns(const Parallel& parallel, int64_t columns, int64_t bytes) {
+  constexpr int64_t kLittle = 2 << 20, kBytesOfThread = 128 << 10, kColumnsOfThread = 448;
+  if (bytes >= kLittle) return parallel.threads;
+  const int64_t parts = std::min(bytes / kBytesOfThread, columns / kColumnsOfThread);
+  const auto threads = static_cast<int32_t>(std::clamp<int64_t>(parts, 1, parallel.threads));
+  return threads == 1 || parallel.ready == nullptr ? threads : parallel.ready(parallel.self, threads);
 }
 
 }  // namespace exllama::cpu

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -109,6 +113,62 @@ def test_a_child_that_is_forked_during_a_call_in_another_thread_computes_the_sam
         done.set()
         thread.join()
         assert statuses == [0] * 5
+
+
+# Threads that compute
+
+
+def test_calls_of_many_threads_at_once_compute_the_same_bits(two_threads: None) -> None:
+    with cpu_isa(""):
+        compute = every_op(Case(4, 512, 1024, 128, "perm"))
+        expected = compute()
+
+        def work(index: int) -> bool:
+            return all(all(map(torch.equal, compute(), expected)) for _ in range(20))
+
+        assert all(at_once(work))
+
+
+def test_calls_from_within_a_parallel_region_of_torch_compute_the_same_bits(two_threads: None) -> None:
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    with cpu_isa(""):
+        compute = every_op(Case(4, 512, 1024, 128, "perm"))
+        expected = compute()
+        right: list[bool] = []
+
+        @callback
+        def work(begin: int, end: int, context: object) -> None:
+            right.extend(all(map(torch.equal, compute(), expected)) for _ in range(begin, end))
+
+        one = ctypes.c_int64(1)
+        for _ in range(5):
+            assert libtorch.torch_parallel_for(ctypes.c_int64(0), ctypes.c_int64(8), one, work, None) == 0
+        assert right == [True] * 40
+
+
+WORKERS = """
+import os, sys, torch, exllama_ops
+from exllama_ops import quantize
+from exllama_ops.nn import ExllamaLinear
+
+def workers():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return names.count("exllama_ops\\n")
+
+torch.set_num_threads(1)
+layer, x = ExllamaLinear.from_weight(quantize(torch.randn(256, 512), 4, 128)), torch.randn(64, 512)
+for threads in (1, 3, 2, 4):
+    torch.set_num_threads(threads)
+    layer(x)
+    print(workers())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads of a process where Linux lists them")
+def test_there_are_no_more_workers_than_torch_may_have_threads() -> None:
+    process = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout.split()) == (0, ["0", "2", "2", "3"]), process.stderr
 
 
 # Shared state

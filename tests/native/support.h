@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/workers.h"
 
 namespace native {
 
@@ -184,13 +185,17 @@ inline std::vector<uint8_t> run_gemm(const RandomWeight& weight, const std::vect
   return out;
 }
 
-// The weight and itself again, side by side.
+// The weight and itself again, side by side, on the workers that a process has.
 inline std::vector<uint8_t> run_gemm_of_two(const RandomWeight& weight, const std::vector<uint8_t>& x, DType dtype,
                                             int64_t M, Precision precision, int threads) {
   const Weight parts[] = {weight.view, weight.view};
   std::vector<uint8_t> out(2 * M * weight.N * size_of(dtype), 0xff);
   const Workspace workspace(gemm_workspace_bytes(parts, 2, M, precision, threads));
-  gemm(parts, 2, x.data(), dtype, M, out.data(), precision, workspace.data, {Threads::run, &threads, threads});
+  const auto run = [](void* self, int64_t tasks, Parallel::Body body, void* context) {
+    Workers::of_process().run(tasks, body, context, *static_cast<int*>(self));
+  };
+  const auto ready = [](void*, int32_t wanted) { return Workers::of_process().ready(wanted); };
+  gemm(parts, 2, x.data(), dtype, M, out.data(), precision, workspace.data, {run, &threads, threads, ready});
   return out;
 }
 

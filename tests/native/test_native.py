@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,18 +38,27 @@ BUILDS = {
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_agree_with_double_sums_and_with_themselves(name: str, tmp_path: Path) -> None:
-    build = BUILDS[name]
+    sources = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
+    run(BUILDS[name], "test_cpu.cpp", sources, [BUILDS[name].extent], tmp_path)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_workers_compute_every_task_once_and_nobody_waits_for_one_that_sleeps(name: str, tmp_path: Path) -> None:
+    run(BUILDS[name], "test_workers.cpp", [ROOT / "csrc" / "cpu" / "workers.cpp"], [], tmp_path)
+
+
+def run(build: Build, test: str, sources: Sequence[Path], arguments: Sequence[str], folder: Path) -> None:
+    """Compile a file of this folder with sources, and run it."""
     missing = [program for program in (build.compiler, *build.runner) if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
-    sources = [ROOT / "tests" / "native" / "test_cpu.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     flags = ["-std=c++17", "-pthread", "-ffp-contract=off", "-I", str(ROOT / "csrc"), *build.flags]
     objects = []
-    for number, source in enumerate(sources):
-        objects.append(tmp_path / f"{number}.o")
+    for number, source in enumerate([Path(__file__).parent / test, *sources]):
+        objects.append(folder / f"{number}.o")
         subprocess.run([build.compiler, *flags, "-c", source, "-o", objects[-1]], check=True)
-    subprocess.run([build.compiler, *flags, *objects, "-o", tmp_path / "test_cpu"], check=True)
-    command = [*build.runner, tmp_path / "test_cpu", build.extent]
+    subprocess.run([build.compiler, *flags, *objects, "-o", folder / "test"], check=True)
+    command = [*build.runner, folder / "test", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failures" in result.stdout

@@ -78,11 +78,10 @@ class Gemm {
   }
 
   void run_gemv(const Parallel& parallel) const {
-    // Long rows of words, but two tasks for each thread at least.
-    int64_t width = kGemvSums / kPanelColumns / source_.M * kPanelColumns;
-    while (width > kPanelColumns && parallel.threads > 1 && columns_ < 2 * parallel.threads * width) {
-      width = width / 2 / kPanelColumns * kPanelColumns;
-    }
+    // DRAM is read best in long rows of words, so there are no more tasks than threads.
+    const int64_t most_columns = kGemvSums / kPanelColumns / source_.M * kPanelColumns;
+    const int32_t threads = threads_for_columns(parallel, columns_, columns_ * format_.K * format_.bits / 8);
+    const int64_t width = std::min(most_columns, round_up(ceil_div(columns_, threads), kPanelColumns));
     for_each(parallel, parts_.ranges(width), [&](int64_t task) { multiply_words(parts_.range(task, width)); });
   }
 
