@@ -25,7 +25,7 @@ from exllama_ops.cli.text import TextStream, load_tokenizer
 from exllama_ops.extras import collector_paused
 from exllama_ops.progress import Screen
 
-_BACKENDS = ("inductor", "exllama")
+_BACKENDS = ("exllama", "inductor")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SEEDS = 2**64
 

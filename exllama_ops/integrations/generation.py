@@ -44,7 +44,8 @@ class CompiledGenerator:
         compile: False runs the forward eagerly.
         mode: "layers" or "whole". None is "layers" on a CPU, but "whole" for a model that cannot be split, and
             `notify` is told why. It is "whole" on other devices.
-        backend: of torch.compile: "inductor", "exllama", or another one for tests and debugging.
+        backend: of torch.compile: "exllama", which is Inductor with q/k/v and gate/up in one op each, "inductor", or
+            another one for tests and debugging.
         notify: takes the steps of compiling.
 
     Raises:
@@ -58,7 +59,7 @@ class CompiledGenerator:
         compile: bool = True,
         *,
         mode: str | None = None,
-        backend: str | Callable[..., Any] = "inductor",
+        backend: str | Callable[..., Any] = "exllama",
         notify: Notify = ignore,
     ) -> None:
         if model.training:

@@ -87,7 +87,7 @@ class LayeredForward:
         self,
         model: Any,
         *,
-        backend: Backend = "inductor",
+        backend: Backend = "exllama",
         notify: Notify = ignore,
         interface: CacheInterface | None = None,
     ) -> None:

@@ -73,10 +73,10 @@ def test_compiled_run_streams_the_text_and_reports_on_stderr(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], (True, None, "inductor")),
-        (["--backend", "exllama"], (True, None, "exllama")),
-        (["--whole"], (True, "whole", "inductor")),
-        (["--no-compile"], (False, None, "inductor")),
+        ([], (True, None, "exllama")),
+        (["--backend", "inductor"], (True, None, "inductor")),
+        (["--whole"], (True, "whole", "exllama")),
+        (["--no-compile"], (False, None, "exllama")),
     ],
 )
 def test_how_the_forward_is_compiled(
