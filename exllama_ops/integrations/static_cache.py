@@ -197,8 +197,8 @@ class KeysAndValues:
 
     def reset(self) -> None:
         """Forget the sequence; the memory stays."""
-        self.length = 0
-        self.start.fill_(0)
         for pair in self._memory:
             for memory in pair:
-                memory.zero_()
+                memory[: self.length].zero_()
+        self.length = 0
+        self.start.fill_(0)

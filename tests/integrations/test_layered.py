@@ -89,6 +89,19 @@ def test_attention_reads_the_positions_in_use_and_not_the_capacity() -> None:
     assert seen == {64, 128}
 
 
+def test_nothing_of_a_sequence_is_left_after_a_reset() -> None:
+    """A NaN that attention gives the weight zero would still be a NaN."""
+    forward = LayeredForward(quantized_llama(1), backend="eager")
+    cache = forward.new_cache(64)
+    with torch.inference_mode():
+        first = forward(torch.tensor([[1, 2, 3]]), cache)
+        for pair in cache.views(64):
+            for memory in pair:
+                memory[:, :, :3] = float("nan")
+        cache.reset()
+        assert torch.equal(forward(torch.tensor([[1, 2, 3]]), cache), first)
+
+
 def test_a_full_cache_is_refused_and_left_alone() -> None:
     forward = LayeredForward(quantized_llama(1), backend="eager")
     cache = forward.new_cache(4)
