@@ -94,12 +94,13 @@ def test_nothing_of_a_sequence_is_left_after_a_reset() -> None:
     forward = LayeredForward(quantized_llama(1), backend="eager")
     cache = forward.new_cache(64)
     with torch.inference_mode():
-        first = forward(torch.tensor([[1, 2, 3]]), cache)
+        expected = forward(torch.tensor([[1, 2, 3]]), forward.new_cache(64))
+        forward(torch.tensor([[1, 2, 3, 4, 5]]), cache)
         for pair in cache.views(64):
             for memory in pair:
-                memory[:, :, :3] = float("nan")
+                memory[:, :, :5] = float("nan")
         cache.reset()
-        assert torch.equal(forward(torch.tensor([[1, 2, 3]]), cache), first)
+        assert torch.equal(forward(torch.tensor([[1, 2, 3]]), cache), expected)
 
 
 def test_a_full_cache_is_refused_and_left_alone() -> None:
