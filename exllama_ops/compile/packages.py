@@ -36,6 +36,8 @@ _PACKAGE = Path(__file__).parents[1]
 _KEPT_ENTRIES = 4
 # What Inductor reads of the environment, but for the folder of its own cache.
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ATEN_CPU_CAPABILITY")
+# Whether torch may believe that instruction sets work.
+_PROBES = "TORCHINDUCTOR_VEC_ISA_OK"
 _CPU_LINES = ("flags", "Features", "model name")
 _NO_SETTINGS = ("TORCHINDUCTOR_CACHE_DIR",)
 
@@ -196,17 +198,25 @@ def _compile(graphs: Mapping[str, Graph], folder: Path, notify: Notify) -> None:
             "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
             # Inductor would start processes for kernels that these graphs have not.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            # torch compiles and runs a program for every instruction set to see whether it can, and takes a worse one
-            # without a word where a busy machine lets that take too long. /proc/cpuinfo says what the CPU has.
-            "TORCHINDUCTOR_VEC_ISA_OK": os.environ.get("TORCHINDUCTOR_VEC_ISA_OK", "1"),
         }
 
         def look() -> None:
             missing = [graph.title for name, graph in graphs.items() if not os.path.exists(folder / f"{name}.pt2")]
             notify("compiling the graphs", len(graphs) - len(missing), len(graphs), ", ".join(missing))
 
+        def run(**more: str) -> None:
+            run_commands([worker], Path(scratch), look=look, environment={**environment, **more})
+
         look()
-        run_commands([worker], Path(scratch), look=look, environment=environment)
+        # torch compiles and runs a program for every instruction set to see whether it can, and takes a worse one
+        # without a word where a busy machine lets that take too long. /proc/cpuinfo says what the CPU has.
+        try:
+            run(**({} if _PROBES in os.environ else {_PROBES: "1"}))
+        except CompileError as error:
+            if _PROBES in os.environ or "InvalidCxxCompiler" in str(error):
+                raise
+            notify("the graphs do not compile for all that this CPU has; torch finds out what the compiler can do")
+            run()
         look()
 
 

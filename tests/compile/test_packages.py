@@ -196,6 +196,34 @@ def test_what_the_compiler_says_is_in_the_error(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.rglob("*.pt2"))
 
 
+@pytest.mark.parametrize(
+    ("said", "variable", "runs"),
+    [
+        ("unrecognized option -mamx", None, ["1", None]),
+        ("InvalidCxxCompiler: none", None, ["1"]),
+        ("unrecognized option -mamx", "0", [None]),
+    ],
+)
+def test_a_compiler_that_knows_less_than_the_cpu_is_asked_what_it_can(
+    said: str, variable: str | None, runs: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str | None] = []
+
+    def run(commands: Any, scratch: Any, *, look: Any, environment: dict[str, str]) -> None:
+        tried.append(environment.get("TORCHINDUCTOR_VEC_ISA_OK"))
+        raise packages.CompileError(said)
+
+    monkeypatch.setattr(packages, "run_commands", run)
+    monkeypatch.setenv("EXLLAMA_OPS_CACHE", str(tmp_path))
+    if variable:
+        monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", variable)
+    told = Told()
+    with pytest.raises(PackageError, match=said):
+        packages.make(MODEL, VERSIONS, graphs(), NOTES, told)
+    assert tried == runs
+    assert any("what the compiler can do" in step for step in told) == (len(runs) == 2)
+
+
 def test_versions_name_all_that_machine_code_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = packages.versions()
     assert set(needed) == {"exllama_ops", "torch", "python", "machine", "settings"}

@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason='needs the extra "hf"')
 
-from exllama_ops.integrations import layered
+from exllama_ops.integrations import layer_graphs
 from exllama_ops.integrations.layered import LayeredForward
 from exllama_ops.integrations.layers import SplitError, description, split
 from exllama_ops.integrations.static_cache import cache_interface
@@ -127,7 +127,7 @@ def test_packages_are_found_by_the_next_one_which_traces_nothing(
     def traced(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("it traced")
 
-    monkeypatch.setattr(layered, "_traced", traced)
+    monkeypatch.setattr(layer_graphs, "trace", traced)
     other = deepcopy(model)
     for parameter in other.parameters():
         parameter.data.mul_(1.25)
