@@ -1,8 +1,9 @@
-"""Decode speed of the demo model, on our kernels and dense: ``python -m benchmarks.demo``; README.md has the commands.
+"""Decode speed of the demo model, on our kernels, dense and elsewhere: ``python -m benchmarks.demo``; see README.md.
 
-All are the model of `exllama-ops run` with the same weights: on our kernels compiled by the backend "exllama" and by
-plain Inductor, and dequantized into nn.Linear and compiled by Inductor. They decode in turns, in another order each
-round. With ``--act-order`` the weights have an activation order, and the model that `freeze` rewrote decodes too.
+All are the model of `exllama-ops run` with the same weights. On our kernels it is compiled layer by layer and whole, by
+the backend "exllama" and by plain Inductor, and once with an output head of 8 bits. The dense one has nn.Linear layers.
+OpenVINO GenAI decodes the file that the weights come from. All decode in turns, in another order each round. With
+``--act-order`` the weights have an activation order, and the model that `freeze` rewrote decodes too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,12 @@ from benchmarks.run import RESULTS
 TURN_TOKENS = 8
 PROMPT_TOKENS = 16
 DTYPES = ("float16", "bfloat16", "float32")
-FROZEN, OURS, INDUCTOR, DENSE = "exllama_ops frozen", "exllama_ops", "exllama_ops under Inductor", "dense"
+FROZEN, OURS, INDUCTOR, WHOLE = "exllama_ops frozen", "exllama_ops", "exllama_ops under Inductor", "exllama_ops whole"
+HEAD, DENSE, GENAI, OTHER = "exllama_ops, 8-bit head", "dense", "OpenVINO GenAI", "other checkout"
 # What is compared: each of the first with all that come after it.
 COMPARED = (FROZEN, OURS)
+KINDS = (FROZEN, OURS, INDUCTOR, WHOLE, HEAD, DENSE, GENAI, OTHER)
+HEAD_BITS = 8
 # Projections of one input, which share an activation order in what GPTQ writes.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -54,11 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = description(args.threads, library.isa_in_use() or "", args.isa, ["exllama-ops", "torch", "transformers"])
     given = sys.argv[1:] if arguments is None else arguments
     result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.demo", *given]), "machine": machine}
-    result["models"] = [_measure(dtype, args.seconds, args.act_order) for dtype in args.dtype or ["checkpoint"]]
+    result["models"] = [
+        _measure(dtype, args.seconds, args.act_order, args.kinds, args.other) for dtype in args.dtype or ["checkpoint"]
+    ]
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)
-    order = "-act-order" if args.act_order else ""
-    stem = args.out / f"demo{order}-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    variant = ("-act-order" if args.act_order else "") + ("-other" if args.other else "")
+    stem = args.out / f"demo{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(_table(result))
     return 0
@@ -75,14 +83,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--isa", default="native", choices=sorted(isa.VARIABLES), help="hold all to it (default: %(default)s)")
     add("--seconds", type=float, default=30, help="of decoding for each dtype (default: %(default)s)")
     add("--act-order", action="store_true", help="weights with an activation order; the frozen model too")
+    add(
+        "--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"some of {', '.join(map(repr, KINDS))}; default: all"
+    )
+    add("--other", type=Path, metavar="DIR", help="a checkout that decodes too, in turns, in a process of its own")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
     return parser
 
 
-def _measure(dtype: str, seconds: float, act_order: bool) -> dict[str, Any]:
+def _measure(
+    dtype: str,
+    seconds: float,
+    act_order: bool,
+    wanted: Sequence[str] | None = None,
+    other: Path | None = None,
+) -> dict[str, Any]:
     """Decode for some seconds in one dtype; "checkpoint" for that of the checkpoint."""
     import torch
 
+    from benchmarks import genai, other_checkout
     from exllama_ops import freeze, load_model
     from exllama_ops.cli.output import say
     from exllama_ops.integrations.demo import demo_checkpoint
@@ -92,38 +111,69 @@ def _measure(dtype: str, seconds: float, act_order: bool) -> dict[str, Any]:
     with Screen() as screen:
         path = demo_checkpoint(screen)
     chosen = None if dtype == "checkpoint" else getattr(torch, dtype)
+    quantized = load_model(path, chosen)
+    name = str(quantized.dtype).removeprefix("torch.")
 
     def model() -> Any:
         return with_act_order(load_model(path, chosen)) if act_order else load_model(path, chosen)
 
-    generators = {}
-    if act_order:
-        frozen = model()
-        report = freeze(frozen, {"input_ids": torch.ones(1, 8, dtype=torch.int64), "use_cache": False})
+    def frozen() -> Any:
+        found = model()
+        report = freeze(found, {"input_ids": torch.ones(1, 8, dtype=torch.int64), "use_cache": False})
         say(f"freeze: {len(report.fused)} products of several layers, {len(report.folded)} activation orders folded")
-        generators[FROZEN] = CompiledGenerator(frozen, backend="exllama")
-    quantized = model()
-    generators[OURS] = CompiledGenerator(quantized, backend="exllama")
-    generators[INDUCTOR] = CompiledGenerator(quantized)
-    generators[DENSE] = CompiledGenerator(dense(model()))
-    name = str(quantized.dtype).removeprefix("torch.")
-    for kind, generator in generators.items():
-        say(f"{name}, {kind}: compiling (minutes, the first time)")
+        return found
+
+    def head() -> Any:
+        return load_model(path, chosen, lm_head_bits=HEAD_BITS)
+
+    def compiled(make: Callable[[], Any], **options: Any) -> Callable[[], float]:
+        generator = CompiledGenerator(make(), **options)
         generator.warm_up()
-    turns: dict[str, list[float]] = {kind: [] for kind in generators}
-    shuffle = random.Random(0)
-    start = time.perf_counter()
-    while not turns[DENSE] or time.perf_counter() - start < seconds:
-        # What the machine does at a fixed interval, or the last model leaves in the caches, must not meet the same one.
-        for kind in shuffle.sample(list(generators), len(generators)):
-            turns[kind].append(decode_ms(generators[kind]))
-    kinds = list(turns)
+        return lambda: decode_ms(generator)
+
+    makers: dict[str, Callable[[], Callable[[], float]]] = {
+        FROZEN: lambda: compiled(frozen, backend="exllama"),
+        OURS: lambda: compiled(model, backend="exllama"),
+        INDUCTOR: lambda: compiled(model),
+        WHOLE: lambda: compiled(model, backend="exllama", mode="whole"),
+        HEAD: lambda: compiled(head, backend="exllama"),
+        DENSE: lambda: compiled(lambda: dense(model())),
+    }
+    if not act_order:
+        del makers[FROZEN]
+    else:
+        del makers[HEAD]  # whose activations have the order of the others
+    with ExitStack() as stack:
+        makers[GENAI] = lambda: genai.turns(stack, PROMPT_TOKENS, TURN_TOKENS, torch.get_num_threads())
+        if other is not None:
+            makers[OTHER] = lambda: other_checkout.turns(
+                stack, other, path, name, PROMPT_TOKENS, TURN_TOKENS, torch.get_num_threads()
+            )
+        turn: dict[str, Callable[[], float]] = {}
+        for kind, make in makers.items():
+            if wanted is None or kind in wanted:
+                say(f"{name}, {kind}: compiling or loading (minutes, the first time)")
+                try:
+                    turn[kind] = make()
+                except genai.MissingError as error:
+                    say(f"{name}, {kind}: left out: {error}")
+        times: dict[str, list[float]] = {kind: [] for kind in turn}
+        shuffle = random.Random(0)
+        start = time.perf_counter()
+        rounds = 0
+        while not rounds or time.perf_counter() - start < seconds:
+            # What the machine does at a fixed interval, or the last model leaves in the caches, must not meet the same
+            # one.
+            for kind in shuffle.sample(list(turn), len(turn)):
+                times[kind].append(turn[kind]())
+            rounds += 1
+    kinds = list(times)
     return {
         "dtype": name,
-        "turns": len(turns[DENSE]),
-        "ms_per_token": {kind: _spread(times) for kind, times in turns.items()},
+        "turns": rounds,
+        "ms_per_token": {kind: _spread(values) for kind, values in times.items()},
         "times_faster": {
-            kind: {other: _spread(_ratios(turns[kind], turns[other])) for other in kinds[kinds.index(kind) + 1 :]}
+            kind: {other: _spread(_ratios(times[kind], times[other])) for other in kinds[kinds.index(kind) + 1 :]}
             for kind in kinds
             if kind in COMPARED
         },
@@ -134,11 +184,12 @@ def _ratios(ours: Sequence[float], other: Sequence[float]) -> list[float]:
     return [b / a for a, b in zip(ours, other, strict=True)]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: list[float]) -> dict[str, float]:
     from benchmarks.timing import Spread
 
     spread = Spread.of(values)
-    return {"median": spread.median, "iqr": spread.iqr}
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return {"median": spread.median, "iqr": spread.iqr, "low_quartile": low, "high_quartile": high}
 
 
 def dense(model: Any) -> Any:
@@ -197,7 +248,7 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['isa']}, commit "
         f"{machine['commit']}, torch {machine['packages']['torch']}; all models compiled, {TURN_TOKENS} tokens a "
-        "turn; median ms of a token ± interquartile range.",
+        "turn; median ms of a token ± interquartile range. Ratios have their quartiles.",
         "",
         f"```\n{result['command']}\n```",
         "",
@@ -207,11 +258,18 @@ def _table(result: dict[str, Any]) -> str:
     for row in result["models"]:
         cells = (f"{value['median']:.1f} ±{value['iqr']:.1f}" for value in row["ms_per_token"].values())
         lines.append(f"| {row['dtype']} | {' | '.join(cells)} |")
-    lines += ["", "Times faster, of the two in a turn:", "", "| dtype | model | than | |", "| --- | --- | --- | ---: |"]
+    lines += [
+        "",
+        "Times faster, of the two in a turn:",
+        "",
+        "| dtype | model | than | median | quartiles |",
+        "| --- | --- | --- | ---: | --- |",
+    ]
     for row in result["models"]:
         for kind, others in row["times_faster"].items():
             for other, value in others.items():
-                lines.append(f"| {row['dtype']} | {kind} | {other} | {value['median']:.2f} ±{value['iqr']:.2f} |")
+                quartiles = f"{value['low_quartile']:.2f} to {value['high_quartile']:.2f}"
+                lines.append(f"| {row['dtype']} | {kind} | {other} | {value['median']:.2f} | {quartiles} |")
     return "\n".join(lines) + "\n"
 
 

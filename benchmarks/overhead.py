@@ -36,7 +36,7 @@ import torch
 from exllama_ops import load_model
 from exllama_ops.integrations.generation import CompiledGenerator
 torch.set_num_threads(int(sys.argv[2]))
-generator = CompiledGenerator(load_model(sys.argv[1], progress=False), backend=sys.argv[3])
+generator = CompiledGenerator(load_model(sys.argv[1], progress=False), mode="whole", backend=sys.argv[3])
 start = time.perf_counter()
 generator.warm_up()
 print(time.perf_counter() - start)

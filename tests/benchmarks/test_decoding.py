@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import demo, isa
+from benchmarks import demo, genai, isa, other_checkout
 from exllama_ops import ExllamaLinear, load_model
 from exllama_ops.integrations import generation
 
@@ -47,6 +49,7 @@ def test_all_models_decode_in_turns_and_the_ratios_are_written(
 ) -> None:
     monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
     monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
+    monkeypatch.setattr(genai, "turns", lambda *args: lambda: 1.0)
     monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
     threads = torch.get_num_threads()
     try:
@@ -54,9 +57,10 @@ def test_all_models_decode_in_turns_and_the_ratios_are_written(
         assert demo.main(["--seconds", "0", "--dtype", "float32", "bfloat16", "--out", str(tmp_path), *flags]) == 0
     finally:
         torch.set_num_threads(threads)
-    stem, compared = "demo-1thread", {demo.OURS: [demo.INDUCTOR, demo.DENSE]}
+    stem, compared = "demo-1thread", {demo.OURS: [demo.INDUCTOR, demo.WHOLE, demo.HEAD, demo.DENSE, demo.GENAI]}
     if act_order:
         stem = "demo-act-order-1thread"
+        compared[demo.OURS].remove(demo.HEAD)
         compared = {demo.FROZEN: [demo.OURS, *compared[demo.OURS]], **compared}
     models = json.loads((tmp_path / f"{stem}.json").read_text())["models"]
     assert [(model["dtype"], model["turns"]) for model in models] == [("float32", 1), ("bfloat16", 1)]
@@ -82,7 +86,47 @@ def test_models_decode_in_another_order_each_turn(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(demo, "decode_ms", decode_ms)
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=partial(next, iter(range(100)))))
-    assert demo._measure("float32", seconds=8, act_order=False)["turns"] == 8
+    kinds = [demo.OURS, demo.WHOLE, demo.DENSE]
+    assert demo._measure("float32", seconds=8, act_order=False, wanted=kinds)["turns"] == 8
     turns = [tuple(decoded[i : i + 3]) for i in range(0, len(decoded), 3)]
     assert {len(set(turn)) for turn in turns} == {3}
     assert len(set(turns)) > 1
+
+
+def test_a_peer_that_is_missing_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("exllama_ops.integrations.demo.demo_checkpoint", lambda say: CHECKPOINT)
+    monkeypatch.setattr(generation, "CompiledGenerator", partial(generation.CompiledGenerator, compile=False))
+    monkeypatch.setitem(sys.modules, "openvino_genai", None)
+    measured = demo._measure("float32", seconds=0, act_order=False, wanted=[demo.OURS, demo.GENAI])
+    assert list(measured["ms_per_token"]) == [demo.OURS]
+    assert "OpenVINO GenAI: left out: " in capsys.readouterr().err
+
+
+def test_another_checkout_decodes_in_a_process_of_its_own_which_ends_with_the_stack(tmp_path: Path) -> None:
+    package = tmp_path / "exllama_ops" / "integrations"
+    package.mkdir(parents=True)
+    (tmp_path / "exllama_ops" / "__init__.py").write_text("def load_model(*args, **options): return None")
+    (package / "__init__.py").touch()
+    (package / "generation.py").write_text(
+        """
+import pathlib, torch
+
+class CompiledGenerator:
+    def __init__(self, model, **options): self.steps = 0
+    def warm_up(self): pass
+    def prefill(self, prompt, new_tokens): self.wanted = [len(prompt), new_tokens]
+    def decode(self, token):
+        self.steps += 1
+        pathlib.Path(__file__).with_name("seen").write_text(f"{self.wanted} {self.steps} {torch.get_num_threads()}")
+        return torch.zeros(2)
+"""
+    )
+    with ExitStack() as stack:
+        turn = other_checkout.turns(stack, tmp_path, CHECKPOINT, "float32", 16, 8, 1)
+        assert turn() > 0
+        assert (package / "seen").read_text() == "[16, 10] 9 1"
+        assert turn() > 0
+    with pytest.raises((ValueError, RuntimeError)):
+        turn()
