@@ -100,7 +100,7 @@ def _prompts(threads: Sequence[int]) -> list[dict[str, Any]]:
 def _output_layers(folder: Path, threads: Sequence[int]) -> list[dict[str, Any]]:
     import torch
 
-    from exllama_ops.integrations.cpu_forms import multiply_row
+    from exllama_ops.integrations.cpu_forms import multiply_rows
 
     rows = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -110,7 +110,7 @@ def _output_layers(folder: Path, threads: Sequence[int]) -> list[dict[str, Any]]
             inputs = (torch.randn(1, 1, K, generator=generator).to(dtype), weight)
             forms = {
                 "theirs": _package(folder, torch.nn.functional.linear, inputs),
-                "ours": _package(folder, lambda x, weight: multiply_row(x, weight, None), inputs),
+                "ours": _package(folder, lambda x, weight: multiply_rows(x, weight, None), inputs),
             }
             name = f"output layer, {K} x {N}, {str(dtype).removeprefix('torch.')}"
             rows += _compare(name, forms, [inputs], threads, lambda x, weight: x.double() @ weight.double().t())

@@ -1,8 +1,8 @@
 """Compiles exported programs into AOTInductor packages; a process of its own runs this file.
 
-Usage: ``python -m exllama_ops.compile.package_worker TASKS PROCESSES``. TASKS is a JSON file with a list of objects:
-"program" and "package" are paths, "options" are Inductor's, and "fuse" says whether `FuseSharedInput` passes over the
-program first. It forks so many processes at once, which share the imports, the half of the work.
+Its argument TASKS is a JSON file with a list of objects. In them "program" and "package" are paths, "options" are
+Inductor's, and "fuse" says whether `FuseSharedInput` passes over the program first. As many processes as are asked for
+run at once. They are forked, so that they share the imports, a good part of the work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch._inductor.compile_fx
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
 from exllama_ops.compile.shared_input import FuseSharedInput
 
@@ -23,6 +24,8 @@ from exllama_ops.compile.shared_input import FuseSharedInput
 def main(tasks: str, processes: str) -> int:
     """Compile all; returns the exit status."""
     waiting: list[dict[str, Any]] = json.loads(Path(tasks).read_text(encoding="utf-8"))
+    # It compiles and runs programs, and remembers the answer, which the forked processes share.
+    valid_vec_isa_list()
     running = failed = 0
     while (waiting and not failed) or running:
         if waiting and not failed and running < int(processes):
@@ -56,7 +59,3 @@ def _compile(program: str, package: str, options: dict[str, Any], fuse: bool) ->
     unfinished = f"{package}.unfinished.pt2"
     torch._inductor.aoti_compile_and_package(exported, package_path=unfinished, inductor_configs=options)
     os.rename(unfinished, package)
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -43,7 +43,7 @@ def fast_forms(model: Any, device: torch.device) -> Iterator[None]:
     try:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         if plain:
-            output_layer.forward = lambda x: multiply_row(x, output_layer.weight, output_layer.bias)
+            output_layer.forward = lambda x: multiply_rows(x, output_layer.weight, output_layer.bias)
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = former
@@ -89,9 +89,9 @@ def attend_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
     return result.to(dtype)
 
 
-def multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` of one row (1, 1, K), in float32 and rounded once: as fast as the weights can be read."""
-    result = (weight.float() * x.reshape(1, -1).float()).sum(-1)
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` for few rows (1, rows, K), in float32 and rounded once: as fast as the weights can be read."""
+    result = (weight.float() * x[0].unsqueeze(1).float()).sum(-1)
     if bias is not None:
         result = result + bias.float()
-    return result.to(x.dtype).view(1, 1, -1)
+    return result.to(x.dtype).unsqueeze(0)

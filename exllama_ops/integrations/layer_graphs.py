@@ -15,12 +15,16 @@ from exllama_ops.integrations.layers import Call, Split, SplitError, Weights, de
 from exllama_ops.integrations.static_cache import KeysAndValues, OneLayerCache
 
 # Sizes to trace with. They differ from one another, and from 0 and 1, which torch takes for constants.
-_TOKENS, _LENGTH = 5, 192
+_TOKENS, _ROWS, _LENGTH = 5, 3, 192
 # More would be as long to compile as the whole forward.
 _MOST_KINDS = 8
 _LONGEST_REASON = 200
 # Headers that are compiled once are worth their time from ten graphs on.
-_ALWAYS = {"size_asserts": False, "aot_inductor.precompile_headers": False}
+_ALWAYS = {
+    "size_asserts": False,
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.enable_line_tables": False,
+}
 # A graph that runs once for a prompt or a token: what calls its kernels need not be fast.
 _ONCE = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 # Decoding computes some thousand numbers between two products: threads that are woken for them cost more than they
@@ -33,10 +37,12 @@ class Plan(NamedTuple):
 
     Args:
         layers: for each layer its kind, and which results of the head it takes beside the first, the hidden state.
+        hidden: the size of that, and its dtype.
         op_calls: calls of ``torch.ops.exllama`` in each graph, by its name.
     """
 
     layers: list[tuple[int, list[int]]]
+    hidden: tuple[int, str]
     op_calls: dict[str, int]
 
 
@@ -46,10 +52,9 @@ def options() -> dict[str, dict[str, Any]]:
     The code of prompts reads the number of threads when it runs. What it is cut for is all cores, not that number.
     """
     return {
-        "head": {**_DECODE, **_ONCE},
+        "around": {**_DECODE, **_ONCE},
         "prefill": {**_ALWAYS, **_ONCE, "cpp.dynamic_threads": True, "cpp.threads": os.cpu_count() or 1},
         "decode": _DECODE,
-        "tail": {**_DECODE, **_ONCE},
     }
 
 
@@ -77,7 +82,9 @@ def trace(parts: Split, around: Weights, weights: Sequence[Weights], *, fuse: bo
         name: Graph(program, chosen[name.rpartition("-")[2]], fuse, title)
         for name, (program, title) in programs.items()
     }
-    return graphs, Plan(tracer.layers, {name: _op_calls(program) for name, (program, _) in programs.items()})
+    return graphs, Plan(
+        tracer.layers, tracer.hidden, {name: _op_calls(program) for name, (program, _) in programs.items()}
+    )
 
 
 class _Function(nn.Module):
@@ -93,40 +100,44 @@ class _Function(nn.Module):
 
 
 class _Tracer:
-    """Exports the graphs of a model: the head first, since its results are what the layers take.
+    """Exports the graphs of a model: first the one around the layers, since its results are what the layers take.
 
     Attributes:
-        layers: for each layer its kind, and which results of the head it takes.
+        layers: for each layer its kind, and which results it takes.
         kinds: for each kind the number of its first layer.
+        hidden: the size of a hidden state, and its dtype.
     """
 
     def __init__(self, parts: Split, around: Weights, weights: Sequence[Weights]) -> None:
         self._parts, self._around, self._weights = parts, around, weights
-        self._dims = {"tokens": Dim("tokens", min=2), "length": Dim("length", min=2)}
+        self._dims = {name: Dim(name, min=2) for name in ("tokens", "rows", "length")}
         self._cache = KeysAndValues(parts.cache.shapes, _LENGTH)
         self._calls: list[Call] = []
         self._slots: list[list[int]] = []
-        around_dims: list[dict[int, str]] = [{} for _ in around.tensors]
-        self.head = self._exported(
-            self._head, self._head_inputs(_TOKENS), ({1: "tokens"}, {}, {2: "length"}, {2: "length"}, *around_dims)
-        )
-        self._slot_dims = _varying_sizes(self.head)
+        first, name = parts.cache.hidden
+        self.hidden = (first, str(name).removeprefix("torch."))
+        sizes: list[dict[int, str]] = [{1: "tokens"}, {}, {2: "length"}, {2: "length"}, {1: "rows"}]
+        sizes += [{} for _ in around.tensors]
+        self.around = self._exported(self._function_around, self._inputs_around(_TOKENS, _ROWS), sizes)
+        self._slot_dims = _varying_sizes(self.around)
+        # A step asks for what comes before the layers or for what comes after them, and gives no tokens or no rows.
+        self._results(0, 1)
         self.layers, self.kinds = self._sorted_layers()
 
     def programs(self) -> dict[str, tuple[ExportedProgram, str]]:
         """All graphs by name, each with what people read of it."""
-        programs = {"head": (self.head, "embedding and masks")}
+        programs = {"around": (self.around, "embedding, masks, last norm and output layer")}
         for kind in range(len(self.kinds)):
             of = f" {kind + 1} of {len(self.kinds)}" if len(self.kinds) > 1 else ""
             programs[f"layer{kind}-prefill"] = (self.layer(kind, _TOKENS), f"decoder layer{of}, prefill")
             programs[f"layer{kind}-decode"] = (self.layer(kind, 1), f"decoder layer{of}, decode")
-        return {**programs, "tail": (self.tail(), "last norm and output layer")}
+        return programs
 
     def layer(self, kind: int, tokens: int) -> ExportedProgram:
         """(hidden, start, keys, values, what it takes of the head, weights) -> (hidden,)."""
         index = self.kinds[kind]
         call, own = self._calls[index], self._weights[index]
-        given = self.head.module(check_guards=False)(*self._head_inputs(tokens))
+        given = self._results(tokens, 0)
         slots = self._slots[index]
         taken, count = [given[slot] for slot in slots], len(slots)
 
@@ -141,23 +152,23 @@ class _Tracer:
         inputs = (given[0], self._cache.start, *self._cache.views(_LENGTH)[index], *taken, *own.tensors)
         return self._exported(function, inputs, dims)
 
-    def tail(self) -> ExportedProgram:
-        """(hidden (1, 1, hidden_size), weights around the layers) -> (logits (vocabulary,),)."""
-        given = self.head.module(check_guards=False)(*self._head_inputs(1))
+    def _inputs_around(self, tokens: int, rows: int) -> tuple[Tensor, ...]:
+        device = self._cache.start.device
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        size, dtype = self._parts.cache.hidden
+        last = torch.zeros(1, rows, size, dtype=dtype, device=device)
+        return (ids, self._cache.start, *self._cache.views(_LENGTH)[0], last, *self._around.tensors)
 
-        def function(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            return (self._parts.tail(hidden, self._around.named(rest)),)
+    def _results(self, tokens: int, rows: int) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = self.around.module(check_guards=False)(*self._inputs_around(tokens, rows))
+        return results
 
-        inputs = (given[0], *self._around.tensors)
-        return self._exported(function, inputs, [{} for _ in inputs])
-
-    def _head_inputs(self, tokens: int) -> tuple[Tensor, ...]:
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=self._cache.start.device)
-        return (ids, self._cache.start, *self._cache.views(_LENGTH)[0], *self._around.tensors)
-
-    def _head(self, ids: Tensor, start: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def _function_around(
+        self, ids: Tensor, start: Tensor, keys: Tensor, values: Tensor, last: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The first hidden state, what the layers take beside it, and the logits."""
         cache = OneLayerCache(keys, values, start, len(self._weights))
-        hidden, self._calls = self._parts.head(ids, cache, self._around.named(rest))
+        hidden, self._calls, logits = self._parts.around(ids, cache, last, self._around.named(weights))
         results, places = [hidden], {id(hidden): 0}
         self._slots = []
         for call in self._calls:
@@ -166,7 +177,7 @@ class _Tracer:
                     places[id(tensor)] = len(results)
                     results.append(tensor)
             self._slots.append([places[id(tensor)] for tensor in call.tensors])
-        return tuple(results)
+        return (*results, logits)
 
     def _sorted_layers(self) -> tuple[list[tuple[int, list[int]]], list[int]]:
         layers, kinds = [], list[int]()
@@ -189,7 +200,7 @@ class _Tracer:
     ) -> ExportedProgram:
         dims = tuple({axis: self._dims[name] for axis, name in varying.items()} for varying in sizes)
         program = torch.export.export(_Function(function), tuple(inputs), dynamic_shapes=(dims,), strict=False)
-        # A forward computes more than what its head or its tail gives. Checks of dtypes would keep all of it.
+        # A forward computes more than what is asked for. Checks of dtypes would keep all of it.
         for check in program.graph.find_nodes(
             op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
         ):
@@ -199,17 +210,17 @@ class _Tracer:
         return program
 
 
-def _varying_sizes(head: ExportedProgram) -> list[dict[int, str]]:
-    """The axes of each result of the head whose size is that of the tokens or of the cache, by its name.
+def _varying_sizes(around: ExportedProgram) -> list[dict[int, str]]:
+    """The axes of each result but the logits whose size is that of the tokens or of the cache, by its name.
 
     Raises:
         SplitError: a size is computed from one of them.
     """
-    nodes = {node.name: node.meta.get("val") for node in head.graph.nodes}
-    ids, _, keys, *_ = (nodes[name] for name in head.graph_signature.user_inputs)
+    nodes = {node.name: node.meta.get("val") for node in around.graph.nodes}
+    ids, _, keys, *_ = (nodes[name] for name in around.graph_signature.user_inputs)
     names = {ids.shape[1].node.expr: "tokens", keys.shape[2].node.expr: "length"}
     varying = []
-    for output in head.graph_signature.user_outputs:
+    for output in around.graph_signature.user_outputs[:-1]:
         sizes = {axis: size for axis, size in enumerate(nodes[output].shape) if not isinstance(size, int)}
         if unknown := [str(size) for size in sizes.values() if size.node.expr not in names]:
             raise SplitError(f"a layer takes a tensor with a size of {', '.join(unknown)}")

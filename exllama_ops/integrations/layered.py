@@ -36,9 +36,9 @@ class _Layer(NamedTuple):
 class LayeredForward:
     """The forward of a transformers causal LM in a few small graphs, however many layers it has.
 
-    There are a head (embedding, masks, rotary tables), for each kind of decoder layer one graph for prompts and one for
-    single tokens, and a tail (last norm, output layer). With Inductor behind it they are AOTInductor packages
-    that the cache folder keeps: a later process loads them, and traces nothing.
+    Each kind of decoder layer has one graph for prompts and one for single tokens. One more has what lies around the
+    layers: the head (embedding, masks, rotary tables) and the tail (last norm, output layer). With Inductor behind it
+    they are AOTInductor packages that the cache folder keeps: a later process loads them, and traces nothing.
 
     The weights are those that the model has now. What is written into them later is seen; tensors that take their
     place are not. One thread at a time may call it.
@@ -83,6 +83,9 @@ class LayeredForward:
             _Layer(kind, slots, own.tensors) for (kind, slots), own in zip(self._plan.layers, weights, strict=True)
         ]
 
+        size, dtype = self._plan.hidden
+        self._no_rows = torch.zeros(1, 0, size, dtype=getattr(torch, dtype), device=device)
+
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
@@ -93,7 +96,7 @@ class LayeredForward:
         """Calls of ``torch.ops.exllama`` in a forward of "prefill" and of "decode"."""
         calls = self._plan.op_calls
         return {
-            step: calls["head"] + calls["tail"] + sum(calls[f"layer{kind}-{step}"] for kind, _ in self._plan.layers)
+            step: calls["around"] + sum(calls[f"layer{kind}-{step}"] for kind, _ in self._plan.layers)
             for step in ("prefill", "decode")
         }
 
@@ -121,16 +124,16 @@ class LayeredForward:
         step = "decode" if tokens == 1 else "prefill"
         runs, start = self._runs, cache.start
         keys_and_values = cache.views(cache.cut(end))
-        slots = runs["head"]([ids, start, *keys_and_values[0], *self._around.tensors])
+        slots = runs["around"]([ids, start, *keys_and_values[0], self._no_rows, *self._around.tensors])
         hidden = slots[0]
         steps = [runs[f"layer{kind}-{step}"] for kind in range(1 + max(layer.kind for layer in self._layers))]
         for layer, pair in zip(self._layers, keys_and_values, strict=True):
             (hidden,) = steps[layer.kind](
                 [hidden, start, *pair, *(slots[slot] for slot in layer.slots), *layer.weights]
             )
+        *_, logits = runs["around"]([ids[:, :0], start, *keys_and_values[0], hidden[:, -1:], *self._around.tensors])
         cache.advance(tokens)
-        logits: Tensor = runs["tail"]([hidden[:, -1:], *self._around.tensors])[0]
-        return logits
+        return logits[0]
 
 
 def _compiled(

@@ -107,13 +107,19 @@ class Split:
         """The decoder layers."""
         return [self.model.get_submodule(name) for name in self.names]
 
-    def head(self, ids: Tensor, cache: OneLayerCache, weights: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
-        """The first hidden state, and the call of each layer.
+    def around(
+        self, ids: Tensor, cache: OneLayerCache, last: Tensor, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, list[Call], Tensor]:
+        """What comes before the layers and what comes after them, which do not depend on one another.
 
         Args:
             ids: (1, tokens).
             cache: of any layer; its keys are as long as those of all.
+            last: (1, rows, hidden_size), hidden states that the last layer gave for other tokens.
             weights: of the model but for its layers.
+
+        Returns:
+            The first hidden state of the tokens, the call of each layer, and the logits (rows, vocabulary).
         """
         calls: list[Call] = []
         states: list[Tensor] = []
@@ -123,10 +129,12 @@ class Split:
             calls.append(call)
             # Another tensor each time, by which the next layer's argument is known to be this one's result.
             states.extend([given.view_as(given)] if states else [given, given.view_as(given)])
-            return states[-1]
+            return last if index == len(self.names) - 1 else states[-1]
 
-        self._forward(ids, cache, weights, called)
-        return states[0], calls
+        arguments = {"input_ids": ids, self.cache.argument: cache, "use_cache": True, "logits_to_keep": 0}
+        with _replaced_forwards(self.layers, self.in_tuple, called):
+            output = functional_call(self.model, dict(weights), (), arguments)
+        return states[0], calls, output.logits[0]
 
     def layer(
         self, index: int, call: Call, hidden: Tensor, tensors: Sequence[Tensor], cache: OneLayerCache,
@@ -139,25 +147,6 @@ class Split:
             result = functional_call(layer, dict(weights), args, kwargs)
         state: Tensor = result[0] if self.in_tuple[index] else result
         return state
-
-    def tail(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The logits (vocabulary,) of the token after one whose last hidden state is given: (1, 1, hidden_size)."""
-        # What comes before the layers is computed of these, and is no part of the result.
-        ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        shape = self.cache.shapes[0]
-        keys, values = (hidden.new_zeros(1, shape.heads, 2, dim) for dim in (shape.key_dim, shape.value_dim))
-        cache = OneLayerCache(keys, values, ids[0, 0], len(self.names))
-        return self._forward(ids, cache, weights, lambda index, args, kwargs: hidden)
-
-    def _forward(
-        self, ids: Tensor, cache: OneLayerCache, weights: Mapping[str, Tensor],
-        called: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor],
-    ) -> Tensor:  # fmt: skip
-        arguments = {"input_ids": ids, self.cache.argument: cache, "use_cache": True, "logits_to_keep": 1}
-        with _replaced_forwards(self.layers, self.in_tuple, called):
-            output = functional_call(self.model, dict(weights), (), arguments)
-        logits: Tensor = output.logits[0, -1]
-        return logits
 
     def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor | None) -> tuple[Call, Tensor]:
         """A layer's call, and the hidden state that it was given."""

@@ -44,11 +44,13 @@ class CacheInterface(NamedTuple):
         shapes: what each layer caches.
         calls: the modules of its lists that were called, in order, and what each returned: 0 for a tensor, n for a
             tuple of n that begins with one, None for anything else.
+        hidden: the last size and the dtype of the last of these tensors, the hidden state of a decoder.
     """
 
     argument: str
     shapes: list[LayerShape]
     calls: list[tuple[nn.Module, int | None]]
+    hidden: tuple[int, torch.dtype]
 
 
 def cache_interface(model: Any, device: torch.device) -> CacheInterface:
@@ -58,8 +60,18 @@ def cache_interface(model: Any, device: torch.device) -> CacheInterface:
         ValueError: the model returns no cache, or one with layers of another kind than attention.
     """
     calls: list[tuple[nn.Module, int | None]] = []
+    hidden = (0, torch.float32)
+
+    def watch(module: nn.Module, args: Any, result: Any) -> None:
+        nonlocal hidden
+        length = _length(result)
+        calls.append((module, length))
+        if length is not None:
+            state = result[0] if length else result
+            hidden = (state.shape[-1], state.dtype)
+
     handles = [
-        module.register_forward_hook(lambda module, args, result: calls.append((module, _length(result))))
+        module.register_forward_hook(watch)
         for modules in model.modules()
         if isinstance(modules, nn.ModuleList)
         for module in modules
@@ -90,7 +102,7 @@ def cache_interface(model: Any, device: torch.device) -> CacheInterface:
         LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
     ]
-    return CacheInterface(argument, shapes, calls)
+    return CacheInterface(argument, shapes, calls, hidden)
 
 
 def _length(result: Any) -> int | None:

@@ -63,8 +63,8 @@ def test_compiled_run_streams_the_text_and_reports_on_stderr(
     captured = capsys.readouterr()
     assert captured.out == expected + "\n"
     layers = 2 * 7
-    assert f"graphs:          4 (layers; prefill: {layers} exllama ops, decode: {layers} exllama ops)" in captured.err
-    assert re.search(r"^(compiling the graphs \(4 of 4\)|loading the compiled graphs): \d+\.\d s$", captured.err, re.M)
+    assert f"graphs:          3 (layers; prefill: {layers} exllama ops, decode: {layers} exllama ops)" in captured.err
+    assert re.search(r"^(compiling the graphs \(3 of 3\)|loading the compiled graphs): \d+\.\d s$", captured.err, re.M)
     assert "recompiles:      0" in captured.err
     for name in ("prefill:", "decode:", "weights:", "peak memory:"):
         assert name in captured.err

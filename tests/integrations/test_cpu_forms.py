@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason='needs the extra "hf"')
 
-from exllama_ops.integrations.cpu_forms import attend_many, attend_one, fast_forms, multiply_row
+from exllama_ops.integrations.cpu_forms import attend_many, attend_one, fast_forms, multiply_rows
 from integrations.test_generation import random_model
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -69,7 +69,7 @@ def test_attention_is_the_softmax_of_masked_products(tokens: int, dtype: torch.d
 def test_a_row_is_multiplied_in_float32_and_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     x, weight = random(1, 1, 64, dtype=dtype), random(10, 64, dtype=dtype)
     added = random(10, dtype=dtype) if bias else None
-    result = multiply_row(x, weight, added)
+    result = multiply_rows(x, weight, added)
     assert result.dtype == dtype
     for n, got in enumerate(result.flatten().tolist()):
         products = [a * b for a, b in zip(x.flatten().tolist(), weight[n].tolist(), strict=True)]
