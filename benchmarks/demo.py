@@ -29,7 +29,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 FROZEN, OURS, INDUCTOR, WHOLE = "exllama_ops frozen", "exllama_ops", "exllama_ops under Inductor", "exllama_ops whole"
 HEAD, DENSE, GENAI, OTHER = "exllama_ops, 8-bit head", "dense", "OpenVINO GenAI", "other checkout"
 # What is compared: each of the first with all that come after it.
-COMPARED = (FROZEN, OURS)
+COMPARED = (FROZEN, OURS, HEAD)
 KINDS = (FROZEN, OURS, INDUCTOR, WHOLE, HEAD, DENSE, GENAI, OTHER)
 HEAD_BITS = 8
 # Projections of one input, which share an activation order in what GPTQ writes.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     import torch
 
-    from benchmarks.machine import description
+    from benchmarks.machine import commit, description
     from exllama_ops.backends.cpu import BACKEND
     from exllama_ops.cli.output import emit, say
 
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["models"] = [
         _measure(dtype, args.seconds, args.act_order, args.kinds, args.other) for dtype in args.dtype or ["checkpoint"]
     ]
+    if args.other:
+        result["other_commit"] = commit(args.other)
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)
     variant = ("-act-order" if args.act_order else "") + ("-other" if args.other else "")
@@ -252,6 +254,7 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"```\n{result['command']}\n```",
         "",
+        *([f"The other checkout is commit {result['other_commit']}.", ""] if "other_commit" in result else []),
     ]
     kinds = result["models"][0]["ms_per_token"]
     lines += [f"| dtype | {' | '.join(kinds)} |", f"| --- |{' ---: |' * len(kinds)}"]

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except isa.HoldError as error:
         parser.error(str(error))
 
-    from benchmarks.machine import description
+    from benchmarks.machine import commit, description
     from exllama_ops.backends.cpu import BACKEND
     from exllama_ops.cli.output import emit, say
     from exllama_ops.integrations.demo import demo_checkpoint
@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["processes"] = [
         {"layers": count, "mode": kind, "caches": state, "runs": found} for (count, kind, state), found in runs.items()
     ]
+    if args.other:
+        result["other_commit"] = commit(args.other)
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"first-token-{args.threads}thread{'' if args.threads == 1 else 's'}"
@@ -211,6 +213,7 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"```\n{result['command']}\n```",
         "",
+        *([f"The other checkout is commit {result['other_commit']}.", ""] if "other_commit" in result else []),
         f"| layers | mode | caches | processes | process, s | CPU s | first token, s | CPU s | {' | '.join(PHASES)} |",
         f"| ---: | --- | --- |{' ---: |' * (5 + len(PHASES))}",
     ]

@@ -60,7 +60,7 @@ def _software(packages: Iterable[str]) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "packages": {name: _version(name) for name in sorted(set(packages))},
     }
 
@@ -82,11 +82,11 @@ def _cpu() -> tuple[str, set[str]]:
     return f"{fields.get('model name', 'unknown')} ({family})", set(fields.get("flags", "").split())
 
 
-def _commit() -> str:
-    """The commit of the checkout, with "+" if files differ from it."""
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """The commit of a checkout, with "+" if files differ from it."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
