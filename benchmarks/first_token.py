@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["other_commit"] = commit(args.other)
     emit(_table(result))
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"first-token-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    variant = f"{'-'.join(map(str, args.layers))}layers{'-other' if args.other else ''}"
+    stem = args.out / f"first-token-{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(_table(result))
     return 0

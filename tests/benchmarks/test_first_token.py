@@ -56,7 +56,7 @@ def test_processes_take_turns_and_what_they_say_is_written(
     monkeypatch.setattr(isa, "hold_to_cores", lambda threads: None)
     flags = ["--layers", "1", "2", "--modes", "eager", "half", "--warm-rounds", "1", "--threads", "1"]
     assert first_token.main([*flags, "--out", str(tmp_path)]) == 0
-    processes = json.loads((tmp_path / "first-token-1thread.json").read_text())["processes"]
+    processes = json.loads((tmp_path / "first-token-1-2layers-1thread.json").read_text())["processes"]
     assert [(row["layers"], row["mode"], row["caches"]) for row in processes] == [
         (layers, mode, caches) for layers in (1, 2) for mode in ("eager", "half") for caches in ("cold", "warm")
     ]
@@ -64,4 +64,4 @@ def test_processes_take_turns_and_what_they_say_is_written(
         (one,) = row["runs"]
         assert one["cpu_seconds"] >= one["cpu_phases"]["first_token"] > 0
         assert set(one["phases"]) == {*first_token.PHASES, "first_token"}
-    assert (tmp_path / "first-token-1thread.md").read_text() == capsys.readouterr().out
+    assert (tmp_path / "first-token-1-2layers-1thread.md").read_text() == capsys.readouterr().out
