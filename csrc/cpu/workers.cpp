@@ -3,12 +3,18 @@
 #include <pthread.h>
 #include <signal.h>
 
+#if defined(__APPLE__)
+#include <dispatch/dispatch.h>
+#else
+#include <semaphore.h>
+
+#include <cerrno>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <system_error>
 #include <thread>
 
@@ -156,35 +162,55 @@ class Board {
   alignas(64) std::atomic<int64_t> unfinished_{0};
 };
 
+// Counts wake-ups. To post one takes no lock, so nobody waits for a thread that was stopped while it held one.
+class Semaphore {
+ public:
+#if defined(__APPLE__)  // has no unnamed semaphores of POSIX
+  Semaphore() : semaphore_(dispatch_semaphore_create(0)) {}
+  ~Semaphore() { dispatch_release(semaphore_); }
+  void post() { dispatch_semaphore_signal(semaphore_); }
+  void wait() { dispatch_semaphore_wait(semaphore_, DISPATCH_TIME_FOREVER); }
+#else
+  Semaphore() { sem_init(&semaphore_, 0, 0); }
+  ~Semaphore() { sem_destroy(&semaphore_); }
+  void post() { sem_post(&semaphore_); }
+  void wait() {
+    while (sem_wait(&semaphore_) != 0 && errno == EINTR) {
+    }
+  }
+#endif
+  Semaphore(const Semaphore&) = delete;
+  Semaphore& operator=(const Semaphore&) = delete;
+
+ private:
+#if defined(__APPLE__)
+  dispatch_semaphore_t semaphore_;
+#else
+  sem_t semaphore_;
+#endif
+};
+
 // Where one worker sleeps.
 class Parking {
  public:
   // Sleeps until `wake`, unless there is a reason not to.
   template <typename Reason>
   void sleep_unless(const Reason& reason) {
-    std::unique_lock<std::mutex> lock(mutex_);
     asleep_.store(true, std::memory_order_seq_cst);
-    if (reason()) {
-      asleep_.store(false, std::memory_order_relaxed);
-      return;
-    }
-    woken_.wait(lock, [&] { return !asleep_.load(std::memory_order_relaxed); });
+    // If someone wakes it meanwhile, the wake-up is waited for all the same: it would end the next sleep.
+    if (reason() && asleep_.exchange(false, std::memory_order_seq_cst)) return;
+    wake_ups_.wait();
   }
 
-  // Whether it was asleep. Never waits: a worker that is about to fall asleep sleeps until the next call.
+  // Whether it was asleep, or about to be. Never waits.
   bool wake() {
-    if (!asleep_.load(std::memory_order_seq_cst)) return false;
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || !asleep_.load(std::memory_order_relaxed)) return false;
-    asleep_.store(false, std::memory_order_relaxed);
-    lock.unlock();
-    woken_.notify_one();
+    if (!asleep_.load(std::memory_order_seq_cst) || !asleep_.exchange(false, std::memory_order_seq_cst)) return false;
+    wake_ups_.post();
     return true;
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable woken_;
+  Semaphore wake_ups_;
   std::atomic<bool> asleep_{false};
 };
 

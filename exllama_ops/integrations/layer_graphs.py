@@ -120,6 +120,7 @@ class _Tracer:
         sizes += [{} for _ in around.tensors]
         self.around = self._exported(self._function_around, self._inputs_around(_TOKENS, _ROWS), sizes)
         self._slot_dims = _varying_sizes(self.around)
+        self._run_around = self.around.module(check_guards=False)
         # A step asks for what comes before the layers or for what comes after them, and gives no tokens or no rows.
         self._results(0, 1)
         self.layers, self.kinds = self._sorted_layers()
@@ -160,7 +161,7 @@ class _Tracer:
         return (ids, self._cache.start, *self._cache.views(_LENGTH)[0], last, *self._around.tensors)
 
     def _results(self, tokens: int, rows: int) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = self.around.module(check_guards=False)(*self._inputs_around(tokens, rows))
+        results: tuple[Tensor, ...] = self._run_around(*self._inputs_around(tokens, rows))
         return results
 
     def _function_around(

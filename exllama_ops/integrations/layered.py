@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from exllama_ops.compile import packages
 from exllama_ops.compile.packages import Run
+from exllama_ops.extras import collector_paused
 from exllama_ops.integrations import layer_graphs
 from exllama_ops.integrations.cpu_forms import fast_forms
 from exllama_ops.integrations.layer_graphs import Plan
@@ -75,7 +76,7 @@ class LayeredForward:
             self._shapes = interface.shapes
             self._around = Weights.of(model, parts.names)
             weights = [Weights.of(layer) for layer in parts.layers]
-            with torch.no_grad(), fast_forms(model, device):
+            with torch.no_grad(), fast_forms(model, device), collector_paused():
                 self._runs, self._plan = _compiled(parts, self._around, weights, backend, notify)
         except SplitError as error:
             raise ValueError(f"{type(model).__name__} cannot be compiled layer by layer: {error}") from error
