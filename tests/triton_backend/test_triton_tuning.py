@@ -82,8 +82,8 @@ assert all(torch.equal(product(op), result) for op, result in zip(inputs, before
 warmup()
 """
 
-# The interpreter multiplies tiles by BLAS, whose order of sums depends on the CPU and on the tile's shape. Sums in double
-# and one rounding do not.
+# The interpreter multiplies tiles by BLAS, whose order of sums depends on the CPU and on the tile's shape. Sums in
+# double and one rounding do not.
 BITS = """
 import numpy as np
 
