@@ -264,14 +264,9 @@ def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: 
     check(dict(np.load(results)), parts, given, all_products)
 
 
-@pytest.mark.parametrize(
-    ("bits", "order"),
-    [
-        pytest.param(bits, order, id=f"{bits}b-{order}", marks=() if (bits, order) == (4, "perm") else SLOW)
-        for bits in SHAPES
-        for order in ("perm", "raw")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["perm", "raw"])
+@pytest.mark.parametrize("bits", SHAPES)
 def test_thread_sanitizer_is_silent(bits: int, order: str, tmp_path: Path) -> None:
     """No missing barrier, and no blocks that meet in memory."""
     case = case_of(bits, order)
