@@ -1,6 +1,6 @@
 """How long steps say where they are: library code takes a `Notify`, and a `Screen` is one that shows them.
 
-On a terminal the present step is a live line at the bottom: a thread writes it anew several times a second, so that
+On a terminal the present step is a live line at the bottom. A thread writes it anew several times a second, so that
 its elapsed time moves even while one compiler runs. Elsewhere a step is a line when it begins and a line when it ends.
 """
 

@@ -29,7 +29,7 @@ void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
 }
 
 // The threads to divide the columns of a weight among, of `bytes` in all, in tasks as wide as can be. A core that reads
-// part of each row fetches some of the rest too, so a little weight is divided only if it is wide, and only for threads
+// part of each row fetches some of the rest too. So a little weight is divided only if it is wide, and only for threads
 // that would begin at once.
 inline int32_t threads_for_columns(const Parallel& parallel, int64_t columns, int64_t bytes) {
   constexpr int64_t kLittle = 2 << 20, kBytesOfThread = 128 << 10, kColumnsOfThread = 448;

@@ -36,8 +36,12 @@ _PACKAGE = Path(__file__).parents[1]
 _KEPT_ENTRIES = 4
 # What Inductor reads of the environment, but for the folder of its own cache.
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "ATEN_CPU_CAPABILITY")
-# The collector would look through all that is imported, again and again: a fifth of the time.
-_WORKER = f"import gc, sys; gc.disable(); from {__package__}.package_worker import main; sys.exit(main(*sys.argv[1:]))"
+# The collector would look through all that is imported, again and again: a fifth of the time. Python puts the present
+# folder first, where a file may have the name of a module.
+_WORKER = (
+    "import gc, sys; gc.disable(); sys.path.remove(''); "
+    f"from {__package__}.package_worker import main; sys.exit(main(*sys.argv[1:]))"
+)
 # Whether torch may believe that instruction sets work.
 _PROBES = "TORCHINDUCTOR_VEC_ISA_OK"
 _CPU_LINES = ("flags", "Features", "model name")
@@ -196,7 +200,7 @@ def _compile(graphs: Mapping[str, Graph], folder: Path, notify: Notify) -> None:
         list_of_tasks.write_text(json.dumps(tasks), encoding="utf-8")
         worker = (sys.executable, "-c", _WORKER, str(list_of_tasks), str(processes_at_once()))
         environment = {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
             # Inductor would start processes for kernels that these graphs have not.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -210,8 +214,8 @@ def _compile(graphs: Mapping[str, Graph], folder: Path, notify: Notify) -> None:
             run_commands([worker], Path(scratch), look=look, environment={**environment, **more})
 
         look()
-        # torch compiles and runs a program for every instruction set to see whether it can, and takes a worse one
-        # without a word where a busy machine lets that take too long. /proc/cpuinfo says what the CPU has.
+        # torch compiles and runs a program for every instruction set, to see whether it can. Where a busy machine lets
+        # that take too long, it takes a worse one without a word. /proc/cpuinfo says what the CPU has.
         try:
             run(**({} if _PROBES in os.environ else {_PROBES: "1"}))
         except CompileError as error:
@@ -231,7 +235,12 @@ def _without_example_data(program: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def _entry_to_fill(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target``, in the place of what is there."""
+    """A folder to fill, which becomes ``target``, in the place of what is there. The caller holds the lock.
+
+    What a process that was killed has left is removed.
+    """
+    for stale in target.parent.glob(".*-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     with publishing_folder(target, prefix=f".{target.name}-") as folder:
         yield folder
         entries = sorted((path for path in target.parent.iterdir() if path.is_dir() and path.name[0] != "."), key=_age)
@@ -282,9 +291,7 @@ def _cpu_digest() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
-    return _short_digest(
-        "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-    )
+    return _short_digest("\n".join(sorted({line for line in lines if line.startswith(_CPU_LINES)})))
 
 
 def _short_digest(text: str) -> str:

@@ -168,8 +168,8 @@ class CompiledGenerator:
             sampler: draws the tokens; None takes the likeliest one each time.
 
         Raises:
-            ValueError: as in `prefill`, or another generation was started before this one was done, or there are no
-                probabilities to draw from, since logits are NaN or inf.
+            ValueError: as in `prefill`, or another generation was started before this one was done. Or a token cannot
+                be drawn, since logits are NaN or inf.
             CompilerUnavailableError: as in `warm_up`.
         """
         stops = stop_tokens(self.model) if stop is None else frozenset(stop)

@@ -18,7 +18,7 @@ from exllama_ops.extras import collector_paused
 from exllama_ops.integrations import layer_graphs
 from exllama_ops.integrations.cpu_forms import fast_forms
 from exllama_ops.integrations.layer_graphs import Plan
-from exllama_ops.integrations.layers import Split, SplitError, Weights, description, split
+from exllama_ops.integrations.layers import Split, SplitError, Weights, config_text, description, split
 from exllama_ops.integrations.static_cache import CacheInterface, KeysAndValues, cache_interface
 from exllama_ops.progress import Notify, ignore
 
@@ -84,6 +84,8 @@ class LayeredForward:
             _Layer(kind, slots, own.tensors) for (kind, slots), own in zip(self._plan.layers, weights, strict=True)
         ]
 
+        kinds = range(1 + max(kind for kind, _ in self._plan.layers))
+        self._steps = {step: [self._runs[f"layer{kind}-{step}"] for kind in kinds] for step in ("prefill", "decode")}
         size, dtype = self._plan.hidden
         self._no_rows = torch.zeros(1, 0, size, dtype=getattr(torch, dtype), device=device)
 
@@ -122,17 +124,16 @@ class LayeredForward:
                 f"LayeredForward: ids must have 1 token or more, and the cache room for them; got {tokens} tokens, and "
                 f"{cache.length} of {cache.capacity} positions are used"
             )
-        step = "decode" if tokens == 1 else "prefill"
-        runs, start = self._runs, cache.start
+        steps = self._steps["decode" if tokens == 1 else "prefill"]
+        around, start = self._runs["around"], cache.start
         keys_and_values = cache.views(cache.cut(end))
-        slots = runs["around"]([ids, start, *keys_and_values[0], self._no_rows, *self._around.tensors])
+        slots = around([ids, start, *keys_and_values[0], self._no_rows, *self._around.tensors])
         hidden = slots[0]
-        steps = [runs[f"layer{kind}-{step}"] for kind in range(1 + max(layer.kind for layer in self._layers))]
         for layer, pair in zip(self._layers, keys_and_values, strict=True):
             (hidden,) = steps[layer.kind](
                 [hidden, start, *pair, *(slots[slot] for slot in layer.slots), *layer.weights]
             )
-        *_, logits = runs["around"]([ids[:, :0], start, *keys_and_values[0], hidden[:, -1:], *self._around.tensors])
+        *_, logits = around([ids[:, :0], start, *keys_and_values[0], hidden[:, -1:], *self._around.tensors])
         cache.advance(tokens)
         return logits[0]
 
@@ -156,12 +157,8 @@ def _compiled(
 def _model_text(parts: Split, backend: Backend) -> str:
     """All that the graphs depend on, but for versions: the same text means the same graphs."""
     model: Any = parts.model
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
     described = {
-        "config": json.dumps(config, sort_keys=True, default=str),
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "config": config_text(model.config),
         "around": description(parts.model, parts.names),
         "layers": [description(layer) for layer in parts.layers],
         "in_tuple": parts.in_tuple,

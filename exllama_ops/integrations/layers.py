@@ -7,16 +7,21 @@ of a layer serves all layers of its kind.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from exllama_ops.integrations.static_cache import CacheInterface, OneLayerCache
@@ -28,6 +33,12 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CALLED = ("forward", "_forward_hooks", "_forward_pre_hooks")
 # What torch.nn.Module keeps of its own.
 _MODULE_STATE = frozenset(vars(nn.Module())) - {"training"}
+
+
+# How deep objects are looked into that modules hold.
+_DEPTH = 3
+# What a config says of its file.
+_ORIGIN = ("_name_or_path", "transformers_version")
 
 
 class SplitError(ValueError):
@@ -95,12 +106,14 @@ class Split:
         cache: how it takes its cache.
         names: of the layers, in the order of their calls.
         in_tuple: for each layer 0 if it returns its hidden state, or the length of the tuple that begins with it.
+        hidden: the size of what the last layer gives, and its dtype.
     """
 
     model: nn.Module
     cache: CacheInterface
     names: list[str]
     in_tuple: list[int]
+    hidden: tuple[int, torch.dtype]
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -194,12 +207,13 @@ def split(model: nn.Module, cache: CacheInterface) -> Split:
             name for module in layer.modules() for name, value in vars(module).items() if isinstance(value, Tensor)
         ]:
             raise SplitError(f"its layers hold tensors that are neither parameters nor buffers: {', '.join(stray)}")
-    calls = [(module, length) for module, length in cache.calls if any(module is layer for layer in layers)]
+    calls = [(module, returned) for module, returned in cache.calls if any(module is layer for layer in layers)]
     if [module for module, _ in calls] != layers:
         raise SplitError("its forward must call every layer once, in order")
-    if any(length is None for _, length in calls):
+    if any(returned.length is None for _, returned in calls):
         raise SplitError("a layer returns neither a tensor nor a tuple that begins with one")
-    return Split(model, cache, names, [length or 0 for _, length in calls])
+    _, last = calls[-1]
+    return Split(model, cache, names, [returned.length or 0 for _, returned in calls], (last.size, last.dtype))
 
 
 def description(module: nn.Module, without: Sequence[str] = ()) -> str:
@@ -224,17 +238,34 @@ def description(module: nn.Module, without: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
-    """An attribute as text that is the same in every process."""
+def config_text(config: PreTrainedConfig) -> str:
+    """A config as text, without where it came from."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _ORIGIN}
+    return f"{json.dumps(values, sort_keys=True, default=str)} {getattr(config, '_attn_implementation', None)}"
+
+
+def _plain(value: Any, depth: int = _DEPTH) -> str:
+    """An attribute as text that is the same in every process, with the attributes of objects to some depth."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_plain, value))}]"
+        return f"[{', '.join(_plain(item, depth) for item in value)}]"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_plain, value)))}}}"
+        return f"{{{', '.join(sorted(_plain(item, depth) for item in value))}}}"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{_plain(key)}: {_plain(item)}' for key, item in value.items()))}}}"
-    return f"{_type(value)}.{getattr(value, '__qualname__', '')}"
+        return f"{{{', '.join(sorted(f'{_plain(key)}: {_plain(item, depth)}' for key, item in value.items()))}}}"
+    if isinstance(value, Tensor):  # no weight, so what it holds becomes a part of the graph
+        content = "" if value.is_meta else hashlib.sha256(repr(value.tolist()).encode()).hexdigest()
+        return f"{_type(value)} {value.dtype} {content}"
+    if isinstance(value, PreTrainedConfig):
+        return config_text(value)
+    if isinstance(value, partial):
+        return f"partial({_plain([value.func, value.args, value.keywords], depth)})"
+    if hasattr(value, "__qualname__"):
+        return f"{_type(value)} {value.__module__}.{value.__qualname__}"
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, ModuleType)):
+        return f"{_type(value)}({_plain(vars(value), depth - 1)})"
+    return _type(value)
 
 
 def _type(value: Any) -> str:

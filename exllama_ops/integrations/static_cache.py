@@ -36,21 +36,41 @@ class LayerShape(NamedTuple):
     device: torch.device
 
 
+class Returned(NamedTuple):
+    """What a module returned.
+
+    Args:
+        length: 0 for a tensor, n for a tuple of n that begins with a tensor, None for anything else.
+        size: the last size of that tensor.
+        dtype: its dtype.
+    """
+
+    length: int | None
+    size: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @staticmethod
+    def of(result: Any) -> Returned:
+        """Describe a result."""
+        in_tuple = isinstance(result, tuple) and len(result) > 0
+        state = result[0] if in_tuple else result
+        if not isinstance(state, Tensor):
+            return Returned(None)
+        return Returned(len(result) if in_tuple else 0, state.shape[-1] if state.dim() else 0, state.dtype)
+
+
 class CacheInterface(NamedTuple):
     """What a step of one token shows of a model.
 
     Args:
         argument: the name under which its forward takes its cache.
         shapes: what each layer caches.
-        calls: the modules of its lists that were called, in order, and what each returned: 0 for a tensor, n for a
-            tuple of n that begins with one, None for anything else.
-        hidden: the last size and the dtype of the last of these tensors, the hidden state of a decoder.
+        calls: the modules of its lists that were called, in order, and what each returned.
     """
 
     argument: str
     shapes: list[LayerShape]
-    calls: list[tuple[nn.Module, int | None]]
-    hidden: tuple[int, torch.dtype]
+    calls: list[tuple[nn.Module, Returned]]
 
 
 def cache_interface(model: Any, device: torch.device) -> CacheInterface:
@@ -59,19 +79,9 @@ def cache_interface(model: Any, device: torch.device) -> CacheInterface:
     Raises:
         ValueError: the model returns no cache, or one with layers of another kind than attention.
     """
-    calls: list[tuple[nn.Module, int | None]] = []
-    hidden = (0, torch.float32)
-
-    def watch(module: nn.Module, args: Any, result: Any) -> None:
-        nonlocal hidden
-        length = _length(result)
-        calls.append((module, length))
-        if length is not None:
-            state = result[0] if length else result
-            hidden = (state.shape[-1], state.dtype)
-
+    calls: list[tuple[nn.Module, Returned]] = []
     handles = [
-        module.register_forward_hook(watch)
+        module.register_forward_hook(lambda module, args, result: calls.append((module, Returned.of(result))))
         for modules in model.modules()
         if isinstance(modules, nn.ModuleList)
         for module in modules
@@ -102,13 +112,7 @@ def cache_interface(model: Any, device: torch.device) -> CacheInterface:
         LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
     ]
-    return CacheInterface(argument, shapes, calls, hidden)
-
-
-def _length(result: Any) -> int | None:
-    if isinstance(result, Tensor):
-        return 0
-    return len(result) if isinstance(result, tuple) and isinstance(result[0], Tensor) else None
+    return CacheInterface(argument, shapes, calls)
 
 
 class _Layer(StaticLayer):  # type: ignore[misc]
@@ -170,7 +174,7 @@ class OneLayerCache(StaticCache):  # type: ignore[misc]
 class KeysAndValues:
     """The keys and values of all layers of one sequence, for `LayeredForward`.
 
-    A layer's memory is (capacity, heads, head_dim), so that a cut to the positions in use changes no stride, and what
+    A layer's memory is (capacity, heads, head_dim), so that a cut to the positions in use changes no stride. So what
     attention reads does not grow with the capacity.
 
     Args:

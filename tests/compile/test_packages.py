@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +155,7 @@ def test_a_broken_entry_is_replaced_and_old_ones_go(cache: Path, monkeypatch: py
     cut(first / "product.pt2")
     assert packages.make(MODEL, VERSIONS, graphs(), [], Told()).runs == {"product": b"a package"}
     assert packages.find(MODEL, VERSIONS, Told()) is not None
+    (first.parent / f".{first.name}-killed").mkdir()  # what a process that was killed has left
     for version in "23456":
         packages.make(MODEL, {"torch": version}, graphs(), [], Told())
     assert len([path for path in first.parent.iterdir() if path.is_dir()]) == 4
@@ -186,6 +190,18 @@ def test_where_nothing_can_be_kept_the_graphs_serve_all_the_same(
     with pytest.warns(UserWarning, match=r"compiled graphs are not kept: .*EXLLAMA_OPS_CACHE"):
         entry = packages.make(MODEL, VERSIONS, graphs(), [], Told())
     assert entry.runs == {"product": b"a package"}
+
+
+def test_a_file_of_the_present_folder_is_no_module_of_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('a file of the user')")
+    (tmp_path / "tasks").write_text("[]")
+    command = [sys.executable, "-c", packages._WORKER, str(tmp_path / "tasks"), "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_what_the_compiler_says_is_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,58 @@ def test_layers_of_one_kind_have_one_description_and_others_another() -> None:
     assert description(second) == description(first)
     first.self_attn.k_proj.weight_of = 3.0
     assert description(second) != description(first)
+
+
+class Held:
+    """What a layer may hold beside weights and plain values."""
+
+    def __init__(self, factor: float) -> None:
+        self.options = {"factor": factor}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (Held(1.0), Held(2.0)),
+        (partial(torch.mul, other=1.0), partial(torch.mul, other=2.0)),
+        ([torch.ones(2)], [torch.zeros(2)]),
+        (torch.relu, torch.sigmoid),
+    ],
+)
+def test_layers_that_hold_other_objects_are_of_another_kind(values: tuple[Any, Any]) -> None:
+    first, second, third = quantized_llama(3).model.layers
+    first.mlp.held, second.mlp.held = values
+    third.mlp.held = deepcopy(values[0])
+    assert description(first) == description(third)
+    assert description(first) != description(second)
+
+
+def test_a_layer_with_a_config_of_its_own_is_of_another_kind() -> None:
+    first, second = quantized_llama(2).model.layers
+    second.self_attn.config = deepcopy(second.self_attn.config)
+    second.self_attn.config._name_or_path = "elsewhere"
+    assert description(first) == description(second)
+    second.self_attn.config.rms_norm_eps *= 2
+    assert description(first) != description(second)
+
+
+class NormByTokens(nn.Module):
+    """A last norm that looks at the tokens of the forward."""
+
+    def __init__(self, norm: nn.Module, model: Any) -> None:
+        super().__init__()
+        self.norm = norm
+        model.embed_tokens.register_forward_hook(lambda module, args, result: setattr(self, "seen", [result]))
+
+    def forward(self, hidden: Any) -> Any:
+        return self.norm(hidden) + self.seen[0].mean()
+
+
+def test_a_tail_that_depends_on_the_tokens_is_refused() -> None:
+    model = random_model("Llama")
+    model.model.norm = NormByTokens(model.model.norm, model.model)
+    with pytest.raises(ValueError, match="what comes after its layers depends on more than what they give"):
+        LayeredForward(model, backend="eager")
 
 
 def test_the_description_is_text_of_no_process() -> None:
