@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 
 # (K, N, group size), 4 bits, one token: a layer of a 7B model, and one of the demo model.
 SHAPES = ((4096, 4096, 128), (576, 1536, 32))
@@ -52,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "microseconds": _measure(args.seconds, args.core),
     }
     emit(table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "busy.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "busy.md").write_text(table(result))
+    write_result(args.out / "busy", result, table(result))
     return 0
 
 

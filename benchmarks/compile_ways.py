@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.by_layer import ByLayer
 from benchmarks.demo import PROMPT_TOKENS, TURN_TOKENS, decode_ms
 from benchmarks.machine import description
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 from benchmarks.timing import Spread
 from exllama_ops import load_model
 from exllama_ops.backends.cpu import BACKEND
@@ -98,9 +98,7 @@ def _write(rows: Sequence[dict[str, Any]], machine: dict[str, Any], file: Path) 
         "prediction": PREDICTION,
         "rows": rows,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(_table(result))
+    write_result(file, result, _table(result))
 
 
 def _row(way: str, layers: int, threads: int, path: Path) -> dict[str, Any]:

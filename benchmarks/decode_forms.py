@@ -7,7 +7,6 @@ AOTInductor packages on one thread, as `LayeredForward` makes them. Errors are t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 
 # Heads, groups, dim: of the demo, and of an 8B model.
 ATTENTION = ((9, 3, 64), (32, 8, 128))
@@ -54,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     emit(_table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "decode-forms.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "decode-forms.md").write_text(_table(result))
+    write_result(args.out / "decode-forms", result, _table(result))
     return 0
 
 

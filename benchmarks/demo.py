@@ -9,7 +9,6 @@ OpenVINO GenAI decodes the file that the weights come from. All decode in turns,
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 
 # Tokens of a turn: so few that both models see the same state of the machine.
 TURN_TOKENS = 8
@@ -66,11 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.other:
         result["other_commit"] = commit(args.other)
     emit(_table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
     variant = ("-act-order" if args.act_order else "") + ("-other" if args.other else "")
     stem = args.out / f"demo{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(_table(result))
+    write_result(stem, result, _table(result))
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 
 LAYERS = (8, 30)
 MODES: dict[str, tuple[str, ...]] = {"layers": (), "whole": ("--whole",)}
@@ -88,11 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.other:
         result["other_commit"] = commit(args.other)
     emit(_table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
     variant = f"{'-'.join(map(str, args.layers))}layers{'-other' if args.other else ''}"
     stem = args.out / f"first-token-{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(_table(result))
+    write_result(stem, result, _table(result))
     return 0
 
 

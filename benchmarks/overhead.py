@@ -6,7 +6,6 @@ The product is so small (one token, 32 x 32, 4 bits) that a call of it is all ov
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS
+from benchmarks.run import RESULTS, write_result
 
 SIZE = 32
 # A round of each kind takes this long. It is shorter than the turns in which an operating system shares a core. So the
@@ -79,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile_seconds": {backend: compile_seconds(path, args.threads, backend) for backend in BACKENDS},
     }
     emit(_table(result))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "overhead.md").write_text(_table(result))
+    write_result(args.out / "overhead", result, _table(result))
     return 0
 
 

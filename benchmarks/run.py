@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import isa
 
 RESULTS = Path(__file__).with_name("results")
 # Those of exllama_ops, which may not be imported before the variables are set; tests/structure compares the two.
 WIDTHS = (2, 3, 4, 8)
+
+
+def write_result(stem: Path, result: Mapping[str, Any], table: str) -> None:
+    """Write a result to STEM.json, and its table to STEM.md, in a folder that is made if it is not there."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
