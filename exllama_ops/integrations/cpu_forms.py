@@ -91,7 +91,11 @@ def attend_many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` for few rows (1, rows, K), in float32 and rounded once: as fast as the weights can be read."""
-    result = (weight.float() * x[0].unsqueeze(1).float()).sum(-1)
+    rows = x[0].float()
+    # What as_strided takes has memory of its own. Else Inductor would compute the norm before it once for each column:
+    # 5.3 ms a token instead of 3.3 for 576 x 49152 on a Zen 4.
+    rows = rows.as_strided(rows.shape, rows.stride())
+    result = (weight.float() * rows.unsqueeze(1)).sum(-1)
     if bias is not None:
         result = result + bias.float()
     return result.to(x.dtype).unsqueeze(0)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_cpp_code
 
 pytest.importorskip("transformers", reason='needs the extra "hf"')
 
@@ -76,6 +77,19 @@ def test_a_row_is_multiplied_in_float32_and_rounded_once(dtype: torch.dtype, bia
         exact = math.fsum(products) + (added[n].item() if added is not None else 0.0)
         size = math.fsum(map(abs, products)) + abs(exact)
         assert abs(got - exact) <= torch.finfo(dtype).eps / 2 * abs(exact) * 1.001 + 66 * 2**-24 * size
+
+
+def test_a_norm_before_the_output_layer_is_not_computed_for_each_column() -> None:
+    x, weight = random(1, 1, 64, dtype=torch.float16), random(3072, 64, dtype=torch.float16)
+
+    def tail(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return multiply_rows(torch.nn.functional.rms_norm(x, (64,)), weight, None)
+
+    _, code = run_and_get_cpp_code(torch.compile(tail), x, weight)
+    kernel = code[code.index('extern "C"') : code.index("''')")]
+    norm, _, columns = kernel.partition("(3072L)")
+    assert "sqrt" in norm
+    assert "sqrt" not in columns
 
 
 def test_the_forms_are_in_place_only_while_graphs_are_traced() -> None:
