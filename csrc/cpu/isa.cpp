@@ -15,6 +15,9 @@ constexpr Table kTables[] = {
 #if EXLLAMA_X86
     amx::kernels,    avx512::vnni_kernels, avx512::kernels, avx2::vnni_kernels, avx2::kernels,
 #endif
+#if EXLLAMA_NEON
+    neon::kernels,
+#endif
     scalar::kernels,
 };
 

@@ -27,6 +27,16 @@ constexpr int kBatchRows = 64;
 enum class Dot { kInt16, kInt16Vnni, kInt8 };
 constexpr int depth_of(Dot kind) { return kind == Dot::kInt8 ? 4 : 2; }
 
+// A sum of such products, from `start` on.
+template <Dot kind>
+EXLLAMA_VECTOR_INLINE auto sum_from(Int start) {
+  if constexpr (kind == Dot::kInt8) {
+    return start;
+  } else {
+    return pair_sum(start);
+  }
+}
+
 // One limb of one row of x in one span.
 struct Vector {
   const char* x;
@@ -64,12 +74,12 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const 
     const uint32_t* words = batch.words + n;
     const int32_t* terms = x;
     Mask mask[nr];
-    Int sum[mr][nr];
+    decltype(sum_from<kind>(Int())) sum[mr][nr];
 #pragma GCC unroll 2
     for (int v = 0; v < nr; ++v) {
       mask[v] = mask_of(columns - n - kStrip * v);
 #pragma GCC unroll 8
-      for (int m = 0; m < mr; ++m) sum[m][v] = load_int(dots + m * stride + n + kStrip * v);
+      for (int m = 0; m < mr; ++m) sum[m][v] = sum_from<kind>(load_int(dots + m * stride + n + kStrip * v));
     }
     for (int i = 0; i < batch.blocks; ++i, words += kWords * N, ahead += kWords * N, terms += kTerms * mr) {
       Int loaded[nr][kWords];
@@ -105,7 +115,7 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const 
     for (int v = 0; v < nr; ++v) {
       if (!batch.last) {
 #pragma GCC unroll 8
-        for (int m = 0; m < mr; ++m) store_int(dots + m * stride + n + kStrip * v, sum[m][v]);
+        for (int m = 0; m < mr; ++m) store_int(dots + m * stride + n + kStrip * v, whole(sum[m][v]));
         continue;
       }
       const int64_t column = target.column + n + kStrip * v, there = columns - n - kStrip * v;
@@ -115,7 +125,7 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const 
 #pragma GCC unroll 8
       for (int m = 0; m < mr; ++m) {
         const Vector& vector = vectors[m];
-        const Int centered = sub_int32(sum[m][v], multiply_int32(zero, set_int(vector.sum)));
+        const Int centered = sub_int32(whole(sum[m][v]), multiply_int32(zero, set_int(vector.sum)));
         const Float value = multiply(to_float(centered), set_float(vector.scale));
         float* out = vector.acc + n + kStrip * v;
         store_floats_masked(out, mask[v], fma(value, scale, load_floats_masked(out, mask[v])));

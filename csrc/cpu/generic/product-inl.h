@@ -12,20 +12,22 @@ template <bool vnni>
 struct Int16Product {
   using Args = Multiply<int16_t, int16_t>;
   using Vector = Int;
+  using Sum = PairSum;
   static constexpr int kDepth = 2;
 
-  static EXLLAMA_VECTOR_INLINE Int start(const Args&, int) { return set_int(0); }
+  static EXLLAMA_VECTOR_INLINE Sum start(const Args&, int) { return pair_sum(set_int(0)); }
   static EXLLAMA_VECTOR_INLINE Int load(const int16_t* panel) { return load_int(panel); }
   static EXLLAMA_VECTOR_INLINE Int spread(const int16_t* x) { return broadcast(x); }
-  static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int16<vnni>(sum, weight, x); }
-  static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Int sum, int row, int) {
-    return multiply(to_float(sum), set_float(args.x_scales[row].scale[args.limb]));
+  static EXLLAMA_VECTOR_INLINE void add(Sum& sum, Int weight, Int x) { dot_int16<vnni>(sum, weight, x); }
+  static EXLLAMA_VECTOR_INLINE Float value(const Args& args, Sum sum, int row, int) {
+    return multiply(to_float(whole(sum)), set_float(args.x_scales[row].scale[args.limb]));
   }
 };
 
 struct Int8Product {
   using Args = Multiply<uint8_t, int8_t>;
   using Vector = Int;
+  using Sum = Int;
   static constexpr int kDepth = 4;
 
   static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int column) { return load_int(args.start + column); }
@@ -42,6 +44,7 @@ struct Int8Product {
 struct FloatProduct {
   using Args = Multiply<float, float>;
   using Vector = Float;
+  using Sum = Float;
   static constexpr int kDepth = 1;
 
   static EXLLAMA_VECTOR_INLINE Float start(const Args&, int) { return set_float(0); }
@@ -60,7 +63,7 @@ EXLLAMA_VECTOR void add_strips(const typename Product::Args& args, int row, int 
   const int64_t stride = args.x_stride;
   const auto* x = args.x + row * stride;
   const auto* panel = args.panel + Product::kDepth * kStrip * strip;
-  typename Product::Vector sum[mr][nr];
+  typename Product::Sum sum[mr][nr];
 #pragma GCC unroll 4
   for (int v = 0; v < nr; ++v) {
 #pragma GCC unroll 12

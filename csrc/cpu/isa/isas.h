@@ -9,6 +9,12 @@
 #define EXLLAMA_X86 0
 #endif
 
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
+#define EXLLAMA_NEON 1
+#else
+#define EXLLAMA_NEON 0
+#endif
+
 namespace exllama::cpu {
 
 namespace scalar {
@@ -27,6 +33,12 @@ const Kernels& vnni_kernels();
 }  // namespace avx512
 
 namespace amx {
+const Kernels& kernels();
+}
+#endif
+
+#if EXLLAMA_NEON
+namespace neon {
 const Kernels& kernels();
 }
 #endif

@@ -127,6 +127,11 @@ EXLLAMA_VECTOR_INLINE Float load_any(const void* from, DType dtype, int64_t inde
   return count >= kStrip ? _mm256_loadu_ps(source) : _mm256_maskload_ps(source, mask_of(count));
 }
 
+// NEON leaves the two products in two lanes, which `whole` adds in the end.
+using PairSum = Int;
+EXLLAMA_VECTOR_INLINE PairSum pair_sum(Int start) { return start; }
+EXLLAMA_VECTOR_INLINE Int whole(PairSum sum) { return sum; }
+
 // sum += two int16 products. This is assembler because gcc 12 computes all products first and has no registers for them.
 template <bool vnni>
 EXLLAMA_VECTOR_INLINE void dot_int16(Int& sum, Int a, Int b) {

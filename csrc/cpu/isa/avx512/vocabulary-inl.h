@@ -106,6 +106,11 @@ EXLLAMA_VECTOR_INLINE Float load_any(const void* from, DType dtype, int64_t inde
   return widen(load_shorts(static_cast<const uint16_t*>(from) + index, count), dtype);
 }
 
+// NEON leaves the two products in two lanes, which `whole` adds in the end.
+using PairSum = Int;
+EXLLAMA_VECTOR_INLINE PairSum pair_sum(Int start) { return start; }
+EXLLAMA_VECTOR_INLINE Int whole(PairSum sum) { return sum; }
+
 // sum += two int16 products. This is assembler because gcc 12 copies the sums of the intrinsic to and fro, and computes
 // all products first where there are two instructions.
 template <bool vnni>

@@ -1,0 +1,27 @@
+// The table for NEON, which every aarch64 CPU has.
+#include "cpu/isa/isas.h"
+
+#if EXLLAMA_NEON
+
+#define EXLLAMA_VECTOR
+#include "cpu/isa/neon/vocabulary-inl.h"
+
+#include "cpu/generic/table-inl.h"
+#include "cpu/isa/neon/gemv.h"
+
+namespace exllama::cpu {
+
+const Kernels& neon::kernels() {
+  static const Kernels table = [] {
+    Kernels made = vector_kernels<false>();
+    made.name = "neon";
+    made.available = [] { return true; };
+    made.gemv = neon::gemv;
+    return made;
+  }();
+  return table;
+}
+
+}  // namespace exllama::cpu
+
+#endif
