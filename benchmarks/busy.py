@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import RESULTS, write_result
+from benchmarks.files import OUT_HELP, write_result
 
 # (K, N, group size), 4 bits, one token: a layer of a 7B model, and one of the demo model.
 SHAPES = ((4096, 4096, 128), (576, 1536, 32))
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=60, help="of timing (default: %(default)s)")
     parser.add_argument("--core", type=int, default=0, help="that the loop runs on (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(arguments)
     from benchmarks.machine import description
     from exllama_ops.backends.cpu import BACKEND
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "microseconds": _measure(args.seconds, args.core),
     }
     emit(table(result))
-    write_result(args.out / "busy", result, table(result))
+    write_result(args.out, "busy", result, table(result))
     return 0
 
 

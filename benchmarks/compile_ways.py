@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks.by_layer import ByLayer
 from benchmarks.demo import PROMPT_TOKENS, TURN_TOKENS, decode_ms
+from benchmarks.files import OUT_HELP, folder_of, write_result
 from benchmarks.machine import description
-from benchmarks.run import RESULTS, write_result
 from benchmarks.timing import Spread
 from exllama_ops import load_model
 from exllama_ops.backends.cpu import BACKEND
@@ -56,6 +56,7 @@ PREDICTION = (
     "whole forward, marked regions too. Layers that Dynamo looks up take 1.5 times as long a token with guards, and "
     "1.2 times without."
 )
+NAME = "compile-ways"
 _CHILD = "import sys; from benchmarks.compile_ways import child; child(*sys.argv[1:])"
 _LONGEST_REASON = 160
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--layers", nargs="+", type=int, default=[8, 30], help="of the model (default: 8 30)")
     add("--threads", nargs="+", type=int, default=[1, 2], help="of torch (default: 1 2)")
     add("--keep", action="store_true", help="keep the rows of the file that are not measured again")
-    add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
+    add("--out", type=Path, metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(arguments)
     BACKEND.build()
     if BACKEND.library is None:
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = demo_checkpoint(screen)
     packages = ["accelerate", "exllama-ops", "torch", "transformers"]
     machine = description(max(args.threads), BACKEND.library.isa_in_use() or "", "native", packages)
-    file = args.out / "compile-ways.json"
+    folder = args.out or folder_of(machine)
+    file = folder / f"{NAME}.json"
     kept = json.loads(file.read_text())["rows"] if args.keep and file.exists() else []
     rows = {(row["threads"], row["layers"], list(WAYS).index(row["way"])): row for row in kept}
     for threads in args.threads:
@@ -86,19 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for way in args.ways:
                 say(f"{threads} threads, {layers} layers: {way}")
                 rows[threads, layers, list(WAYS).index(way)] = _row(way, layers, threads, path)
-                _write([rows[key] for key in sorted(rows)], machine, file)
+                _write([rows[key] for key in sorted(rows)], machine, folder)
     emit(file.with_suffix(".md").read_text())
     return 0
 
 
-def _write(rows: Sequence[dict[str, Any]], machine: dict[str, Any], file: Path) -> None:
+def _write(rows: Sequence[dict[str, Any]], machine: dict[str, Any], folder: Path) -> None:
     result = {
         "command": "python -m benchmarks.compile_ways",
         "machine": machine,
         "prediction": PREDICTION,
         "rows": rows,
     }
-    write_result(file, result, _table(result))
+    write_result(folder, NAME, result, _table(result))
 
 
 def _row(way: str, layers: int, threads: int, path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS, write_result
+from benchmarks.files import OUT_HELP, write_result
 
 # Heads, groups, dim: of the demo, and of an 8B model.
 ATTENTION = ((9, 3, 64), (32, 8, 128))
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_forms", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="the most threads, and cores (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(arguments)
     try:
         isa.hold_to_cores(args.threads)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     emit(_table(result))
-    write_result(args.out / "decode-forms", result, _table(result))
+    write_result(args.out, "decode-forms", result, _table(result))
     return 0
 
 

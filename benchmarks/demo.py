@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS, write_result
+from benchmarks.files import OUT_HELP, write_result
 
 # Tokens of a turn: so few that both models see the same state of the machine.
 TURN_TOKENS = 8
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["other_commit"] = commit(args.other)
     emit(_table(result))
     variant = ("-act-order" if args.act_order else "") + ("-other" if args.other else "")
-    stem = args.out / f"demo{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
-    write_result(stem, result, _table(result))
+    name = f"demo{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    write_result(args.out, name, result, _table(result))
     return 0
 
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"some of {', '.join(map(repr, KINDS))}; default: all"
     )
     add("--other", type=Path, metavar="DIR", help="a checkout that decodes too, in turns, in a process of its own")
-    add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
+    add("--out", type=Path, metavar="DIR", help=OUT_HELP)
     return parser
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS, write_result
+from benchmarks.files import OUT_HELP, write_result
 
 LAYERS = (8, 30)
 MODES: dict[str, tuple[str, ...]] = {"layers": (), "whole": ("--whole",)}
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="default: %(default)s")
     add("--warm-rounds", type=int, default=3, help="warm processes for each cold one (default: %(default)s)")
     add("--other", type=Path, metavar="DIR", help="a checkout whose `exllama-ops run` is measured too")
-    add("--out", type=Path, default=RESULTS, metavar="DIR", help="for table and JSON (default: benchmarks/results)")
+    add("--out", type=Path, metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(arguments)
     try:
         isa.hold_to_cores(args.threads)
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["other_commit"] = commit(args.other)
     emit(_table(result))
     variant = f"{'-'.join(map(str, args.layers))}layers{'-other' if args.other else ''}"
-    stem = args.out / f"first-token-{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
-    write_result(stem, result, _table(result))
+    name = f"first-token-{variant}-{args.threads}thread{'' if args.threads == 1 else 's'}"
+    write_result(args.out, name, result, _table(result))
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import isa
-from benchmarks.run import RESULTS, write_result
+from benchmarks.files import OUT_HELP, write_result
 
 SIZE = 32
 # A round of each kind takes this long. It is shorter than the turns in which an operating system shares a core. So the
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure what a call costs beside its arithmetic, and compiling the demo model.",
     )
     parser.add_argument("--threads", type=int, default=1, help="threads, and cores (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
     args = parser.parse_args(arguments)
     try:
         isa.hold_to_cores(args.threads)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile_seconds": {backend: compile_seconds(path, args.threads, backend) for backend in BACKENDS},
     }
     emit(_table(result))
-    write_result(args.out / "overhead", result, _table(result))
+    write_result(args.out, "overhead", result, _table(result))
     return 0
 
 

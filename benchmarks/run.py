@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import isa
+from benchmarks.files import OUT_HELP
 
-RESULTS = Path(__file__).with_name("results")
 # Those of exllama_ops, which may not be imported before the variables are set; tests/structure compares the two.
 WIDTHS = (2, 3, 4, 8)
-
-
-def write_result(stem: Path, result: Mapping[str, Any], table: str) -> None:
-    """Write a result to STEM.json, and its table to STEM.md, in a folder that is made if it is not there."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,13 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=12, help="of timing for each shape and M (default: %(default)s)")
     add("--rounds", type=int, default=5, help="at least, for each shape and M (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
-    add(
-        "--out",
-        type=Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="for table, JSON and plot (default: benchmarks/results)",
-    )
+    add("--out", type=Path, metavar="DIR", help=OUT_HELP)
     return parser
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,6 +13,7 @@ from benchmarks.conformance import ConformanceError
 from benchmarks.devices.cpu import Cpu
 from benchmarks.devices.cuda import Cuda, TorchGpu
 from benchmarks.devices.device import Device, DeviceError
+from benchmarks.files import write_result
 from benchmarks.limits import LimitsError
 from benchmarks.peers.peer import Peer
 from benchmarks.plan import Budget, Missing, Plan
@@ -93,15 +92,8 @@ def _write(args: argparse.Namespace, label: str, result: dict[str, object], text
     from benchmarks.plot import plot
 
     order = "-act-order" if args.act_order else ""
-    stem = f"{args.bits}bit-g{args.group_size}{order}-{label}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(result, indent=1) + "\n"
-    files: dict[Path, str] = {
-        args.out / f"{stem}.json": line,
-        args.out / f"{stem}.md": f"{text}\n![plot]({stem}.svg)\n",
-    }
+    name = f"{args.bits}bit-g{args.group_size}{order}-{label}"
+    folder = write_result(args.out, name, result, f"{text}\n![plot]({name}.svg)\n")
     if args.json is not None:
-        files[args.json] = line
-    for path, content in files.items():
-        path.write_text(content)
-    plot(result, args.out / f"{stem}.svg")
+        args.json.write_text((folder / f"{name}.json").read_text())
+    plot(result, folder / f"{name}.svg")

@@ -1,7 +1,7 @@
 """Attention and the output layer of a token, written so that Inductor's CPU code is fast; used while graphs are traced.
 
 The results are those of transformers' own forms within the rounding of the dtype. They are closer to the exact ones,
-since sums are in float32. benchmarks/results/decode-forms.md has the measurements.
+since sums are in float32. benchmarks/results/amd-zen-5-avx-512/decode-forms.md has the measurements.
 """
 
 from __future__ import annotations

@@ -211,8 +211,17 @@ def test_every_decision_is_in_the_index() -> None:
 
 def test_every_results_file_has_its_command_in_the_readme_of_the_benchmarks() -> None:
     listed = set(commands("benchmarks/README.md"))
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
         assert json.loads(path.read_text())["command"] in listed, path
+
+
+def test_the_results_that_a_text_names_exist() -> None:
+    sources = [ROOT / document for document in DOCUMENTS]
+    for folder in ("exllama_ops", "csrc", "benchmarks", "tests"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
+    for source in sources:
+        for name in re.findall(r"benchmarks/results/[\w./-]+\.(?:md|json)", source.read_text()):
+            assert (ROOT / name).exists(), f"{source}: {name}"
 
 
 def test_no_tracked_file_knows_the_machine_it_was_written_on() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import exllama_ops
+from benchmarks import speeds
 from exllama_ops.integrations.slot import GptqSlot
 from exllama_ops.kernel import ExllamaLinearKernel
 from exllama_ops.nn import ExllamaLinear
@@ -77,31 +76,8 @@ def test_the_docstring_of_a_setter_names_its_variable(setter: str) -> None:
     assert variable in (getattr(exllama_ops, setter).__doc__ or "")
 
 
-def results(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return result
-
-
-def rows(page: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of(page).splitlines() if "|" in line]
-
-
-def test_the_speeds_of_the_page_are_those_of_the_results() -> None:
-    measured = [m for m in results("4bit-g128-2threads")["measurements"] if m["op"] == "gptq_gemm"]
-    table = rows("performance.md")
-    assert ["Tokens", *(str(m["M"]) for m in measured)] in table
-    for ours, kind in (("high", "float"), ("high", "int8"), ("medium", "int8")):
-        speedups = [s for m in measured for s in m["speedups"] if (s["ours"], s["class"]) == (ours, kind)]
-        assert [f'"{ours}", best {kind} peer', *(f"{s['times_faster']['median']:.2f}" for s in speedups)] in table
-
-
-def test_the_speeds_of_the_demo_are_those_of_the_results() -> None:
-    for threads, name in (("1", "demo-other-1thread"), ("2", "demo-other-2threads")):
-        (model,) = results(name)["models"]
-        faster, ms = model["times_faster"]["exllama_ops"], model["ms_per_token"]
-        ratios = [faster[other] for other in ("exllama_ops whole", "dense", "OpenVINO GenAI")]
-        cells = [
-            f"{ratio['median']:.2f} ({ratio['low_quartile']:.2f} to {ratio['high_quartile']:.2f})" for ratio in ratios
-        ]
-        ours, head = (f"{ms[kind]['median']:.1f}" for kind in ("exllama_ops", "exllama_ops, 8-bit head"))
-        assert [threads, ours, *cells, head] in rows("performance.md")
+@pytest.mark.parametrize("page", speeds.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("<!-- table: ") > 0
+    assert speeds.filled(text) == text, "run `python -m benchmarks.speeds`"
