@@ -13,7 +13,9 @@ from torch import Tensor
 from benchmarks.cases import DX_TOKENS, Case, Weight, activations
 from benchmarks.conformance import ConformanceError, relative_error
 from benchmarks.devices.device import Device, OurKernel
+from benchmarks.peer_class import class_of, probe
 from benchmarks.peers.peer import Kind, Layer, Peer, Unsupported
+from benchmarks.quiet import Watch
 from benchmarks.results import Measurement, Timed
 from benchmarks.timing import BURST_TOKENS, Runner, interleave
 from exllama_ops.cli.output import say
@@ -52,7 +54,8 @@ class _Kernel:
     """A kernel with copies of its weight."""
 
     name: str
-    kind: Kind
+    # None for a peer, whose class is found for each number of tokens.
+    kind: Kind | None
     layers: Sequence[Layer]
     # Raises ConformanceError; None for a peer, whose error is only shown.
     check: Callable[[Tensor], None] | None = None
@@ -126,7 +129,7 @@ class Plan:
     def _peer(self, peer: Peer, weight: Weight) -> _Kernel | None:
         try:
             self._device.admit(peer)
-            return _Kernel(peer.name, peer.kind, self._copies(lambda: peer.prepare(weight, self._device.threads)))
+            return _Kernel(peer.name, None, self._copies(lambda: peer.prepare(weight, self._device.threads)))
         except Exception as error:
             self._miss(peer.name, None, error)
             return None
@@ -151,24 +154,25 @@ class Plan:
         M = x.shape[0]
         self._say(f"{self.case}: {op}, M={M}")
         runners: list[Runner] = []
-        errors: dict[str, float] = {}
-        ready: list[_Kernel] = []
+        ready: list[tuple[_Kernel, Kind, float]] = []
         for kernel in kernels:
             try:
                 layers = kernel.layers if M <= ROTATED_TOKENS else kernel.layers[:2]
                 inputs = [layer.take(x.to(self._device.place)) for layer in layers]
-                errors[kernel.name] = self._error(kernel, op, inputs[0], x)
+                error = self._error(kernel, op, inputs[0], x)
+                kind = kernel.kind or self._found_class(kernel.layers[0], M)
                 calls = [partial(layer.run, given) for layer, given in zip(layers, inputs, strict=True)]
                 runner = Runner(kernel.name, calls, kernel.layers[0].enter)
                 # Some libraries compile a kernel for each M at a layer's first call.
                 self._device.timer.warm_up(runner, M)
             except ConformanceError:
                 raise
-            except Exception as error:
-                self._miss(kernel.name, M, error)
+            except Exception as reason:
+                self._miss(kernel.name, M, reason)
                 continue
             runners.append(runner)
-            ready.append(kernel)
+            ready.append((kernel, kind, error))
+        watch = Watch()
         samples = interleave(
             runners,
             measure_limits,
@@ -178,18 +182,33 @@ class Plan:
             timer=self._device.timer,
         )
         timed = [
-            Timed(kernel.name, kernel.kind, errors[kernel.name], kernel.layers[0].nbytes, samples[kernel.name])
-            for kernel in ready
+            Timed(kernel.name, kind, error, kernel.layers[0].nbytes, samples[kernel.name])
+            for kernel, kind, error in ready
         ]
-        return Measurement(op, self.case.K, self.case.N, M, timed, self._device.limit_rule)
+        load = watch.look([sample for kernel in timed for sample in kernel.samples])
+        return Measurement(op, self.case.K, self.case.N, M, timed, self._device.limit_rule, load)
 
     def _error(self, kernel: _Kernel, op: str, given: Any, x: Tensor) -> float:
         """The relative error in some rows, the last one among them, after the check of all of them."""
         layer = kernel.layers[0]
-        layer.enter()
-        out = layer.give(layer.run(given)).cpu()
+        out = _product(layer, given)
         if kernel.check is not None:
             kernel.check(out)
-        dense = self._dense if layer.dense is None else layer.dense.cpu()
+        dense = self._held(layer)
         rows = torch.linspace(0, x.shape[0] - 1, min(ERROR_ROWS, x.shape[0])).long()
         return relative_error(out[rows], x[rows], dense.t() if op == "gptq_gemm_dx" else dense)
+
+    def _found_class(self, peer: Layer, M: int) -> Kind:
+        """The class of a peer for as many tokens; it may have another kernel for more."""
+        x = probe(M, self.case.K)
+        rows = slice(0, ERROR_ROWS)
+        return class_of(_product(peer, peer.take(x.to(self._device.place)))[rows], x[rows], self._held(peer))
+
+    def _held(self, layer: Layer) -> Tensor:
+        return self._dense if layer.dense is None else layer.dense.cpu()
+
+
+def _product(layer: Layer, given: Any) -> Tensor:
+    """The product of what a layer took, on the host."""
+    layer.enter()
+    return layer.give(layer.run(given)).cpu()

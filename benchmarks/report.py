@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.limits import DRAM, DRAM_PEAK, MATMUL
 from benchmarks.plan import Missing
+from benchmarks.quiet import Load, said
 from benchmarks.results import Measurement
 
 Record = dict[str, Any]
@@ -18,12 +19,17 @@ def record(
     configuration: Record,
     measurements: Sequence[Measurement],
     missing: Sequence[Missing],
+    before: Load,
 ) -> Record:
-    """Everything that a results file says."""
+    """Everything that a results file says; ``before`` is what others took before anything was timed."""
+    loads = [before, *(measurement.load for measurement in measurements)]
     return {
         "command": command,
         "machine": machine,
         "configuration": configuration,
+        "quiet": all(load.quiet for load in loads),
+        "load": said(loads),
+        "before": before.record(),
         "measurements": [measurement.record() for measurement in measurements],
         "missing": [
             {"name": kernel.name, "case": str(kernel.case), "M": kernel.tokens, "error": kernel.error}
@@ -39,7 +45,7 @@ def table(result: Record) -> str:
     title = f"# {configuration['bits']} bits, group {configuration['group_size']}{order}"
     machine = result["machine"]
     described, explanation = (_gpu(machine), _GPU_CELLS) if "gpu" in machine else (_cpu(machine), _CPU_CELLS)
-    parts = [title, described, f"```\n{result['command']}\n```", explanation]
+    parts = [title, described, result["load"], f"```\n{result['command']}\n```", explanation]
     for op, K, N in dict.fromkeys((m["op"], m["K"], m["N"]) for m in result["measurements"]):
         columns = [m for m in result["measurements"] if (m["op"], m["K"], m["N"]) == (op, K, N)]
         parts += [f"## {op}, K={K}, N={N}", _times(columns), _speedups(columns)]
@@ -109,7 +115,7 @@ def _times(columns: Sequence[Record]) -> str:
     kernels = dict.fromkeys((kernel["name"], kernel["class"]) for column in columns for kernel in column["kernels"])
     rows = [["kernel", "class", "error", *(f"M={column['M']}" for column in columns)]]
     for name, kind in kernels:
-        found = [_find(column["kernels"], name) for column in columns]
+        found = [_find(column["kernels"], name, kind) for column in columns]
         error = max(kernel["relative_error"] for kernel in found if kernel)
         rows.append([name, kind, f"{error:.1e}", *map(_cell, found)])
     for limit, (label, unit) in _LIMITS.items():
@@ -120,8 +126,8 @@ def _times(columns: Sequence[Record]) -> str:
     return _markdown(rows)
 
 
-def _find(kernels: Iterable[Record], name: str) -> Record | None:
-    return next((kernel for kernel in kernels if kernel["name"] == name), None)
+def _find(kernels: Iterable[Record], name: str, kind: str) -> Record | None:
+    return next((kernel for kernel in kernels if (kernel["name"], kernel["class"]) == (name, kind)), None)
 
 
 def _cell(kernel: Record | None) -> str:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.limits import DRAM, DRAM_PEAK, MATMUL
 from benchmarks.peers.peer import Kind
+from benchmarks.quiet import Load
 from benchmarks.timing import Sample, Spread
 
 OURS = "exllama_ops"
+# What a precision of ours is compared with: the peers of a class, or float peers with a smaller error than this.
+Rivals = Literal["float", "int8", "exact"]
+EXACT_ERROR = 1e-5
+_COMPARED: tuple[tuple[str, Rivals], ...] = (
+    ("highest", "exact"),
+    ("high", "float"),
+    ("high", "int8"),
+    ("medium", "int8"),
+    ("auto", "float"),
+    ("triton", "float"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Measurement:
         M: tokens.
         kernels: what they did.
         limit_rule: which limit bounds a kernel.
+        load: what others took of the machine.
     """
 
     op: str
@@ -51,6 +64,7 @@ class Measurement:
     M: int
     kernels: Sequence[Timed]
     limit_rule: LimitRule
+    load: Load
 
     @property
     def operations(self) -> int:
@@ -75,9 +89,9 @@ class Measurement:
         """A kernel by name."""
         return next((kernel for kernel in self.kernels if kernel.name == name), None)
 
-    def best_peer(self, *kinds: Kind) -> Timed | None:
-        """The fastest kernel of others of these classes."""
-        peers = [kernel for kernel in self.kernels if kernel.kind in kinds and not kernel.name.startswith(OURS)]
+    def best_peer(self, rivals: Rivals) -> Timed | None:
+        """The fastest kernel of others among these."""
+        peers = [kernel for kernel in self.kernels if _is_among(kernel, rivals) and not kernel.name.startswith(OURS)]
         return min(peers, key=lambda kernel: self.seconds(kernel).median, default=None)
 
     def speedup(self, kernel: Timed, over: Timed) -> Spread:
@@ -93,21 +107,19 @@ class Measurement:
             "N": self.N,
             "M": self.M,
             "rounds": len(self.kernels[0].samples) if self.kernels else 0,
+            "machine_was": self.load.record(),
             "limits_per_s": self._limits(),
             "kernels": [self._record_of(kernel) for kernel in self.kernels],
             "speedups": [comparison.record() for comparison in self.comparisons()],
         }
 
     def comparisons(self) -> list[Comparison]:
-        """Our classes against the best of each class of peers."""
-        pairs: tuple[tuple[str, Kind], ...] = (
-            ("high", "float"), ("high", "int8"), ("medium", "int8"), ("auto", "float"), ("triton", "float"),
-        )  # fmt: skip
+        """Each precision of ours against the best of its rivals."""
         found = []
-        for precision, kind in pairs:
-            ours, theirs = self.find(f"{OURS} {precision}"), self.best_peer(kind)
+        for precision, rivals in _COMPARED:
+            ours, theirs = self.find(f"{OURS} {precision}"), self.best_peer(rivals)
             if ours is not None and theirs is not None:
-                found.append(Comparison(precision, kind, theirs.name, self.speedup(ours, theirs)))
+                found.append(Comparison(precision, rivals, theirs.name, self.speedup(ours, theirs)))
         return found
 
     def _limits(self) -> dict[str, Any]:
@@ -133,6 +145,12 @@ class Measurement:
         }
 
 
+def _is_among(kernel: Timed, rivals: Rivals) -> bool:
+    if rivals == "exact":
+        return kernel.kind == "float" and kernel.error < EXACT_ERROR
+    return kernel.kind == rivals
+
+
 def by_tokens(measurement: Measurement, kernel: Timed) -> str:
     """A single token is bound by reading the weight, more by the peak of the kernel's class."""
     return DRAM if measurement.M == 1 else kernel.kind
@@ -153,13 +171,13 @@ LimitRule = Callable[[Measurement, Timed], str]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A precision of ours and the fastest peer of a class."""
+    """A precision of ours and the fastest of its rivals."""
 
     precision: str
-    kind: Kind
+    rivals: Rivals
     peer: str
     speedup: Spread
 
     def record(self) -> dict[str, Any]:
         """What the JSON file has of it."""
-        return {"ours": self.precision, "class": self.kind, "peer": self.peer, "times_faster": asdict(self.speedup)}
+        return {"ours": self.precision, "class": self.rivals, "peer": self.peer, "times_faster": asdict(self.speedup)}

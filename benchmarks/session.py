@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.files import write_result
 from benchmarks.limits import LimitsError
 from benchmarks.peers.peer import Peer
 from benchmarks.plan import Budget, Missing, Plan
+from benchmarks.quiet import LOOK_SECONDS, Load, Watch
 from benchmarks.report import record, table
 from benchmarks.results import Measurement
 from exllama_ops.cli.output import emit, say
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         device = _device(args)
         device.open()
         peers = _chosen(device.peers, args.peers)
+        before = _load_before()
         with torch.inference_mode():
             for K, N in args.shapes or SHAPES:
                 case = Case(K, N, args.bits, args.group_size, args.act_order)
@@ -51,7 +54,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     except (ConformanceError, DeviceError, LimitsError) as error:
         say(f"error: {error}")
         return 1
-    result = record(command, device.machine(_packages(peers)), _configuration(args), measurements, missing)
+    result = record(command, device.machine(_packages(peers)), _configuration(args), measurements, missing, before)
+    if not result["quiet"]:
+        say(result["load"])
     text = table(result)
     emit(text)
     _write(args, device.label, result, text)
@@ -62,6 +67,16 @@ def _device(args: argparse.Namespace) -> Device:
     if args.device == "cuda":
         return Cuda(TorchGpu(), getattr(torch, args.dtype))
     return Cpu(args.threads, args.isa)
+
+
+def _load_before() -> Load:
+    """What others take while this process does nothing."""
+    watch = Watch()
+    time.sleep(LOOK_SECONDS)
+    load = watch.look()
+    if not load.quiet:
+        say(f"the machine is not quiet: {load}; the run goes on")
+    return load
 
 
 def _chosen(peers: Sequence[Peer], words: Sequence[str] | None) -> list[Peer]:

@@ -30,6 +30,6 @@ def _prepare(compute: str, weight: Weight, threads: int) -> Layer:
 
 
 PEERS = (
-    Peer("auto-round-lib fp32", "float", partial(_prepare, "fp32"), packages=("auto-round-lib",)),
-    Peer("auto-round-lib int8", "int8", partial(_prepare, "int8"), packages=("auto-round-lib",)),
+    Peer("auto-round-lib fp32", partial(_prepare, "fp32"), packages=("auto-round-lib",)),
+    Peer("auto-round-lib int8", partial(_prepare, "int8"), packages=("auto-round-lib",)),
 )

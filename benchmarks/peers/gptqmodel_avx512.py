@@ -57,4 +57,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     return Layer(take=lambda x: x.bfloat16(), run=run, give=lambda out: torch.as_tensor(out), nbytes=nbytes)
 
 
-PEERS = (Peer("GPTQModel avx512 bf16", "float", _prepare, packages=("gptqmodel",)),)
+PEERS = (Peer("GPTQModel avx512 bf16", _prepare, packages=("gptqmodel",)),)

@@ -67,7 +67,7 @@ def _finish(layer: Any) -> None:
 
 
 PEERS = tuple(
-    Peer(f"GPTQModel {label} fp16", "float", partial(_prepare, module, name), packages=("gptqmodel",))
+    Peer(f"GPTQModel {label} fp16", partial(_prepare, module, name), packages=("gptqmodel",))
     for label, module, name in (
         ("Marlin", "marlin", "MarlinLinear"),
         ("ExLlama V2", "exllamav2", "ExllamaV2Linear"),

@@ -61,6 +61,6 @@ def _prepare(accuracy_level: int, weight: Weight, threads: int) -> Layer:
 
 
 PEERS = (
-    Peer("onnxruntime accuracy 1", "float", partial(_prepare, 1), packages=("onnxruntime",)),
-    Peer("onnxruntime accuracy 4", "int8", partial(_prepare, 4), packages=("onnxruntime",)),
+    Peer("onnxruntime accuracy 1", partial(_prepare, 1), packages=("onnxruntime",)),
+    Peer("onnxruntime accuracy 4", partial(_prepare, 4), packages=("onnxruntime",)),
 )

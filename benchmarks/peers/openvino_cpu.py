@@ -67,7 +67,7 @@ def _prepare(dynamic_group_size: int, weight: Weight, threads: int) -> Layer:
 
 
 PEERS = (
-    Peer("OpenVINO fp32", "float", partial(_prepare, 0), held=("avx512", "avx2"), packages=("openvino",)),
+    Peer("OpenVINO fp32", partial(_prepare, 0), held=("avx512", "avx2"), packages=("openvino",)),
     # Held to AVX2, this one returns a tensor without elements.
-    Peer("OpenVINO int8 g128", "int8", partial(_prepare, 128), held=("avx512",), packages=("openvino",)),
+    Peer("OpenVINO int8 g128", partial(_prepare, 128), held=("avx512",), packages=("openvino",)),
 )

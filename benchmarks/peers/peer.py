@@ -45,18 +45,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Peer:
-    """A kernel of another library, or dense.
+    """A kernel of another library, or dense. Its class is what `benchmarks.peer_class` finds.
 
     Args:
         name: as in tables.
-        kind: how activations enter the products.
         prepare: (weight, threads) -> a layer with memory of its own. May raise anything; it is reported.
         held: the values of --isa that it obeys.
         packages: the distributions whose versions matter.
     """
 
     name: str
-    kind: Kind
     prepare: Callable[[Weight, int], Layer]
     held: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()

@@ -21,6 +21,6 @@ def _prepare(dtype: torch.dtype, weight: Weight, threads: int) -> Layer:
 
 
 PEERS = tuple(
-    Peer(f"torch dense {name}", "float", partial(_prepare, dtype), held=("avx512", "avx2"), packages=("torch",))
+    Peer(f"torch dense {name}", partial(_prepare, dtype), held=("avx512", "avx2"), packages=("torch",))
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
 )

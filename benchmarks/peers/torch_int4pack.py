@@ -25,4 +25,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     return Layer(take=lambda x: x.bfloat16(), run=run, give=lambda out: out, nbytes=nbytes)
 
 
-PEERS = (Peer("torch int4pack bf16", "float", _prepare, held=("avx512", "avx2"), packages=("torch",)),)
+PEERS = (Peer("torch int4pack bf16", _prepare, held=("avx512", "avx2"), packages=("torch",)),)

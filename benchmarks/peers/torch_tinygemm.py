@@ -35,4 +35,4 @@ def _prepare(weight: Weight, threads: int) -> Layer:
     return Layer(take=lambda x: x.bfloat16(), run=run, give=lambda out: out, nbytes=nbytes)
 
 
-PEERS = (Peer("torch tinygemm bf16", "float", _prepare, packages=("torch",)),)
+PEERS = (Peer("torch tinygemm bf16", _prepare, packages=("torch",)),)

@@ -82,6 +82,6 @@ def _prepare_marlin(weight: Weight, threads: int) -> Layer:
 
 
 PEERS = (
-    Peer("vLLM gptq_gemm fp16", "float", _prepare_exllama, packages=("vllm",)),
-    Peer("vLLM Marlin fp16", "float", _prepare_marlin, packages=("vllm",)),
+    Peer("vLLM gptq_gemm fp16", _prepare_exllama, packages=("vllm",)),
+    Peer("vLLM Marlin fp16", _prepare_marlin, packages=("vllm",)),
 )

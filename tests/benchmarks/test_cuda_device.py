@@ -20,6 +20,7 @@ from benchmarks.devices.cuda import Cuda
 from benchmarks.devices.events import EventTimer, TimingError
 from benchmarks.peers import exllama_cuda
 from benchmarks.peers.peer import Layer, Peer
+from benchmarks.quiet import Load
 from benchmarks.results import Measurement, Timed, by_roofline
 from benchmarks.run import main
 from benchmarks.timing import Runner, Sample
@@ -151,7 +152,7 @@ def test_the_longer_of_reading_and_computing_is_the_limit(M: int, limit: str, pe
     # Reading takes 0.5 ms, computing 0.1 ms a token.
     limits = {"dram": 1e9, "matmul": 1e10, "dram_peak": 2e9}
     kernel = Timed("k", "float", 0.0, 500_000, [Sample(1e-3, limits)])
-    measurement = Measurement("gptq_gemm", 1000, 500, M, [kernel], by_roofline)
+    measurement = Measurement("gptq_gemm", 1000, 500, M, [kernel], by_roofline, Load(0.0, 0.0))
     assert measurement.limit_of(kernel) == limit
     assert measurement.percent(kernel).median == pytest.approx(percent)
     assert measurement.record()["kernels"][0]["percent_of_dram_peak"] == pytest.approx(25.0)
@@ -262,12 +263,14 @@ def test_a_run_measures_every_algorithm_and_says_what_is_missing(
 def test_a_peer_that_waits_for_the_device_is_missing_and_the_run_goes_on(
     native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(x: torch.Tensor) -> torch.Tensor:
-        FakeGpu.was_waited_for = True
-        return x[:, :128]
+    def waiting(weight: cases.Weight, threads: int) -> Layer:
+        def wait(x: torch.Tensor) -> torch.Tensor:
+            FakeGpu.was_waited_for = True
+            return x @ weight.dense
 
-    waiting = Layer(take=lambda x: x, run=wait, give=lambda out: out, nbytes=1)
-    monkeypatch.setattr(Cuda, "peers", [Peer("waiting", "float", lambda weight, threads: waiting)])
+        return Layer(take=torch.Tensor.float, run=wait, give=lambda out: out, nbytes=1)
+
+    monkeypatch.setattr(Cuda, "peers", [Peer("waiting", waiting)])
     assert main([*OPTIONS, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")
     errors = {kernel["name"]: kernel["error"] for kernel in json.loads(file.read_text())["missing"]}

@@ -145,7 +145,7 @@ def test_a_peer_that_fails_is_named_with_its_error_and_the_others_run() -> None:
         return Layer(take, lambda x: x @ weight.dense, lambda out: out, weight.dense.nbytes)
 
     lines: list[str] = []
-    peers = [Peer("broken", "int8", broken), Peer("single", "float", takes_one), *DENSE]
+    peers = [Peer("broken", broken), Peer("single", takes_one), *DENSE]
     measured = plan(peers, lines)
     found = list(measured.measurements(lambda: LIMITS, ONCE))
     assert [(kernel.name, kernel.tokens, kernel.error) for kernel in measured.missing] == [
@@ -159,7 +159,7 @@ def test_a_peer_that_fails_is_named_with_its_error_and_the_others_run() -> None:
 
 
 def test_a_peer_that_cannot_be_held_to_an_instruction_set_is_left_out() -> None:
-    measured = plan([Peer("free", "int8", broken), *DENSE], held="avx2")
+    measured = plan([Peer("free", broken), *DENSE], held="avx2")
     assert [kernel.error for kernel in measured.missing] == ["Unsupported: cannot be held to avx2"]
 
 

@@ -8,11 +8,20 @@ import pytest
 
 from benchmarks.cases import Case
 from benchmarks.plan import Missing
+from benchmarks.quiet import Load
 from benchmarks.report import record, table
 from benchmarks.results import Measurement, Timed, by_tokens
 from benchmarks.timing import HostTimer, Runner, Sample, Spread, interleave
 
+QUIET = Load(0.0, 0.0)
 LIMITS = {"dram": 1e9, "float": 1e12, "int16": 2e12, "int8": 4e12}
+
+
+MACHINE = {
+    "cpu": "a CPU", "cores": 2, "threads": 1, "isa": "avx2", "held_to": "avx2", "cpu_flags": ["avx2"],
+    "system": "Linux", "python": "3", "commit": "abc", "packages": {"torch": "2", "gone": None},
+}  # fmt: skip
+CONFIGURATION = {"bits": 4, "group_size": 128, "act_order": False}
 
 
 def samples(*seconds: float, scale: tuple[float, ...] = ()) -> list[Sample]:
@@ -22,7 +31,7 @@ def samples(*seconds: float, scale: tuple[float, ...] = ()) -> list[Sample]:
 
 
 def measurement(M: int, *kernels: Timed) -> Measurement:
-    return Measurement("gptq_gemm", 1000, 500, M, kernels, by_tokens)
+    return Measurement("gptq_gemm", 1000, 500, M, kernels, by_tokens, QUIET)
 
 
 def test_one_token_counts_bytes_against_dram() -> None:
@@ -52,6 +61,39 @@ def test_speedups_are_over_the_fastest_peer_of_a_class_and_never_over_our_own() 
     fast = Timed("fast", "float", 0.0, 1, samples(4.0, 4.0, 4.0))
     (found,) = measurement(4, ours, better, slow, fast).comparisons()
     assert (found.precision, found.peer, found.speedup.median) == ("high", "fast", 2.0)
+
+
+def test_highest_is_compared_with_float_peers_that_are_as_exact() -> None:
+    ours = Timed("exllama_ops highest", "float", 0.0, 1, samples(2.0))
+    rough = Timed("rough", "float", 2e-3, 1, samples(1.0))
+    exact = Timed("exact", "float", 5e-7, 1, samples(5.0))
+    assert measurement(4, ours, rough).comparisons() == []
+    (found,) = measurement(4, ours, rough, exact).comparisons()
+    assert found.record() == {
+        "ours": "highest",
+        "class": "exact",
+        "peer": "exact",
+        "times_faster": {"median": 2.5, "iqr": 0.0},
+    }
+
+
+def test_a_peer_of_two_classes_has_a_row_for_each() -> None:
+    peers = [Timed("peer", kind, 1e-6, 1, samples(1e-3)) for kind in ("float", "int8")]
+    result = record(
+        "", MACHINE, CONFIGURATION, [measurement(M, peer) for M, peer in zip((1, 4), peers, strict=True)], [], QUIET
+    )
+    rows = [line.split("|") for line in table(result).splitlines() if line.startswith("| peer")]
+    assert [(row[2].strip(), bool(row[4].strip()), bool(row[5].strip())) for row in rows] == [
+        ("float", True, False), ("int8", False, True),
+    ]  # fmt: skip
+
+
+def test_a_machine_that_was_not_quiet_is_told_in_the_record_and_in_the_table() -> None:
+    loud = Load(0.8, 0.0)
+    assert measurement(1).record()["machine_was"] == {"quiet": True, "others": 0.0, "stolen": 0.0, "spread": 0.0}
+    result = record("", MACHINE, CONFIGURATION, [measurement(1)], [], loud)
+    assert (result["quiet"], result["before"]["quiet"]) == (False, False)
+    assert "The machine was not quiet in 1 of 2 measurements: at most 0.80 cores to other processes" in table(result)
 
 
 def test_spread_of_one_and_of_five() -> None:
@@ -124,16 +166,12 @@ def test_a_burst_of_few_tokens_is_several_calls_on_all_copies_after_one_untimed(
 def test_the_table_shows_times_percents_speedups_and_what_is_missing() -> None:
     ours = Timed("exllama_ops high", "int16", 2e-4, 250_000, samples(1e-3, 1e-3))
     peer = Timed("peer", "float", 1e-6, 500_000, samples(3e-3, 3e-3))
-    machine = {
-        "cpu": "a CPU", "cores": 2, "threads": 1, "isa": "avx2", "held_to": "avx2", "cpu_flags": ["avx2"],
-        "system": "Linux", "python": "3", "commit": "abc", "packages": {"torch": "2", "gone": None},
-    }  # fmt: skip
-    configuration = {"bits": 4, "group_size": 128, "act_order": False}
     missing = [Missing("other", Case(1000, 500), None, "ImportError: no")]
-    result = record("python -m benchmarks.run", machine, configuration, [measurement(1, ours, peer)], missing)
+    result = record("python -m benchmarks.run", MACHINE, CONFIGURATION, [measurement(1, ours, peer)], missing, QUIET)
     text = table(json.loads(json.dumps(result)))
     assert "| exllama_ops high | int16 | 2.0e-04 | 1 ±0, 25% |" in text
     assert "| high than the best float peer | 3.00 (peer) |" in text
     assert "- other: ImportError: no" in text
     assert "gone missing" in text
     assert "all held to avx2" in text
+    assert "The machine was quiet" in text
