@@ -13,10 +13,10 @@ using Table = const Kernels& (*)();
 
 constexpr Table kTables[] = {
 #if EXLLAMA_X86
-    amx::kernels,    avx512::vnni_kernels, avx512::kernels, avx2::vnni_kernels, avx2::kernels,
+    amx::kernels,       avx512::vnni_kernels,  avx512::kernels, avx2::vnni_kernels, avx2::kernels,
 #endif
 #if EXLLAMA_NEON
-    neon::kernels,
+    neon::i8mm_kernels, neon::dotprod_kernels, neon::kernels,
 #endif
     scalar::kernels,
 };

@@ -83,8 +83,8 @@ struct Gemv {
 };
 
 // acc += x @ panel like Multiply, by a matrix unit. x is signed bytes in quad_order. For two_bytes it is x_stride / 2
-// signed high bytes and as many unsigned low ones. Rows up to a multiple of MatrixUnit::rows may be read, and their sums
-// are lost.
+// signed high bytes and as many low ones, plus MatrixUnit::low_offset. Rows up to a multiple of MatrixUnit::rows may be
+// read, and their sums are lost.
 struct MultiplyBytes {
   const int8_t* x = nullptr;
   int64_t x_stride = 0;
@@ -97,6 +97,7 @@ struct MultiplyBytes {
   const int8_t* panel = nullptr;
   int columns = 0;
   const float* scales = nullptr;
+  const int32_t* start = nullptr;  // of unpack_int8
   const int32_t* zeros = nullptr;
   float* acc = nullptr;
 };
@@ -104,6 +105,8 @@ struct MultiplyBytes {
 // A thread configures the unit before a run of products, and releases it afterwards.
 struct MatrixUnit {
   int rows = 0;
+  int most_step = 0;
+  int low_offset = 0;  // 0 for unsigned low bytes, -kInt8Offset for signed ones
   void (*start)(int step) = nullptr;
   void (*stop)() = nullptr;
   void (*multiply)(const MultiplyBytes& multiply, Ahead& ahead) = nullptr;

@@ -27,7 +27,7 @@ from triton_backend import bounds as triton_bounds
 T = TypeVar("T")
 
 # The instruction sets of the native CPU library, best first; tests/backends compares the list with the library's.
-CPU_ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "scalar")
+CPU_ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar")
 PRECISIONS = ("highest", "high", "medium")
 
 # A run of its own: EXLLAMA_OPS_BACKEND=triton TRITON_INTERPRET=1 python -m pytest tests/conformance

@@ -7,6 +7,7 @@
 // `sampled` takes only a third of their products. The widths are all by default.
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <string>
 
 #include "support.h"
@@ -303,8 +304,9 @@ int main(int argc, char** argv) {
         for (Precision precision : {Precision::kHighest, Precision::kHigh, Precision::kMedium}) {
           for (int values = sampled ? random() % 3 : 0; values < kValues; values += sampled ? 3 : 1) {
             const DType dtype = static_cast<DType>(random() % 3);
-            const int64_t rows[] = {1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 29};
-            const int64_t M = quick ? rows[random() % 8] : rows[random() % 12];
+            // Up to 8 rows are multiplied from the words, and more by panels.
+            const int64_t rows[] = {1, 2, 4, 8, 9, 11, 13, 16, 3, 5, 7, 12, 29};
+            const int64_t M = quick ? rows[random() % 8] : rows[random() % std::size(rows)];
             test_gemm(random, weight, dtype, precision, static_cast<Values>(values), M, text);
           }
         }
@@ -312,6 +314,8 @@ int main(int argc, char** argv) {
       }
     }
   }
-  std::printf("%ld checks, %d failures\n", checks, failures);
+  std::printf("%ld checks, %d failures on", checks, failures);
+  for (const char* isa : isas()) std::printf(" %s", isa);
+  std::printf("\n");
   return failures != 0;
 }

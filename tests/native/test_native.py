@@ -32,7 +32,7 @@ BUILDS = {
     ),
     "thread": Build("g++", ["-O1", "-g1", "-fsanitize=thread"], [], "sampled"),
     "clang": Build("clang++", ["-O2"], []),
-    "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
+    "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static", "-DIN_QEMU"], ["qemu-aarch64"]),
 }
 
 
@@ -42,13 +42,34 @@ def test_kernels_agree_with_double_sums_and_with_themselves(name: str, tmp_path:
     run(BUILDS[name], "test_cpu.cpp", sources, [BUILDS[name].extent], tmp_path)
 
 
+# CPUs of qemu, and what the kernels may use of them.
+ARMS = {
+    "max": "neon_i8mm neon_dotprod neon scalar",
+    "neoverse-n1": "neon_dotprod neon scalar",
+    "cortex-a57": "neon scalar",
+}
+
+
+def test_an_arm_runs_the_instructions_that_its_system_reports(tmp_path: Path) -> None:
+    build = BUILDS["aarch64"]
+    program = compile_test(build, "test_cpu.cpp", sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")), tmp_path)
+    for cpu, isas in ARMS.items():
+        printed = run_program([*build.runner, "-cpu", cpu, program, "sampled", "4"])
+        assert printed.endswith(f" 0 failures on {isas}\n"), cpu
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_workers_compute_every_task_once_and_nobody_waits_for_one_that_sleeps(name: str, tmp_path: Path) -> None:
     run(BUILDS[name], "test_workers.cpp", [ROOT / "csrc" / "cpu" / "workers.cpp"], [], tmp_path)
 
 
-def run(build: Build, test: str, sources: Sequence[Path], arguments: Sequence[str], folder: Path) -> None:
-    """Compile a file of this folder with sources, and run it."""
+def run(build: Build, test: str, sources: Sequence[Path], arguments: Sequence[str], folder: Path) -> str:
+    """Compile a file of this folder with sources, and run it: what it prints."""
+    return run_program([*build.runner, compile_test(build, test, sources, folder), *arguments])
+
+
+def compile_test(build: Build, test: str, sources: Sequence[Path], folder: Path) -> Path:
+    """Compile a file of this folder with sources, or skip the test where a program is missing."""
     missing = [program for program in (build.compiler, *build.runner) if shutil.which(program) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
@@ -58,7 +79,12 @@ def run(build: Build, test: str, sources: Sequence[Path], arguments: Sequence[st
         objects.append(folder / f"{number}.o")
         subprocess.run([build.compiler, *flags, "-c", source, "-o", objects[-1]], check=True)
     subprocess.run([build.compiler, *flags, *objects, "-o", folder / "test"], check=True)
-    command = [*build.runner, folder / "test", *arguments]
+    return folder / "test"
+
+
+def run_program(command: Sequence[str | Path]) -> str:
+    """Run a test program, of which nothing may fail: what it prints."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failures" in result.stdout
+    return result.stdout

@@ -114,7 +114,7 @@ class Gemm {
     const int64_t panels = panels_of(range.width), panel_sums = rows * kPanelColumns;
     const WordLines lines(weight, kSpanRows, kPanelColumns);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
-    if (plan_.unit) plan_.unit->start(unit_step(weight));
+    if (plan_.unit) plan_.unit->start(unit_step(*plan_.unit, weight));
     for (int64_t s = 0; s < spans_.count(); ++s) {
       Runs runs;
       if (integers) integers_.find_runs(s, row, rows, runs);

@@ -97,10 +97,11 @@ void IntegerClass::add_int8(const PanelSums& sums, const Runs& runs, Columns& co
     product.limb = run.limb;
     product.rows = run.count;
     product.depth = span.rows;
-    product.step = unit_step(sums.weight);
+    product.step = unit_step(*plan_.unit, sums.weight);
     product.panel = panel;
     product.columns = sums.columns;
     product.scales = columns.scales;
+    product.start = start;
     product.zeros = zeros;
     product.acc = acc;
     plan_.unit->multiply(product, ahead);

@@ -4,14 +4,14 @@
 
 namespace exllama::cpu {
 
-int unit_step(const Weight& weight) {
-  return static_cast<int>(std::min<int64_t>(64, round_up(Spans(weight, kSpanRows).longest(), 4)));
+int unit_step(const MatrixUnit& unit, const Weight& weight) {
+  return static_cast<int>(std::min<int64_t>(unit.most_step, round_up(Spans(weight, kSpanRows).longest(), 4)));
 }
 
 PackedX::PackedX(Arena& arena, const Weight& weight, int64_t rows_of_x, NumberClass numbers) : M(rows_of_x) {
   const Spans spans(weight, kSpanRows);
   const MatrixUnit* unit = kernels().matrix_unit;
-  stride = round_up(spans.longest(), unit ? std::max(8, unit_step(weight)) : 8);
+  stride = round_up(spans.longest(), unit ? std::max(8, unit_step(*unit, weight)) : 8);
   // A matrix unit reads on beyond the last row.
   const int64_t entries = spans.count() * M + (unit ? unit->rows : 0);
   if (numbers == NumberClass::kFloat) {
@@ -55,7 +55,7 @@ void XPacker::pack_two_bytes(const int16_t* limb, int16_t* out) const {
   uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
   const int stride = static_cast<int>(packed_.stride);
   isa_.pack_bytes(limb, stride, bits_, 8, 0, bytes);
-  isa_.pack_bytes(limb, stride, bits_, 0, 0, bytes + stride);
+  isa_.pack_bytes(limb, stride, bits_, 0, plan_.unit->low_offset, bytes + stride);
 }
 
 }  // namespace exllama::cpu

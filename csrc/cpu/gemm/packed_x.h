@@ -41,7 +41,7 @@ struct PackedX {
 };
 
 // Rows of W that a matrix unit multiplies at once.
-int unit_step(const Weight& weight);
+int unit_step(const MatrixUnit& unit, const Weight& weight);
 
 class XPacker {
  public:

@@ -30,7 +30,7 @@ inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass number
   Plan plan{numbers, false, nullptr, false};
   plan.gemv = integers && M <= kGemvRows && isa.gemv;
   plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
-  plan.int8 = integers && numbers == NumberClass::kInt8 && isa.multiply_int8;
+  plan.int8 = integers && numbers == NumberClass::kInt8 && isa.unpack_int8;
   return plan;
 }
 

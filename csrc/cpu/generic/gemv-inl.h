@@ -67,6 +67,8 @@ template <int bits, Dot kind, int mr>
 EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const int32_t* x, int32_t* dots,
                               const Vector* vectors, const Target& target) {
   constexpr int kWords = layout::block_words(bits), kTerms = layout::block_values(bits) / depth_of(kind);
+  // q - 128 of 8 bits, where dot products take signed bytes.
+  constexpr bool flips = kSignedDots && kind == Dot::kInt8 && bits == 8;
   const int64_t stride = round_up(columns, kStrip * nr);
   for (int n = 0; n < columns; n += kStrip * nr) {
     const uint32_t* ahead =
@@ -96,6 +98,7 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const 
 #pragma GCC unroll 2
         for (int v = 0; v < nr; ++v) {
           term[v] = kind == Dot::kInt8 ? quad_of<bits>(loaded[v], t) : pair_of<bits>(loaded[v], t);
+          if constexpr (flips) term[v] = sub_int8(term[v], set_int(static_cast<int32_t>(0x80808080)));
         }
 #pragma GCC unroll 8
         for (int m = 0; m < mr; ++m) {
@@ -119,7 +122,8 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, int64_t N, int columns, const 
         continue;
       }
       const int64_t column = target.column + n + kStrip * v, there = columns - n - kStrip * v;
-      const Int zero = zeros_of_strip<bits>(target.weight, target.group, column, there);
+      Int zero = zeros_of_strip<bits>(target.weight, target.group, column, there);
+      if constexpr (flips) zero = sub_int32(zero, set_int(kInt8Offset));
       const Float scale =
           load_any(target.weight.scales, target.weight.scales_dtype, target.group * target.weight.N + column, there);
 #pragma GCC unroll 8

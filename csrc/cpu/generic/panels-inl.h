@@ -65,7 +65,7 @@ EXLLAMA_VECTOR void unpack_int8_of(const Weight& weight, int64_t row, int rows, 
   static_assert(bits <= 8, "csrc/cpu has no int8 panel of values of more than 8 bits");
   constexpr int kWords = layout::block_words(bits), kQuads = layout::block_values(bits) / 4;
   const uint32_t* block = words_of(weight, row, column);
-  const Int offsets = set_int(static_cast<int32_t>(kInt8Offset * 0x01010101u));
+  const Int ones = set_int(0x01010101), offsets = set_int(static_cast<int32_t>(kInt8Offset * 0x01010101u));
   Int zero[kStrips], sum[kStrips];
 #pragma GCC unroll 8
   for (int v = 0; v < kStrips; ++v) {
@@ -81,13 +81,15 @@ EXLLAMA_VECTOR void unpack_int8_of(const Weight& weight, int64_t row, int rows, 
 #pragma GCC unroll 8
       for (int p = 0; p < kQuads; ++p) {
         const Int centered = sub_int8(quad_of<bits>(words, p), zero[v]);
-        dot_int8(sum[v], offsets, centered);
+        dot_int8(sum[v], ones, centered);
         store_int(panel + 4 * (p * kPanelColumns + kStrip * v), centered);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kStrips; ++v) store_int(start + kStrip * v, sub_int32(set_int(0), sum[v]));
+  for (int v = 0; v < kStrips; ++v) {
+    store_int(start + kStrip * v, multiply_int32(sum[v], set_int(-kInt8Offset)));
+  }
 }
 
 inline void unpack_int8(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,

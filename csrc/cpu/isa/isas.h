@@ -40,7 +40,9 @@ const Kernels& kernels();
 #if EXLLAMA_NEON
 namespace neon {
 const Kernels& kernels();
-}
+const Kernels& dotprod_kernels();
+const Kernels& i8mm_kernels();
+}  // namespace neon
 #endif
 
 }  // namespace exllama::cpu

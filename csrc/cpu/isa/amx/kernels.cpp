@@ -135,6 +135,7 @@ void multiply(const MultiplyBytes& args, Ahead& ahead) {
 constexpr MatrixUnit kMatrixUnit = [] {
   MatrixUnit unit;
   unit.rows = kTileRows;
+  unit.most_step = 64;
   unit.start = start;
   unit.stop = stop;
   unit.multiply = multiply;

@@ -22,6 +22,8 @@ constexpr int kStrip = 8;
 constexpr int kTallRows = 6, kWideRows = 0;
 // 4 x 2 sums leave two words, two terms, a mask, a broadcast and a product.
 constexpr int kGemvVectors = 4;
+// dot_int8 takes unsigned bytes with signed ones.
+constexpr bool kSignedDots = false;
 
 EXLLAMA_VECTOR_INLINE Int lanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 // The first `count` lanes.

@@ -23,6 +23,8 @@ constexpr int kStrip = 16;
 constexpr int kTallRows = 12, kWideRows = 6;
 // 8 x 2 sums leave half of the registers to words, terms and a broadcast.
 constexpr int kGemvVectors = 8;
+// dot_int8 takes unsigned bytes with signed ones.
+constexpr bool kSignedDots = false;
 
 EXLLAMA_VECTOR_INLINE Int lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 // The first `count` lanes.

@@ -6,5 +6,6 @@
 namespace exllama::cpu::neon {
 
 void gemv(const Gemv& gemv);
+void dotprod_gemv(const Gemv& gemv);
 
 }  // namespace exllama::cpu::neon

@@ -4,6 +4,7 @@
 #if EXLLAMA_NEON
 
 #define EXLLAMA_VECTOR
+#define EXLLAMA_HAS_DOTPROD 0
 #include "cpu/isa/neon/vocabulary-inl.h"
 
 #include "cpu/generic/table-inl.h"

@@ -1,4 +1,5 @@
-// The vocabulary of generic/ for NEON. What includes it says with which extensions it compiles: EXLLAMA_VECTOR.
+// The vocabulary of generic/ for NEON. What includes it says with which extensions: EXLLAMA_VECTOR and
+// EXLLAMA_HAS_DOTPROD.
 #pragma once
 
 #include <arm_neon.h>
@@ -25,6 +26,8 @@ constexpr int kStrip = 4;
 // 5 x 2 sums of pairs take 20 of 32 registers, which leaves the weights and broadcasts.
 constexpr int kTallRows = 5, kWideRows = 0;
 constexpr int kGemvVectors = 4;
+// dot_int8 takes signed bytes for both.
+constexpr bool kSignedDots = true;
 
 EXLLAMA_VECTOR_INLINE Int lanes() {
   const int32_t numbers[] = {0, 1, 2, 3};
@@ -156,11 +159,15 @@ EXLLAMA_VECTOR_INLINE void dot_int16(PairSum& sum, Int a, Int b) {
   sum.high = vmlal_high_s16(sum.high, as_shorts(a), as_shorts(b));
 }
 
-// sum += four products of signed bytes, of which two must fit int16: a >= -127.
+// sum += four products of signed bytes. Without dotprod, two of them must fit int16: a >= -127.
 EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
+#if EXLLAMA_HAS_DOTPROD
+  asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+#else
   const int8x16_t left = vreinterpretq_s8_s32(a), right = vreinterpretq_s8_s32(b);
   const int16x8_t low = vmull_s8(vget_low_s8(left), vget_low_s8(right)), high = vmull_high_s8(left, right);
   sum = vpadalq_s16(sum, vpaddq_s16(low, high));
+#endif
 }
 
 // Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each: bytes 3 2 1 0 become . 1 . 0 or . 3 . 2.
