@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from exllama_ops.huge_pages import clone_in_huge_pages
 from exllama_ops.layout.groups import sorting_order
 from exllama_ops.layout.interning import intern
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
@@ -33,8 +34,8 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     raw = weight.g_idx is not None and not shuffled
     return PackedWeight(
         qweight=qweight,
-        qzeros=weight.qzeros.clone(),
-        scales=weight.scales.clone(),
+        qzeros=clone_in_huge_pages(weight.qzeros),
+        scales=clone_in_huge_pages(weight.scales),
         perm=intern(perm),
         g_idx=intern(weight.g_idx.clone()) if raw and weight.g_idx is not None else no_order(weight.qweight),
         shuffled=shuffled,
@@ -71,7 +72,7 @@ def shuffled_copy(
             )
     order, shuffled = sorting_order(g_idx, group_size, G)
     perm = no_order(qweight) if order is None else order
-    qweight = qweight.clone(memory_format=torch.contiguous_format)
+    qweight = clone_in_huge_pages(qweight)
     if shuffled:
         torch.ops.exllama.gptq_shuffle(qweight, perm, bits)
     return qweight, perm, shuffled

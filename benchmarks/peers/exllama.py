@@ -9,6 +9,7 @@ import exllama_ops
 from benchmarks.cases import Weight
 from benchmarks.peers.peer import Kind, Layer
 from exllama_ops.backends.cpu.precision import CpuMatmulPrecision
+from exllama_ops.huge_pages import clone_in_huge_pages
 
 # The class of each precision, best first.
 PRECISIONS: dict[CpuMatmulPrecision, Kind] = {"highest": "float", "high": "int16", "medium": "int8"}
@@ -43,4 +44,4 @@ def gemm_dx(weight: Weight, dtype: torch.dtype = torch.float16) -> Layer:
 
 
 def _copied(weight: Weight) -> tuple[object, ...]:
-    return weight.op_weight.map(Tensor.clone).arguments
+    return weight.op_weight.map(clone_in_huge_pages).arguments

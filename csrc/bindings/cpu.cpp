@@ -133,15 +133,15 @@ struct Cpu {
 
   static void shuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits) {
     TorchThreads pool;
-    const int64_t N = qweight.size(1);
-    const Workspace workspace(cpu::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
-    cpu::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), pool.parallel());
+    const Workspace workspace(cpu::shuffle_workspace_bytes(K, bits, pool.threads()), qweight);
+    cpu::shuffle(qweight.data<uint32_t>(), perm, K, qweight.size(1), bits, workspace.get(), pool.parallel());
   }
 
   static void unshuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits, const Tensor& out) {
     TorchThreads pool;
+    const Workspace workspace(cpu::shuffle_workspace_bytes(K, bits, pool.threads()), qweight);
     cpu::unshuffle(qweight.data<const uint32_t>(), perm, K, qweight.size(1), bits, out.data<uint32_t>(),
-                   pool.parallel());
+                   workspace.get(), pool.parallel());
   }
 };
 

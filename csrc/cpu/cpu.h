@@ -29,7 +29,7 @@ struct Parallel {
 // Scratch memory, 64-byte aligned, valid until the op returns; the caller owns it and sizes it by *_workspace_bytes.
 size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, Precision precision, int32_t threads);
 size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, int32_t threads);
-size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);
+size_t shuffle_workspace_bytes(int64_t K, int32_t bits, int32_t threads);
 
 // out (M, N of all parts) = x (M, K) @ W of each part, side by side, all of dtype x_dtype. The parts, at least one, have
 // everything but N, their data and the dtype of their scales in common.
@@ -49,7 +49,7 @@ void shuffle(uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32
 
 // Shuffled order to checkpoint order in out.
 void unshuffle(const uint32_t* qweight, const int32_t* perm, int64_t K, int64_t N, int32_t bits, uint32_t* out,
-               const Parallel& parallel);
+               void* workspace, const Parallel& parallel);
 
 // The instruction sets that kernels exist for, best first, "scalar" last, null-terminated.
 const char* const* isa_names();

@@ -20,6 +20,7 @@ from torch import Tensor
 from exllama_ops.checkpoint.disk import file_type, list_directory, open_file, read_json
 from exllama_ops.checkpoint.errors import CheckpointError, shown
 from exllama_ops.extras import require
+from exllama_ops.huge_pages import empty_in_huge_pages
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -176,7 +177,7 @@ def _tensor(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
     dtype = _DTYPES.get(info.dtype)
     if dtype is None:
         raise CheckpointError(f"{info.file}: tensor {name} must have a dtype of {', '.join(_DTYPES)}; got {info.dtype}")
-    data = torch.empty(info.num_bytes, dtype=torch.uint8, device="cpu")
+    data = empty_in_huge_pages(info.num_bytes)
     try:
         tensor = data.view(dtype).reshape(info.shape)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that are more than PyTorch counts to

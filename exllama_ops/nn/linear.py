@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exllama_ops.huge_pages import clone_in_huge_pages
 from exllama_ops.layout.checks import fills_words, words_rule
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups
@@ -78,17 +79,17 @@ class ExllamaLinear(PackedModule):
         G = _groups(in_features, group_size) if num_groups is None else num_groups
         row_entries = in_features if act_order else 0
 
-        def int32(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return clone_in_huge_pages(torch.zeros((), dtype=dtype, device=device).expand(shape))
 
-        rows = torch.arange(row_entries, dtype=torch.int32, device=device) if shuffled else int32(row_entries)
+        rows = torch.arange(row_entries, dtype=torch.int32, device=device) if shuffled else zeros(row_entries)
         self.set_packed(
             PackedWeight(
-                qweight=int32(in_features * bits // 32, out_features),
-                qzeros=int32(G, out_features * bits // 32),
-                scales=torch.zeros(G, out_features, dtype=scales_dtype, device=device),
-                perm=rows if shuffled else int32(0),
-                g_idx=int32(0) if shuffled else rows,
+                qweight=zeros(in_features * bits // 32, out_features),
+                qzeros=zeros(G, out_features * bits // 32),
+                scales=zeros(G, out_features, dtype=scales_dtype),
+                perm=rows if shuffled else zeros(0),
+                g_idx=zeros(0) if shuffled else rows,
                 shuffled=shuffled,
                 bits=bits,
                 group_size=group_size,

@@ -7,12 +7,13 @@ namespace exllama::cpu {
 
 size_t gemm_workspace_bytes(const Weight*, int64_t, int64_t, Precision, int32_t) { return 0; }
 size_t gemm_dx_workspace_bytes(const Weight&, int64_t, int32_t) { return 0; }
-size_t shuffle_workspace_bytes(int64_t, int64_t, int32_t, bool) { return 0; }
+size_t shuffle_workspace_bytes(int64_t, int32_t, int32_t) { return 0; }
 void gemm(const Weight*, int64_t, const void*, DType, int64_t, void*, Precision, void*, const Parallel&) {}
 void gemm_dx(const Weight&, const void*, DType, int64_t, void*, void*, const Parallel&) {}
 void dequantize(const Weight&, void*, const Parallel&) {}
 void shuffle(uint32_t*, const int32_t*, int64_t, int64_t, int32_t, void*, const Parallel&) {}
-void unshuffle(const uint32_t*, const int32_t*, int64_t K, int64_t N, int32_t bits, uint32_t* out, const Parallel&) {
+void unshuffle(const uint32_t*, const int32_t*, int64_t K, int64_t N, int32_t bits, uint32_t* out, void*,
+               const Parallel&) {
   std::memset(out, 0x2a, static_cast<size_t>(K * bits / 32 * N * 4));  // the mark by which tests know the stub
 }
 

@@ -140,7 +140,7 @@ struct RandomWeight {
             group_size,   bits,         shuffled,      v2 ? 0 : 1};
     if (shuffled) {
       int threads = 1;
-      std::vector<uint32_t> copy(words.size());
+      std::vector<char> copy(shuffle_workspace_bytes(K, bits, threads));
       shuffle(words.data(), view.row_order, K, N, bits, copy.data(), {Threads::run, &threads, threads});
     }
   }

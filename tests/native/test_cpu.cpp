@@ -203,7 +203,8 @@ void test_dequantize(const RandomWeight& weight, const std::string& text) {
 void test_unshuffle(const RandomWeight& weight, const std::string& text) {
   int threads = 2;
   std::vector<uint32_t> out(weight.words.size());
-  unshuffle(weight.words.data(), weight.view.row_order, weight.K, weight.N, weight.bits, out.data(),
+  const Workspace workspace(shuffle_workspace_bytes(weight.K, weight.bits, threads));
+  unshuffle(weight.words.data(), weight.view.row_order, weight.K, weight.N, weight.bits, out.data(), workspace.data,
             {Threads::run, &threads, threads});
   expect(out == weight.checkpoint, text + " unshuffle");
 }
@@ -256,8 +257,10 @@ void test_golden() {
   const Parallel parallel{Threads::run, &threads, threads};
   for (const auto& g : golden) {
     uint32_t words[3] = {g.checkpoint[0], g.checkpoint[1], g.checkpoint[2]}, back[3] = {};
-    shuffle(words, nullptr, g.words * 32 / g.bits, 1, g.bits, nullptr, parallel);
-    unshuffle(words, nullptr, g.words * 32 / g.bits, 1, g.bits, back, parallel);
+    const int64_t K = g.words * 32 / g.bits;
+    const Workspace workspace(shuffle_workspace_bytes(K, g.bits, threads));
+    shuffle(words, nullptr, K, 1, g.bits, workspace.data, parallel);
+    unshuffle(words, nullptr, K, 1, g.bits, back, workspace.data, parallel);
     for (int w = 0; w < g.words; ++w) {
       expect(words[w] == g.shuffled[w], "golden shuffle");
       expect(back[w] == g.checkpoint[w], "golden unshuffle");
