@@ -24,13 +24,6 @@ from benchmarks.files import OUT_HELP, write_result
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 BITS, GROUP_SIZE = 4, 128
-# name -> (K, N), by the input that they share.
-PROJECTIONS = {
-    "self_attn": {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN, HIDDEN)},
-    "self_attn.o_proj": {"": (HIDDEN, HIDDEN)},
-    "mlp": {"gate_proj": (HIDDEN, INTERMEDIATE), "up_proj": (HIDDEN, INTERMEDIATE)},
-    "mlp.down_proj": {"": (INTERMEDIATE, HIDDEN)},
-}
 LAYERS_OF_FILE = 8
 PROMPT_TOKENS, TURN_TOKENS = 64, 8
 EAGER, COMPILED = "eager", "compiled"
@@ -68,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if writer.exitcode:
                 say(f"error: the checkpoint could not be written to {folder}")
                 return 1
-        result = {"command": " ".join(["python -m benchmarks.large", *given]), **_measure(folder, args)}
-    emit(_table(result))
-    write_result(args.out, f"large-{args.threads}thread{'' if args.threads == 1 else 's'}", result, _table(result))
+        result = {
+            "command": " ".join(["python -m benchmarks.large", *given]),
+            **measure(folder, args.threads, args.ways, args.rounds),
+        }
+    emit(table(result))
+    write_result(args.out, f"large-{args.threads}thread{'' if args.threads == 1 else 's'}", result, table(result))
     return 0
 
 
@@ -99,17 +95,25 @@ def write_checkpoint(folder: Path, layers: int) -> None:
             prefix = f"model.layers.{layer}"
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.float16)
-            for module, projections in PROJECTIONS.items():
-                K = next(iter(projections.values()))[0]
-                g_idx = torch.arange(K, dtype=torch.int32)[torch.randperm(K, generator=generator)] // GROUP_SIZE
-                for projection, (_, N) in projections.items():
-                    name = ".".join(filter(None, (prefix, module, projection)))
+            for K, projections in _inputs():
+                g_idx = (torch.randperm(K, generator=generator) // GROUP_SIZE).to(torch.int32)
+                for name, N in projections.items():
                     for part, value in _random_weight(K, N, generator).items():
-                        tensors[f"{name}.{part}"] = value
-                    tensors[f"{name}.g_idx"] = g_idx.clone()
+                        tensors[f"{prefix}.{name}.{part}"] = value
+                    tensors[f"{prefix}.{name}.g_idx"] = g_idx.clone()
         save(f"layers-{first}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(_config(layers)))
+
+
+def _inputs() -> list[tuple[int, dict[str, int]]]:
+    """The inputs of a layer's projections, each K long: their names and N. Those of one input share its order."""
+    return [
+        (HIDDEN, {f"self_attn.{name}_proj": HIDDEN for name in "qkv"}),
+        (HIDDEN, {"self_attn.o_proj": HIDDEN}),
+        (HIDDEN, {"mlp.gate_proj": INTERMEDIATE, "mlp.up_proj": INTERMEDIATE}),
+        (INTERMEDIATE, {"mlp.down_proj": HIDDEN}),
+    ]
 
 
 def _random_weight(K: int, N: int, generator: Any) -> dict[str, Any]:
@@ -147,7 +151,15 @@ def _config(layers: int) -> dict[str, Any]:
     }
 
 
-def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, threads: int, ways: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Load the checkpoint and decode with it.
+
+    Args:
+        folder: of the checkpoint.
+        threads: of the products.
+        ways: in which it decodes.
+        rounds: of a turn of each way.
+    """
     import torch
 
     from benchmarks.limits import DRAM, Limits
@@ -157,7 +169,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from exllama_ops.integrations.generation import CompiledGenerator
     from exllama_ops.progress import Screen
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     BACKEND.build()
     library = BACKEND.library
     if library is None:
@@ -168,16 +180,14 @@ def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         model = load_model(folder, progress=False, notify=screen)
         load_s = time.perf_counter() - start
         peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        generators = {way: CompiledGenerator(model, compile=way == COMPILED, notify=screen) for way in args.ways}
+        generators = {way: CompiledGenerator(model, compile=way == COMPILED, notify=screen) for way in ways}
         for generator in generators.values():
             generator.warm_up()
-    limits = Limits(isa_name, args.threads)
+    limits = Limits(isa_name, threads)
     token_bytes = _bytes_of_token(model)
     prompt = torch.arange(PROMPT_TOKENS) + 1
-    samples: dict[str, dict[str, list[float]]] = {
-        way: {"prompt_s": [], "token_s": [], "percent": []} for way in args.ways
-    }
-    for _ in range(args.rounds):
+    samples: dict[str, dict[str, list[float]]] = {way: {"prompt_s": [], "token_s": [], "percent": []} for way in ways}
+    for _ in range(rounds):
         for way, generator in generators.items():
             start = time.perf_counter()
             token = generator.prefill(prompt, TURN_TOKENS + 1).argmax()
@@ -191,7 +201,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 samples[way]["token_s"].append(seconds)
                 samples[way]["percent"].append(100 * token_bytes / seconds / ((before + after) / 2))
     return {
-        "machine": description(args.threads, isa_name, "native", ["exllama-ops", "torch", "transformers"]),
+        "machine": description(threads, isa_name, "native", ["exllama-ops", "torch", "transformers"]),
         "huge_pages": os.environ.get("EXLLAMA_OPS_HUGE_PAGES", "1") != "0",
         "load_s": load_s,
         "peak_bytes_after_loading": peak_bytes,
@@ -207,7 +217,8 @@ def _bytes_of_token(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
+    """Markdown: what loading took, and a row for each way."""
     from benchmarks.timing import Spread
 
     machine = result["machine"]
