@@ -1,4 +1,4 @@
-"""Attention and the output layer of a token, written so that Inductor's CPU code is fast; used while graphs are traced.
+"""Attention and the output layer of a token, written so that they are fast on a CPU: by Inductor, and eagerly.
 
 The results are those of transformers' own forms within the rounding of the dtype. They are closer to the exact ones,
 since sums are in float32. benchmarks/results/amd-zen-5-avx-512/decode-forms.md has the measurements.
@@ -6,8 +6,9 @@ since sums are in float32. benchmarks/results/amd-zen-5-avx-512/decode-forms.md 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,36 +20,69 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 _UNKNOWN = ("position_bias", "softcap", "s_aux")
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+_lock = threading.Lock()
+# transformers' own "sdpa" attention, and what was put in its place since. Threads put in and take out in any order.
+_attentions: list[Any] = []
+
+
 @contextmanager
 def fast_forms(model: Any, device: torch.device) -> Iterator[None]:
-    """Put them in the place of transformers' "sdpa" attention and of a dense output layer, on a CPU."""
+    """While graphs are traced: put the forms in the place of transformers' attention and of a dense output layer.
+
+    Nothing changes on other devices than a CPU.
+    """
     if device.type != "cpu":
         yield
         return
-    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output_layer = model.get_output_embeddings()
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        unknown = any(kwargs.get(name) is not None for name in _UNKNOWN) or kwargs.get("dropout", 0.0)
-        if unknown or attention_mask is None or attention_mask.shape[1] != 1 or query.shape[0] != 1:
-            result: tuple[Tensor, None] = former(module, query, key, value, attention_mask, **kwargs)
-            return result
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        attend = attend_one if query.shape[2] == 1 else attend_many
-        return attend(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
-
     plain = type(output_layer) is nn.Linear and "forward" not in vars(output_layer)
     try:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
         if plain:
             output_layer.forward = lambda x: multiply_rows(x, output_layer.weight, output_layer.bias)
-        yield
+        with _in_place(attend_one):
+            yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = former
         if plain:
             del output_layer.forward
+
+
+@contextmanager
+def fast_eager_attention(device: torch.device) -> Iterator[None]:
+    """While a forward runs eagerly: put the forms in the place of transformers' attention, on a CPU."""
+    with _in_place(attend_one_eagerly) if device.type == "cpu" else nullcontext():
+        yield
+
+
+@contextmanager
+def _in_place(one: Attend) -> Iterator[None]:
+    with _lock:
+        if not _attentions:
+            _attentions.append(ALL_ATTENTION_FUNCTIONS["sdpa"])
+        former = _attentions[0]
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, None]:
+            unknown = any(kwargs.get(name) is not None for name in _UNKNOWN) or kwargs.get("dropout", 0.0)
+            if unknown or attention_mask is None or attention_mask.shape[1] != 1 or query.shape[0] != 1:
+                result: tuple[Tensor, None] = former(module, query, key, value, attention_mask, **kwargs)
+                return result
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            attend = one if query.shape[2] == 1 else attend_many
+            return attend(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+
+        _attentions.append(attention)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        with _lock:
+            _attentions.remove(attention)
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _attentions[-1]
+            if len(_attentions) == 1:
+                _attentions.clear()
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -72,6 +106,19 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     scores = scores + mask[0].float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
     weights = scores.softmax(-1)
     result = (weights.unsqueeze(-1) * value[0].unsqueeze(1).float()).sum(-2)
+    return result.to(query.dtype).view(1, query.shape[1], 1, value.shape[3])
+
+
+def attend_one_eagerly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one token as `attend_one` has it, by products of matrices: eagerly its sums would all be written."""
+    groups = key.shape[1]
+    q = query.view(groups, -1, query.shape[3]).float() * scale
+    scores = q @ key[0].float().transpose(1, 2)
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask[0], float("-inf"))
+    else:
+        scores += mask[0].float()
+    result = scores.softmax(-1) @ value[0].float()
     return result.to(query.dtype).view(1, query.shape[1], 1, value.shape[3])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exllama_ops.integrations.cpu_forms import fast_eager_attention
 from exllama_ops.integrations.static_cache import CacheInterface, WholeCache
 
 
@@ -29,6 +30,7 @@ class WholeForward:
     ) -> None:
         self._model, self._interface = model, interface
         self._graphs: dict[str, list[int]] = {"prefill": [], "decode": []}
+        self._compile = compile
         self._steps = {name: self._compiled(name, backend) if compile else self._function() for name in self._graphs}
 
     @property
@@ -56,6 +58,9 @@ class WholeForward:
         """Append tokens (1, tokens) to a sequence: the logits (vocabulary,) of the token after them."""
         # A copy made in here: whether a tensor comes from inference mode is part of the guards.
         ids = ids.clone()
+        if not self._compile:
+            with fast_eager_attention(ids.device):
+                return self._steps["decode"](ids, cache)
         if ids.shape[1] == 1:
             return self._steps["decode"](ids, cache)
         torch._dynamo.mark_dynamic(ids, 1)

@@ -10,7 +10,15 @@ from torch._inductor.utils import run_and_get_cpp_code
 
 pytest.importorskip("transformers", reason='needs the extra "hf"')
 
-from exllama_ops.integrations.cpu_forms import attend_many, attend_one, fast_forms, multiply_rows
+from exllama_ops.integrations.cpu_forms import (
+    Attend,
+    attend_many,
+    attend_one,
+    attend_one_eagerly,
+    fast_eager_attention,
+    fast_forms,
+    multiply_rows,
+)
 from integrations.test_generation import random_model
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -42,8 +50,10 @@ def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_attention_is_the_softmax_of_masked_products(tokens: int, dtype: torch.dtype, kind: torch.dtype) -> None:
+@pytest.mark.parametrize(("attend", "tokens"), [(attend_one, 1), (attend_one_eagerly, 1), (attend_many, 4)])
+def test_attention_is_the_softmax_of_masked_products(
+    attend: Attend, tokens: int, dtype: torch.dtype, kind: torch.dtype
+) -> None:
     query = random(1, HEADS, tokens, DIM, dtype=dtype)
     # As the generator has them: memory (length, groups, dim), seen from another side.
     key, value = (
@@ -53,7 +63,6 @@ def test_attention_is_the_softmax_of_masked_products(tokens: int, dtype: torch.d
     mask = allowed[None, None]
     if kind != torch.bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    attend = attend_one if tokens == 1 else attend_many
     result = attend(query, key, value, mask, SCALE)
     assert result.dtype == dtype
     assert result.shape == (1, HEADS, tokens, DIM)
@@ -115,3 +124,19 @@ def test_attention_with_more_arguments_is_left_to_transformers(name: str, monkey
         tensor = torch.zeros(1, 2, 1, 4)
         ALL_ATTENTION_FUNCTIONS["sdpa"](None, tensor, tensor, tensor, torch.zeros(1, 1, 1, 1), **{name: tensor})
     assert list(calls[0]) == [name]
+
+
+def test_eager_forms_of_several_threads_leave_the_place_as_it_was() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    former = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    device = torch.device("cpu")
+    first, second = fast_eager_attention(device), fast_forms(random_model("Llama"), device)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not former
+    second.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former
+    with fast_eager_attention(torch.device("meta")):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is former
