@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -32,6 +33,7 @@ def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> d
         "isa": isa,
         "held_to": held,
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "huge_pages": _huge_pages(),
         **_software(packages),
     }
 
@@ -80,6 +82,15 @@ def _cpu() -> tuple[str, set[str]]:
         fields.setdefault(name.strip(), value.strip())
     family = ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields)
     return f"{fields.get('model name', 'unknown')} ({family})", set(fields.get("flags", "").split())
+
+
+def _huge_pages() -> str:
+    """Who gets huge pages: "always" all, "madvise" those who ask for them, "never" none."""
+    try:
+        found = re.search(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"
 
 
 def commit(folder: Path = Path(__file__).parent) -> str:
