@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_FLAGS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+# What numbers a CPU, on x86 and on Arm.
+_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")
 
 
 def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> dict[str, Any]:
@@ -80,8 +85,9 @@ def _cpu() -> tuple[str, set[str]]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    family = ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields)
-    return f"{fields.get('model name', 'unknown')} ({family})", set(fields.get("flags", "").split())
+    numbers = ", ".join(f"{name} {fields[name]}" for name in _NUMBERS if name in fields)
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return f"{fields.get('model name', platform.machine())} ({numbers})", flags
 
 
 def _huge_pages() -> str:
