@@ -19,7 +19,6 @@
 
 #include "cpu/ahead.h"
 #include "cpu/cpu.h"
-#include "cpu/spans.h"
 #include "layout/formats.h"
 
 namespace exllama::cpu {
@@ -79,8 +78,9 @@ struct Gemv {
   int64_t x_stride = 0;
   const SpanScale* x_scales = nullptr;  // [s * rows + m]; none has Limbs::kNone
   int64_t column = 0;
-  int columns = 0;       // rows * columns is at most kGemvSums
-  float* acc = nullptr;  // [rows][columns], all zero
+  int columns = 0;
+  // [rows][columns rounded up to kPanelColumns], at most kGemvSums, all zero.
+  float* acc = nullptr;
 };
 
 // acc += x @ panel like Multiply, by a matrix unit. x is signed bytes in quad_order. For two_bytes it is x_stride / 2
@@ -123,10 +123,9 @@ struct Kernels {
   void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) = nullptr;
   // Returns whether all values are finite.
   bool (*store)(const float* values, int count, void* out, DType dtype) = nullptr;
-  // Rounds a span of a row of x, as `load` has it, to limbs of at most `limit`, padded with zeros to `stride` entries, a
-  // multiple of 8. The limit is 32767, or 127, for which there is no second limb.
-  SpanScale (*quantize)(const void* x, DType dtype, const int32_t* perm, const Span& span, int stride, int limit,
-                        int16_t* first, int16_t* second) = nullptr;
+  // Rounds a span to limbs of at most `limit`, padded with zeros to `stride` entries, a multiple of 8. The limit is 32767,
+  // or 127, for which there is no second limb.
+  SpanScale (*quantize)(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) = nullptr;
   // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
   void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) = nullptr;
 

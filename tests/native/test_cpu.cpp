@@ -285,7 +285,7 @@ int main(int argc, char** argv) {
   if (widths.empty()) widths.assign(std::begin(exllama::layout::kWidths), std::end(exllama::layout::kWidths));
   for (int bits : widths) {
     const int64_t unit = exllama::layout::block_values(bits);
-    std::vector<Shape> shapes = {{320, 96, 128}, {96, 224, 32}, {unit * 3, unit, unit}, {unit * 9, unit * 5, 7}};
+    std::vector<Shape> shapes = {{320, 96, 128}, {96, 544, 32}, {unit * 3, unit, unit}, {unit * 9, unit * 5, 7}};
     if (!quick) {
       shapes.insert(
           shapes.end(),

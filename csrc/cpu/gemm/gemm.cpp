@@ -62,14 +62,12 @@ class Gemm {
  private:
   void pack(const Parallel& parallel) const {
     const XPacker packer(isa_, source_, plan_, format_, x_);
-    if (source_.M * format_.K < kParallelEntries) {
-      for (int64_t m = 0; m < source_.M; ++m) packer.pack(m, 0, spans_.count());
-      return;
-    }
-    const int64_t entries = spans_.count() * source_.M, tasks = 4 * parallel.threads;
+    const int64_t entries = spans_.count() * source_.M;
+    const int64_t tasks = source_.M * format_.K < kParallelEntries ? 1 : 4 * parallel.threads;
     for_each(parallel, tasks, [&](int64_t task) {
       for (int64_t i = entries * task / tasks; i < entries * (task + 1) / tasks; ++i) {
-        packer.pack(i / spans_.count(), i % spans_.count(), i % spans_.count() + 1);
+        const int64_t span = i % spans_.count();
+        packer.pack(span, spans_[span], i / spans_.count());
       }
     });
   }
@@ -91,7 +89,8 @@ class Gemm {
   void multiply_words(const Range& range) const {
     alignas(64) float acc[kGemvSums];
     const int columns = static_cast<int>(range.width), rows = static_cast<int>(source_.M);
-    std::fill(acc, acc + rows * columns, 0.0f);
+    const int64_t stride = round_up(columns, kPanelColumns);
+    std::fill(acc, acc + rows * stride, 0.0f);
     Gemv gemv;
     gemv.weight = &range.weight;
     gemv.rows = rows;
@@ -105,8 +104,8 @@ class Gemm {
     gemv.acc = acc;
     isa_.gemv(gemv);
     bool finite = true;
-    for (int m = 0; m < rows; ++m) finite &= store(acc + m * columns, columns, m, range.out_column);
-    for (int m = 0; !finite && m < rows; ++m) multiply_exactly(m, range, acc + m * columns, kPanelColumns);
+    for (int m = 0; m < rows; ++m) finite &= store(acc + m * stride, columns, m, range.out_column);
+    for (int m = 0; !finite && m < rows; ++m) multiply_exactly(m, range, acc + m * stride, kPanelColumns);
   }
 
   // `rows` rows of x from `row` on, by a range of columns. The sums of each panel are contiguous.
