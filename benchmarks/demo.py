@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     machine = description(args.threads, library.isa_in_use() or "", args.isa, ["exllama-ops", "torch", "transformers"])
     given = sys.argv[1:] if arguments is None else arguments
-    result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.demo", *given]), "machine": machine}
+    result: dict[str, Any] = {"command": f"python -m benchmarks.demo {shlex.join(given)}", "machine": machine}
     result["models"] = [
         _measure(dtype, args.seconds, args.act_order, args.kinds, args.other) for dtype in args.dtype or ["checkpoint"]
     ]

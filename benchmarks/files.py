@@ -21,8 +21,22 @@ _KNOWN = (
     ("Intel", 6, (207,), "Emerald Rapids"),
     ("Intel", 6, (173, 174), "Granite Rapids"),
 )
+# The same for Arm, whose CPUs name nothing: implementer and part.
+_KNOWN_PARTS = {
+    "0x41/0xd0c": "Neoverse N1",
+    "0x41/0xd40": "Neoverse V1",
+    "0x41/0xd49": "Neoverse N2",
+    "0x41/0xd4f": "Neoverse V2",
+}
 # The best that a CPU has, best first.
-_ISAS = (("amx_int8", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+_ISAS = (
+    ("amx_int8", "AMX"),
+    ("avx512f", "AVX-512"),
+    ("avx2", "AVX2"),
+    ("i8mm", "i8mm"),
+    ("asimddp", "dotprod"),
+    ("asimd", "NEON"),
+)
 
 
 def title(machine: Mapping[str, Any]) -> str:
@@ -38,6 +52,9 @@ def title(machine: Mapping[str, Any]) -> str:
         family, model = map(int, found.groups())
         known = [what for vendor, of, models, what in _KNOWN if (vendor, of) == (words[0], family) and model in models]
         words = [words[0], known[0]] if known else [*words, f"{family}/{model}"]
+    if part := re.match(r"CPU implementer (\w+), CPU part (\w+)", numbers):
+        number = "/".join(part.groups())
+        words = ["Arm", _KNOWN_PARTS.get(number, number)]
     isa = next((label for flag, label in _ISAS if flag in machine["cpu_flags"]), "")
     return " ".join(filter(None, [*words, isa]))
 

@@ -1,6 +1,4 @@
 // Limits of the machine for `benchmarks.limits`: DRAM reading and the peaks of multiply-and-add, on several threads.
-#include <immintrin.h>
-
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -8,11 +6,25 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
 std::atomic<int64_t> sink;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  asm volatile("yield");
+#endif
+}
 
 // Seconds in which `tasks` are done, from when all threads are there. Tasks are claimed one by one: a core that is
 // taken away for a while does less.
@@ -28,11 +40,11 @@ double timed(int threads, int tasks, Body body) {
   for (int thread = 1; thread < threads; ++thread) {
     others.emplace_back([&, thread] {
       ready.fetch_add(1);
-      while (ready.load() < threads) _mm_pause();
+      while (ready.load() < threads) pause();
       work(thread);
     });
   }
-  while (ready.load() < threads - 1) _mm_pause();
+  while (ready.load() < threads - 1) pause();
   const Clock::time_point start = Clock::now();
   ready.fetch_add(1);
   work(0);
@@ -42,8 +54,20 @@ double timed(int threads, int tasks, Body body) {
   return std::chrono::duration<double>(end - start).count();
 }
 
+// Enough for latency times throughput of any instruction below, and few enough for 16 registers.
+constexpr int kChains = 12;
+constexpr int kLoops = 4000;
+
+struct Peak {
+  const char *isa, *kind;
+  void (*spin)();
+  int products;  // of one instruction, or one sequence of them
+};
+
 // Streams read side by side, with prefetches into L1: the fastest way known.
 constexpr int kStreams = 8;
+
+#if defined(__x86_64__)
 
 __attribute__((target("avx2"))) void read_memory(const char* data, int64_t bytes) {
   const int64_t part = bytes / kStreams / 64 * 64;
@@ -60,10 +84,6 @@ __attribute__((target("avx2"))) void read_memory(const char* data, int64_t bytes
   for (int s = 1; s < kStreams; ++s) sum[0] = _mm256_add_epi64(sum[0], sum[s]);
   sink += _mm256_extract_epi64(sum[0], 0);
 }
-
-// Enough for latency times throughput of any instruction below, and few enough for 16 registers.
-constexpr int kChains = 12;
-constexpr int kLoops = 4000;
 
 #define CHAINS(NAME, TARGET, VECTOR, CONSTRAINT, ...)                                                                \
   __attribute__((target(TARGET))) void NAME() {                                                                      \
@@ -88,12 +108,6 @@ CHAINS(float_avx2, "avx2,fma", __m256i, "x", "vfmadd231ps %3, %2, %0")
 CHAINS(int16_avx2, "avx2", __m256i, "x", "vpmaddwd %3, %2, %1\n vpaddd %1, %0, %0")
 CHAINS(int8_avx2, "avx2", __m256i, "x", "vpmaddubsw %3, %2, %1\n vpmaddwd %3, %1, %1\n vpaddd %1, %0, %0")
 
-struct Peak {
-  const char *isa, *kind;
-  void (*spin)();
-  int products;  // of one instruction, or one sequence of them
-};
-
 // With AMX too the peaks are those of the vector units.
 constexpr Peak kPeaks[] = {
     {"amx", "float", float_avx512, 16},
@@ -112,6 +126,50 @@ constexpr Peak kPeaks[] = {
     {"avx2", "int16", int16_avx2, 16},
     {"avx2", "int8", int8_avx2, 32},
 };
+
+#elif defined(__aarch64__)
+
+void read_memory(const char* data, int64_t bytes) {
+  const int64_t part = bytes / kStreams / 64 * 64;
+  uint64x2_t sum[kStreams] = {};
+  for (int64_t i = 0; i < part; i += 64) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kStreams; ++s) {
+      const uint64_t* line = reinterpret_cast<const uint64_t*>(data + s * part + i);
+      __builtin_prefetch(line + 128);
+      for (int j = 0; j < 8; j += 2) sum[s] = vaddq_u64(sum[s], vld1q_u64(line + j));
+    }
+  }
+  for (int s = 1; s < kStreams; ++s) sum[0] = vaddq_u64(sum[0], sum[s]);
+  sink += vgetq_lane_u64(sum[0], 0);
+}
+
+#define CHAINS(NAME, TARGET, ...)                                                  \
+  __attribute__((target(TARGET))) void NAME() {                                    \
+    int32x4_t acc[kChains] = {}, x = {}, y = {};                                   \
+    for (int i = 0; i < kLoops; ++i) {                                             \
+      _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) {                 \
+        int32x4_t product;                                                         \
+        asm volatile(__VA_ARGS__ : "+w"(acc[j]), "=&w"(product) : "w"(x), "w"(y)); \
+      }                                                                            \
+    }                                                                              \
+  }
+
+CHAINS(float_neon, "arch=armv8-a", "fmla %0.4s, %2.4s, %3.4s")
+CHAINS(int16_neon, "arch=armv8-a", "smlal %0.4s, %2.4h, %3.4h")
+CHAINS(int8_neon, "arch=armv8-a", "smull %1.8h, %2.8b, %3.8b\n sadalp %0.4s, %1.8h")
+CHAINS(int8_dotprod, "arch=armv8.2-a+dotprod", "sdot %0.4s, %2.16b, %3.16b")
+CHAINS(int8_i8mm, "arch=armv8.2-a+i8mm", "smmla %0.4s, %2.16b, %3.16b")
+
+constexpr Peak kPeaks[] = {
+    {"neon", "float", float_neon, 4},         {"neon", "int16", int16_neon, 4},
+    {"neon", "int8", int8_neon, 8},           {"neon_dotprod", "float", float_neon, 4},
+    {"neon_dotprod", "int16", int16_neon, 4}, {"neon_dotprod", "int8", int8_dotprod, 16},
+    {"neon_i8mm", "float", float_neon, 4},    {"neon_i8mm", "int16", int16_neon, 4},
+    {"neon_i8mm", "int8", int8_i8mm, 32},
+};
+
+#endif
 
 }  // namespace
 

@@ -16,7 +16,8 @@ DRAM = "dram"
 DRAM_PEAK = "dram_peak"
 MATMUL = "matmul"
 DOTS = ("float", "int16", "int8")
-ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2")
+ARM_ISAS = ("neon_i8mm", "neon_dotprod", "neon")
+ISAS = ("amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", *ARM_ISAS)
 
 # Of memory that no cache keeps, read a part at a time: a part is not read again before all the others were.
 _MEMORY_BYTES = 512 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -12,7 +13,12 @@ from typing import Any
 
 import torch
 
-_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_FLAGS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+# What numbers a CPU, on x86 and on Arm.
+_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")
 
 
 def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def description(threads: int, isa: str, held: str, packages: Iterable[str]) -> d
         "isa": isa,
         "held_to": held,
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "huge_pages": _huge_pages(),
         **_software(packages),
     }
 
@@ -78,8 +85,18 @@ def _cpu() -> tuple[str, set[str]]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    family = ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields)
-    return f"{fields.get('model name', 'unknown')} ({family})", set(fields.get("flags", "").split())
+    numbers = ", ".join(f"{name} {fields[name]}" for name in _NUMBERS if name in fields)
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return f"{fields.get('model name', platform.machine())} ({numbers})", flags
+
+
+def _huge_pages() -> str:
+    """Who gets huge pages: "always" all, "madvise" those who ask for them, "never" none."""
+    try:
+        found = re.search(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"
 
 
 def commit(folder: Path = Path(__file__).parent) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -153,13 +153,14 @@ class Plan:
     ) -> Measurement:
         M = x.shape[0]
         self._say(f"{self.case}: {op}, M={M}")
+        exact = lru_cache(maxsize=1)(partial(_exact, op, x))  # which most kernels share
         runners: list[Runner] = []
         ready: list[tuple[_Kernel, Kind, float]] = []
         for kernel in kernels:
             try:
                 layers = kernel.layers if M <= ROTATED_TOKENS else kernel.layers[:2]
                 inputs = [layer.take(x.to(self._device.place)) for layer in layers]
-                error = self._error(kernel, op, inputs[0], x)
+                error = self._error(kernel, inputs[0], exact)
                 kind = kernel.kind or self._found_class(kernel.layers[0], M)
                 calls = [partial(layer.run, given) for layer, given in zip(layers, inputs, strict=True)]
                 runner = Runner(kernel.name, calls, kernel.layers[0].enter)
@@ -188,20 +189,18 @@ class Plan:
         load = watch.look([sample for kernel in timed for sample in kernel.samples])
         return Measurement(op, self.case.K, self.case.N, M, timed, self._device.limit_rule, load)
 
-    def _error(self, kernel: _Kernel, op: str, given: Any, x: Tensor) -> float:
-        """The relative error in some rows, the last one among them, after the check of all of them."""
+    def _error(self, kernel: _Kernel, given: Any, exact: Callable[[Tensor], Tensor]) -> float:
+        """The relative error in some rows, after the check of all of them."""
         layer = kernel.layers[0]
         out = _product(layer, given)
         if kernel.check is not None:
             kernel.check(out)
-        dense = self._held(layer)
-        rows = torch.linspace(0, x.shape[0] - 1, min(ERROR_ROWS, x.shape[0])).long()
-        return relative_error(out[rows], x[rows], dense.t() if op == "gptq_gemm_dx" else dense)
+        return relative_error(out[_rows(out.shape[0])], exact(self._held(layer)))
 
     def _found_class(self, peer: Layer, M: int) -> Kind:
         """The class of a peer for as many tokens; it may have another kernel for more."""
         x = probe(M, self.case.K)
-        rows = slice(0, ERROR_ROWS)
+        rows = _rows(M)
         return class_of(_product(peer, peer.take(x.to(self._device.place)))[rows], x[rows], self._held(peer))
 
     def _held(self, layer: Layer) -> Tensor:
@@ -212,3 +211,13 @@ def _product(layer: Layer, given: Any) -> Tensor:
     """The product of what a layer took, on the host."""
     layer.enter()
     return layer.give(layer.run(given)).cpu()
+
+
+def _exact(op: str, x: Tensor, dense: Tensor) -> Tensor:
+    """The rows of a product of which errors are taken, in float64."""
+    return x[_rows(x.shape[0])].double() @ (dense.t() if op == "gptq_gemm_dx" else dense).double()
+
+
+def _rows(M: int) -> Tensor:
+    """Rows of which errors are taken, the last one among them."""
+    return torch.linspace(0, M - 1, min(ERROR_ROWS, M)).long()

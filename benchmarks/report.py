@@ -59,7 +59,9 @@ _CPU_CELLS = (
     "Cells: median ms of a call, its interquartile range, percent of the limit. The limit of M=1 is reading the weight "
     "from DRAM, that of more tokens the peak of the class: float32 multiply-add, int16 or int8 dot products, each the "
     "median of ratios to what was measured around each call. More than 100% is another unit of the CPU (AMX) or a "
-    "weight that stayed in a cache. Errors are relative to float64, in the Frobenius norm, the largest of all M."
+    "weight that stayed in a cache. Our weights ask for huge pages, as loading them does, and so does the memory that "
+    "the limit reads; peers have the pages that they ask for. Errors are relative to float64, in the Frobenius norm, "
+    "the largest of all M."
 )
 
 
@@ -85,7 +87,7 @@ def _cpu(machine: Record) -> str:
     held = "" if machine["held_to"] == "native" else f", all held to {machine['held_to']}"
     return (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; our kernels: {machine['isa']}{held}; "
-        f"flags: {' '.join(machine['cpu_flags'])}; {_software(machine)}"
+        f"flags: {' '.join(machine['cpu_flags'])}; huge pages: {machine['huge_pages']}; {_software(machine)}"
     )
 
 

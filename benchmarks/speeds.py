@@ -16,10 +16,16 @@ from benchmarks.files import RESULTS, title
 
 PAGES = tuple(RESULTS.parents[1] / name for name in ("README.md", "docs/performance.md"))
 TOKENS = (1, 4, 16, 64, 256, 1024)
+FEW_TOKENS = (1, 16, 256)  # of other widths
 # The weight of which pages tell, and the results that have it.
 SHAPE = (4096, 4096)
 _TWO_THREADS = "4bit-g128-2threads"
 _NAMES = ("4bit-g128-1thread", "4bit-g128-avx512-1thread", _TWO_THREADS)
+_WIDTHS = tuple(
+    f"{weight}-{threads}"
+    for weight in ("2bit-g128", "3bit-g128", "8bit-g128", "4bit-g32")
+    for threads in ("1thread", "2threads")
+)
 _DEMOS = ("demo-1thread", "demo-other-1thread", "demo-2threads", "demo-other-2threads")
 # Ours, and what it is compared with.
 _MAIN = (("high", "float"), ("medium", "int8"))
@@ -56,10 +62,21 @@ def _products() -> str:
     return _markdown(header, (row for result in _results(_NAMES) for row in _compared(result, _PAIRS)))
 
 
+def _widths() -> str:
+    header = ["CPU", "weight", "times faster", *map(str, FEW_TOKENS)]
+    rows = (
+        [machine, f"{result['configuration']['bits']} bits, group {result['configuration']['group_size']}", *cells]
+        for result in _results(_WIDTHS)
+        if "--peers" not in result["command"]  # which names some of them
+        for machine, *cells in _compared(result, _MAIN, FEW_TOKENS)
+    )
+    return _markdown(header, rows)
+
+
 def _limits() -> str:
     header = ["CPU", "percent of the limit", *map(str, TOKENS)]
     rows = (
-        [_machine(result), f'"{ours}"', *_cells(result, partial(_percent, ours))]
+        [_machine(result), f'"{ours}"', *_cells(result, TOKENS, partial(_percent, ours))]
         for result in _results(_NAMES)
         for ours in ("highest", "high", "medium")
     )
@@ -79,15 +96,20 @@ def _demo() -> str:
     for result in _results(_DEMOS):
         (model,) = result["models"]
         faster, ms = model["times_faster"].get(_OURS, {}), model["ms_per_token"]
-        if not _OTHERS.keys() <= faster.keys():
-            continue  # measured before these were
-        ratios = (faster[other] for other in _OTHERS)
-        cells = (f"{r['median']:.2f} ({r['low_quartile']:.2f} to {r['high_quartile']:.2f})" for r in ratios)
+        if "OpenVINO GenAI" not in faster:
+            continue  # measured before it was a peer
+        cells = (_ratio(faster[other]) if other in faster else "" for other in _OTHERS)
         rows.append([_machine(result), f"{ms[_OURS]['median']:.1f}", *cells, f"{ms[_HEAD]['median']:.1f}"])
     return _markdown(header, rows)
 
 
-_TABLES: dict[str, Callable[[], str]] = {"short": _short, "products": _products, "limits": _limits, "demo": _demo}
+_TABLES: dict[str, Callable[[], str]] = {
+    "short": _short,
+    "products": _products,
+    "widths": _widths,
+    "limits": _limits,
+    "demo": _demo,
+}
 
 
 def _results(names: Sequence[str]) -> Iterator[Record]:
@@ -105,18 +127,18 @@ def _machine(result: Record) -> str:
     return f"{title(machine)}{held}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
 
 
-def _compared(result: Record, pairs: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
+def _compared(result: Record, pairs: Iterable[tuple[str, str]], tokens: Sequence[int] = TOKENS) -> Iterator[list[str]]:
     """A row for each pair that the result has."""
     for ours, rivals in pairs:
-        cells = _cells(result, partial(_speedup, ours, rivals))
+        cells = _cells(result, tokens, partial(_speedup, ours, rivals))
         if any(cells):
             yield [_machine(result), f'"{ours}", best {rivals} peer', *cells]
 
 
-def _cells(result: Record, cell: Callable[[Record], str]) -> list[str]:
+def _cells(result: Record, tokens: Sequence[int], cell: Callable[[Record], str]) -> list[str]:
     """A cell for each number of tokens."""
     found = {m["M"]: m for m in result["measurements"] if (m["op"], m["K"], m["N"]) == ("gptq_gemm", *SHAPE)}
-    return [cell(found[M]) if M in found else "" for M in TOKENS]
+    return [cell(found[M]) if M in found else "" for M in tokens]
 
 
 def _speedup(ours: str, rivals: str, measurement: Record) -> str:
@@ -127,6 +149,10 @@ def _speedup(ours: str, rivals: str, measurement: Record) -> str:
 def _percent(ours: str, measurement: Record) -> str:
     kernels = (kernel for kernel in measurement["kernels"] if kernel["name"] == f"{_OURS} {ours}")
     return next((f"{kernel['percent_of_limit']['median']:.0f}" for kernel in kernels), "")
+
+
+def _ratio(ratio: Record) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low_quartile']:.2f} to {ratio['high_quartile']:.2f})"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@
 
 #include "cpu/ahead.h"
 #include "cpu/cpu.h"
+#include "cpu/spans.h"
 #include "layout/formats.h"
 
 namespace exllama::cpu {
@@ -123,9 +124,10 @@ struct Kernels {
   void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) = nullptr;
   // Returns whether all values are finite.
   bool (*store)(const float* values, int count, void* out, DType dtype) = nullptr;
-  // Rounds a span to limbs of at most `limit`, padded with zeros to `stride` entries, a multiple of 8. The limit is 32767,
-  // or 127, for which there is no second limb.
-  SpanScale (*quantize)(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) = nullptr;
+  // Rounds a span of a row of x, as `load` has it, to limbs of at most `limit`, padded with zeros to `stride` entries, a
+  // multiple of 8. The limit is 32767, or 127, for which there is no second limb.
+  SpanScale (*quantize)(const void* x, DType dtype, const int32_t* perm, const Span& span, int stride, int limit,
+                        int16_t* first, int16_t* second) = nullptr;
   // out[i] = (limb[order of i] >> shift) + offset as a byte, for whole blocks of values in quad_order.
   void (*pack_bytes)(const int16_t* limb, int rows, int bits, int shift, int offset, uint8_t* out) = nullptr;
 

@@ -29,10 +29,11 @@ void for_each(const Parallel& parallel, int64_t tasks, const Body& body) {
 }
 
 // The threads to divide the columns of a weight among, of `bytes` in all, in tasks as wide as can be. A core that reads
-// part of each row fetches some of the rest too. So a little weight is divided only if it is wide, and only for threads
-// that would begin at once.
+// part of each row fetches some of the rest too. So a little weight is divided only in runs of 1 KiB, and only for threads
+// that would begin at once. On two cores of a Zen 4, 1536 x 576 in groups of 32 then takes 27 us instead of 39, and
+// 576 x 576 takes 11 instead of 15.
 inline int32_t threads_for_columns(const Parallel& parallel, int64_t columns, int64_t bytes) {
-  constexpr int64_t kLittle = 2 << 20, kBytesOfThread = 128 << 10, kColumnsOfThread = 448;
+  constexpr int64_t kLittle = 2 << 20, kBytesOfThread = 64 << 10, kColumnsOfThread = 256;
   if (bytes >= kLittle) return parallel.threads;
   const int64_t parts = std::min(bytes / kBytesOfThread, columns / kColumnsOfThread);
   const auto threads = static_cast<int32_t>(std::clamp<int64_t>(parts, 1, parallel.threads));

@@ -44,7 +44,7 @@ def modules_of(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) ->
 def error_of(layer: Layer, weight: Weight, M: int = 3) -> float:
     x = activations(M, weight.case.K)
     out = layer.give(layer.run(layer.take(x)))
-    return relative_error(out, x, weight.dense if layer.dense is None else layer.dense)
+    return relative_error(out, x.double() @ (weight.dense if layer.dense is None else layer.dense).double())
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from benchmarks import files
             "Intel Core i7-8700 6/158 AVX2",
             "intel-core-i7-8700-6-158-avx2",
         ),
+        ("aarch64 (CPU implementer 0x41, CPU part 0xd40)", ["i8mm"], "Arm Neoverse V1 i8mm", "arm-neoverse-v1-i8mm"),
+        ("aarch64 (CPU implementer 0x61, CPU part 0x022)", ["asimd"], "Arm 0x61/0x022 NEON", "arm-0x61-0x022-neon"),
         ("unknown ()", [], "unknown", "unknown"),
     ],
 )  # fmt: skip

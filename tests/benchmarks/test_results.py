@@ -19,7 +19,8 @@ LIMITS = {"dram": 1e9, "float": 1e12, "int16": 2e12, "int8": 4e12}
 
 MACHINE = {
     "cpu": "a CPU", "cores": 2, "threads": 1, "isa": "avx2", "held_to": "avx2", "cpu_flags": ["avx2"],
-    "system": "Linux", "python": "3", "commit": "abc", "packages": {"torch": "2", "gone": None},
+    "huge_pages": "madvise", "system": "Linux", "python": "3", "commit": "abc",
+    "packages": {"torch": "2", "gone": None},
 }  # fmt: skip
 CONFIGURATION = {"bits": 4, "group_size": 128, "act_order": False}
 

@@ -62,12 +62,14 @@ class Gemm {
  private:
   void pack(const Parallel& parallel) const {
     const XPacker packer(isa_, source_, plan_, format_, x_);
-    const int64_t entries = spans_.count() * source_.M;
-    const int64_t tasks = source_.M * format_.K < kParallelEntries ? 1 : 4 * parallel.threads;
+    if (source_.M * format_.K < kParallelEntries) {
+      for (int64_t m = 0; m < source_.M; ++m) packer.pack(m, 0, spans_.count());
+      return;
+    }
+    const int64_t entries = spans_.count() * source_.M, tasks = 4 * parallel.threads;
     for_each(parallel, tasks, [&](int64_t task) {
       for (int64_t i = entries * task / tasks; i < entries * (task + 1) / tasks; ++i) {
-        const int64_t span = i % spans_.count();
-        packer.pack(span, spans_[span], i / spans_.count());
+        packer.pack(i / spans_.count(), i % spans_.count(), i % spans_.count() + 1);
       }
     });
   }

@@ -24,7 +24,7 @@ PackedX::PackedX(Arena& arena, const Weight& weight, int64_t rows_of_x, NumberCl
   scales = arena.take<SpanScale>(entries);
 }
 
-void XPacker::pack(int64_t index, const Span& span, int64_t m) const {
+void XPacker::pack(int64_t m, int64_t index, const Span& span) const {
   const int64_t entry = packed_.entry(index, m);
   const int stride = static_cast<int>(packed_.stride);
   const void* row = source_.row(m);
@@ -32,20 +32,21 @@ void XPacker::pack(int64_t index, const Span& span, int64_t m) const {
     isa_.load(row, source_.dtype, source_.perm, span.row, span.rows, packed_.floats + entry * stride);
     return;
   }
-  alignas(64) float values[kSpanRows];
-  isa_.load(row, source_.dtype, source_.perm, span.row, span.rows, values);
   const bool int16 = plan_.numbers == NumberClass::kInt16;
+  const auto quantize = [&](int16_t* to, int16_t* to_second) {
+    return isa_.quantize(row, source_.dtype, source_.perm, span, stride, int16 ? 32767 : 127, to, to_second);
+  };
   int16_t* first = packed_.first + entry * stride;
   int16_t* second = packed_.second ? packed_.second + entry * stride : nullptr;
   if (plan_.unit && int16) {
     alignas(64) int16_t limb[2][kSpanRows];
-    const SpanScale scale = isa_.quantize(values, span.rows, stride, 32767, limb[0], limb[1]);
+    const SpanScale scale = quantize(limb[0], limb[1]);
     pack_two_bytes(limb[0], first);
     if (scale.limbs == Limbs::kTwo) pack_two_bytes(limb[1], second);
     packed_.scales[entry] = scale;
     return;
   }
-  packed_.scales[entry] = isa_.quantize(values, span.rows, stride, int16 ? 32767 : 127, first, second);
+  packed_.scales[entry] = quantize(first, second);
   // int8 panels take unsigned x, the kernels for few rows and for matrix units signed.
   const int shift = plan_.gemv || plan_.unit ? 0 : kInt8Offset;
   if (plan_.int8) isa_.pack_bytes(first, stride, bits_, 0, shift, packed_.bytes + entry * stride);

@@ -46,18 +46,22 @@ int unit_step(const MatrixUnit& unit, const Weight& weight);
 class XPacker {
  public:
   XPacker(const Kernels& isa, const Source& source, const Plan& plan, const Weight& weight, const PackedX& packed)
-      : isa_(isa), source_(source), plan_(plan), bits_(weight.bits), packed_(packed) {}
+      : isa_(isa), source_(source), plan_(plan), bits_(weight.bits), spans_(weight, kSpanRows), packed_(packed) {}
 
-  // Row m of x in a span.
-  void pack(int64_t index, const Span& span, int64_t m) const;
+  // Row m of x in some spans.
+  void pack(int64_t m, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) pack(m, i, spans_[i]);
+  }
 
  private:
+  void pack(int64_t m, int64_t index, const Span& span) const;
   void pack_two_bytes(const int16_t* limb, int16_t* out) const;
 
   const Kernels& isa_;
   const Source& source_;
   const Plan plan_;
   const int bits_;
+  const Spans spans_;
   const PackedX& packed_;
 };
 

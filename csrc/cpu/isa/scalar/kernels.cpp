@@ -23,7 +23,14 @@ bool store(const float* values, int count, void* out, DType dtype) {
   return largest < 0x7f800000;
 }
 
-SpanScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {
+SpanScale quantize(const void* x, DType dtype, const int32_t* perm, const Span& span, int stride, int limit,
+                   int16_t* first, int16_t* second) {
+  float values[kSpanRows];
+  load(x, dtype, perm, span.row, span.rows, values);
+  return quantize_values(values, span.rows, stride, limit, first, second);
+}
+
+SpanScale quantize_values(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second) {
   std::memset(first, 0, stride * sizeof *first);
   uint32_t bits = 0;
   for (int i = 0; i < rows; ++i) bits = std::max(bits, float_bits(x[i]) & 0x7fffffff);

@@ -8,7 +8,10 @@ namespace exllama::cpu::scalar {
 
 void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out);
 bool store(const float* values, int count, void* out, DType dtype);
-SpanScale quantize(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second);
+SpanScale quantize(const void* x, DType dtype, const int32_t* perm, const Span& span, int stride, int limit,
+                   int16_t* first, int16_t* second);
+// The same for a span that `load` has loaded.
+SpanScale quantize_values(const float* x, int rows, int stride, int limit, int16_t* first, int16_t* second);
 void load_zeros(const Weight& weight, int64_t group, int64_t column, int columns, int32_t* zeros);
 void load_scales(const Weight& weight, int64_t group, int64_t column, int columns, float* scales);
 void unpack_int16(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
