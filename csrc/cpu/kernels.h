@@ -72,7 +72,7 @@ constexpr int kInt8Offset = 128;
 struct Gemv {
   const Weight* weight = nullptr;
   int rows = 0;  // at most kGemvRows
-  // Limb 0 of span s and row m, at (s * rows + m) * x_stride: int16, or int8 in quad_order.
+  // Limb 0 of span s and row m, at (s * rows + m) * x_stride: int16, whole or as two bytes, or int8 in quad_order.
   const void* x = nullptr;
   const int16_t* x_second = nullptr;  // with int16
   bool int8 = false;
@@ -152,6 +152,8 @@ struct Kernels {
   void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead) = nullptr;
   // Null where panels serve few rows as well.
   void (*gemv)(const Gemv& gemv) = nullptr;
+  // Whether it takes the two bytes of an int16 x apart, as MultiplyBytes has them, the low ones unsigned.
+  bool gemv_takes_bytes = false;
   // Null where there is none.
   const MatrixUnit* matrix_unit = nullptr;
 };

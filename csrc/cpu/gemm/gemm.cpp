@@ -50,7 +50,9 @@ class Gemm {
     pack(parallel);
     if (plan_.gemv) {
       if (all_finite()) return run_gemv(parallel);
-      plan_.int8 = false;  // its x is not packed as the int8 panels take it
+      // Panels take x otherwise.
+      plan_ = plan_of(isa_, format_, plan_.numbers, kGemvRows + 1);
+      pack(parallel);
     }
     const Partition partition(source_.M, parallel.threads, [&](int64_t width) { return parts_.ranges(width); });
     for_each(parallel, partition.tiles(), [&](int64_t task, int32_t worker) {

@@ -38,7 +38,7 @@ void XPacker::pack(int64_t m, int64_t index, const Span& span) const {
   };
   int16_t* first = packed_.first + entry * stride;
   int16_t* second = packed_.second ? packed_.second + entry * stride : nullptr;
-  if (plan_.unit && int16) {
+  if (plan_.two_bytes) {
     alignas(64) int16_t limb[2][kSpanRows];
     const SpanScale scale = quantize(limb[0], limb[1]);
     pack_two_bytes(limb[0], first);
@@ -56,7 +56,7 @@ void XPacker::pack_two_bytes(const int16_t* limb, int16_t* out) const {
   uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
   const int stride = static_cast<int>(packed_.stride);
   isa_.pack_bytes(limb, stride, bits_, 8, 0, bytes);
-  isa_.pack_bytes(limb, stride, bits_, 0, plan_.unit->low_offset, bytes + stride);
+  isa_.pack_bytes(limb, stride, bits_, 0, plan_.unit ? plan_.unit->low_offset : 0, bytes + stride);
 }
 
 }  // namespace exllama::cpu

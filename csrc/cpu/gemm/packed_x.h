@@ -26,8 +26,7 @@ struct Source {
 struct PackedX {
   int64_t M;
   int64_t stride;
-  // Limbs of integers. Where a matrix unit multiplies int16, the two bytes of a limb lie in its place, as MultiplyBytes
-  // has them.
+  // Limbs of integers. With Plan::two_bytes, the two bytes of a limb lie in its place, as MultiplyBytes has them.
   int16_t* first = nullptr;
   int16_t* second = nullptr;
   uint8_t* bytes = nullptr;

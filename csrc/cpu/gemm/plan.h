@@ -21,16 +21,18 @@ struct Plan {
   bool gemv;               // few rows, straight from the words
   const MatrixUnit* unit;  // or null, for vectors
   bool int8;               // limb 0 is multiplied as bytes
+  bool two_bytes;          // limbs of int16 are packed as two bytes
 };
 
 inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass numbers, int64_t M) {
   const int values = layout::block_values(weight.bits);
   const bool whole_words = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
   const bool integers = numbers != NumberClass::kFloat && whole_words;
-  Plan plan{numbers, false, nullptr, false};
+  Plan plan{numbers, false, nullptr, false, false};
   plan.gemv = integers && M <= kGemvRows && isa.gemv;
   plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
   plan.int8 = integers && numbers == NumberClass::kInt8 && isa.unpack_int8;
+  plan.two_bytes = numbers == NumberClass::kInt16 && (plan.unit || (plan.gemv && isa.gemv_takes_bytes));
   return plan;
 }
 

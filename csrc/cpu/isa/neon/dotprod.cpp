@@ -85,6 +85,7 @@ const Kernels& neon::dotprod_kernels() {
     made.multiply_int8 = nullptr;  // the unit does
     made.matrix_unit = &kUnit;
     made.gemv = neon::dotprod_gemv;
+    made.gemv_takes_bytes = true;
     return made;
   }();
   return table;
