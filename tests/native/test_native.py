@@ -32,7 +32,7 @@ BUILDS = {
     ),
     "thread": Build("g++", ["-O1", "-g1", "-fsanitize=thread"], [], "sampled"),
     "clang": Build("clang++", ["-O2"], []),
-    "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static", "-DIN_QEMU"], ["qemu-aarch64"]),
+    "aarch64": Build("aarch64-linux-gnu-g++", ["-O2", "-static", "-DIN_QEMU"], ["qemu-aarch64"], "sampled"),
 }
 
 

@@ -7,13 +7,13 @@ namespace exllama::cpu {
 namespace {
 
 // Each of the three products says how its numbers are multiplied: kDepth rows of the panel in one step, and what becomes
-// of a sum at the end.
+// of a sum at the end. Where rows are many, it takes kStrips strips at once.
 template <bool vnni>
 struct Int16Product {
   using Args = Multiply<int16_t, int16_t>;
   using Vector = Int;
   using Sum = PairSum;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = 2, kStrips = 2;
 
   static EXLLAMA_VECTOR_INLINE Sum start(const Args&, int) { return pair_sum(set_int(0)); }
   static EXLLAMA_VECTOR_INLINE Int load(const int16_t* panel) { return load_int(panel); }
@@ -28,7 +28,7 @@ struct Int8Product {
   using Args = Multiply<uint8_t, int8_t>;
   using Vector = Int;
   using Sum = Int;
-  static constexpr int kDepth = 4;
+  static constexpr int kDepth = 4, kStrips = 2;
 
   static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int column) { return load_int(args.start + column); }
   static EXLLAMA_VECTOR_INLINE Int load(const int8_t* panel) { return load_int(panel); }
@@ -45,7 +45,7 @@ struct FloatProduct {
   using Args = Multiply<float, float>;
   using Vector = Float;
   using Sum = Float;
-  static constexpr int kDepth = 1;
+  static constexpr int kDepth = 1, kStrips = kFloatStrips;
 
   static EXLLAMA_VECTOR_INLINE Float start(const Args&, int) { return set_float(0); }
   static EXLLAMA_VECTOR_INLINE Float load(const float* panel) { return load_floats(panel); }
@@ -110,7 +110,9 @@ void add_rows(const typename Product::Args& args, int row) {
   if (mr <= kWideRows && args.columns > 2 * kStrip) {
     return add_strips<Product, mr, kPanelColumns / kStrip <= 4 ? 4 : 2>(args, row, 0);
   }
-  for (int strip = 0; strip * kStrip < args.columns; strip += 2) add_strips<Product, mr, 2>(args, row, strip);
+  for (int strip = 0; strip * kStrip < args.columns; strip += Product::kStrips) {
+    add_strips<Product, mr, Product::kStrips>(args, row, strip);
+  }
 }
 
 // The rows from `row` on, at most mr.

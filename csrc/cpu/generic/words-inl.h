@@ -2,8 +2,9 @@
 //
 // Everything in generic/ is written once, over the vocabulary of an ISA: isa/<name>/vocabulary-inl.h, which is included
 // before it. A vocabulary defines the types Int, Float, Mask, Short, Bytes and PairSum with the functions on them. Its
-// constants are kStrip (the lanes of 32 bits), kTallRows, kWideRows, kGemvVectors and kSignedDots. Its macro EXLLAMA_VECTOR is the
-// target attribute of all code over it. All of this stands in the anonymous namespace of each source that includes it.
+// constants are kStrip (the lanes of 32 bits), kTallRows, kWideRows, kFloatStrips, kGemvVectors and kSignedDots. Its macro
+// EXLLAMA_VECTOR is the target attribute of all code over it. All of this stands in the anonymous namespace of each source
+// that includes it.
 #pragma once
 
 #include <cstring>

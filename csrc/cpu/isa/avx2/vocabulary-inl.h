@@ -20,6 +20,7 @@ using Bytes = __m128i;
 constexpr int kStrip = 8;
 // 6 x 2 sums leave 4 of 16 registers: two weights, a broadcast and a product.
 constexpr int kTallRows = 6, kWideRows = 0;
+constexpr int kFloatStrips = 2;
 // 4 x 2 sums leave two words, two terms, a mask, a broadcast and a product.
 constexpr int kGemvVectors = 4;
 // dot_int8 takes unsigned bytes with signed ones.

@@ -21,6 +21,7 @@ constexpr int kStrip = 16;
 // 12 x 2 sums take 24 of 32 registers, which leaves the weights and one broadcast. Few rows take 4 strips, so that enough
 // sums are in flight for the 5 cycles of a dot product.
 constexpr int kTallRows = 12, kWideRows = 6;
+constexpr int kFloatStrips = 2;
 // 8 x 2 sums leave half of the registers to words, terms and a broadcast.
 constexpr int kGemvVectors = 8;
 // dot_int8 takes unsigned bytes with signed ones.

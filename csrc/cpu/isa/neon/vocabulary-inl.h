@@ -25,6 +25,8 @@ struct PairSum {
 constexpr int kStrip = 4;
 // 5 x 2 sums of pairs take 20 of 32 registers, which leaves the weights and broadcasts.
 constexpr int kTallRows = 5, kWideRows = 0;
+// Sums of floats take one register each.
+constexpr int kFloatStrips = 4;
 constexpr int kGemvVectors = 4;
 // dot_int8 takes signed bytes for both.
 constexpr bool kSignedDots = true;
