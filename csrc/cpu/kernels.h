@@ -4,7 +4,7 @@
 // a panel holds in columns beyond N is never used.
 //
 //   int16 panel  q - z as [row / 2][column][row % 2]: a 32-bit lane has the two rows that one 16-bit dot product takes
-//   int8 panel   q - z, or q - 128 of 8 bits, as [row / 4][column][row % 4], the rows of a block in quad_order
+//   int8 panel   what Int8Panels says, as [row / 4][column][row % 4], the rows of a block in quad_order
 //   float panel  q - z or scale * (q - z) as [row][column]
 //
 // gemm_dx sums over columns, so its panels are transposed: scale * (q - z) as [column][row], kPanelColumns rows wide.
@@ -65,8 +65,19 @@ struct Multiply {
   const int32_t* zeros = nullptr;
 };
 
-// x of int8 panels is unsigned, x + kInt8Offset: the dot product takes unsigned with signed.
+// What int8 panels hold. A dot product of bytes takes unsigned with signed.
+enum class Int8Panels : uint8_t {
+  kNone,      // int8 values go through the int16 panel
+  kCentered,  // signed q - z, or q - 128 of 8 bits, times unsigned x + kInt8Offset
+  kPlain,     // unsigned q times signed x
+};
+
 constexpr int kInt8Offset = 128;
+
+// Products of plain panels are added in int16, which 8 bits would overflow: generic/short_int8-inl.h.
+constexpr bool has_int8_panel(Int8Panels panels, int bits) {
+  return panels == Int8Panels::kCentered || (panels == Int8Panels::kPlain && bits <= 4);
+}
 
 // A few rows of x times a range of columns, straight from the words of a shuffled weight whose groups fill whole words.
 struct Gemv {
@@ -146,12 +157,14 @@ struct Kernels {
   void (*multiply_int16)(const Multiply<int16_t, int16_t>& multiply, Ahead& ahead) = nullptr;
   void (*multiply_float)(const Multiply<float, float>& multiply, Ahead& ahead) = nullptr;
 
-  // Both null where int8 values go through the int16 panel. start[column] = -kInt8Offset * (sum of the panel's column).
+  Int8Panels int8_panels = Int8Panels::kNone;
+  // start[column] of centered panels is -kInt8Offset * (sum of the panel's column).
   void (*unpack_int8)(const Weight& weight, int64_t row, int rows, int64_t column, int columns, const int32_t* zeros,
                       int8_t* panel, int32_t* start) = nullptr;
   void (*multiply_int8)(const Multiply<uint8_t, int8_t>& multiply, Ahead& ahead) = nullptr;
   // Null where panels serve few rows as well.
   void (*gemv)(const Gemv& gemv) = nullptr;
+  bool gemv_int8 = false;  // whether it takes int8
   // Whether it takes the two bytes of an int16 x apart, as MultiplyBytes has them, the low ones unsigned.
   bool gemv_takes_bytes = false;
   // Null where there is none.

@@ -268,6 +268,33 @@ void test_golden() {
   }
 }
 
+// The largest sums of bytes: x of 127 or -127 times the largest q, with the zero points at both ends of their range. What
+// comes out is exact.
+void test_largest_sums(int bits) {
+  constexpr int64_t K = 256, N = 96;
+  const std::vector<uint32_t> words(K * bits / 32 * N, ~0u);
+  const std::vector<float> scales(N, 1);
+  int threads = 1;
+  for (const bool v2 : {true, false}) {
+    const std::vector<uint32_t> zeros(N * bits / 32, v2 ? 0 : ~0u);
+    const float centered = v2 ? (1 << bits) - 1 : -1;
+    const Weight weight{words.data(), zeros.data(), scales.data(), DType::kFloat32, nullptr, K, N, 1, K,
+                        bits,         true,         v2 ? 0 : 1};
+    for (const int64_t M : {1, 8, 14}) {
+      std::vector<float> x(M * K), out(M * N);
+      for (int64_t i = 0; i < M * K; ++i) x[i] = i / K % 2 ? -127 : 127;
+      for (const char* isa : isas()) {
+        use_isa(isa);
+        const Workspace workspace(gemm_workspace_bytes(&weight, 1, M, Precision::kMedium, threads));
+        gemm(&weight, 1, x.data(), DType::kFloat32, M, out.data(), Precision::kMedium, workspace.data,
+             {Threads::run, &threads, threads});
+        const std::string text = std::to_string(bits) + " bits, largest sums " + isa + " M=" + std::to_string(M);
+        for (int64_t i = 0; i < M * N; ++i) expect(out[i] == x[i / N * K] * K * centered, text);
+      }
+    }
+  }
+}
+
 // The work of a test stays bounded: double sums over K * N.
 struct Shape {
   int64_t K, N, group_size;
@@ -284,6 +311,7 @@ int main(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) widths.push_back(std::atoi(argv[i]));
   if (widths.empty()) widths.assign(std::begin(exllama::layout::kWidths), std::end(exllama::layout::kWidths));
   for (int bits : widths) {
+    test_largest_sums(bits);
     const int64_t unit = exllama::layout::block_values(bits);
     std::vector<Shape> shapes = {{320, 96, 128}, {96, 544, 32}, {unit * 3, unit, unit}, {unit * 9, unit * 5, 7}};
     if (!quick) {

@@ -64,9 +64,10 @@ void IntegerClass::add_int8(const PanelSums& sums, const Runs& runs, Columns& co
   alignas(64) int32_t start[kPanelColumns];
   const Span& span = sums.span;
   isa_.unpack_int8(sums.weight, span.row, span.rows, sums.column, sums.columns, columns.zeros, panel, start);
-  // A panel of 8 bits holds q - 128, and the rest of the zero point comes at the end.
-  const bool whole_zero = sums.weight.bits != 8;
-  if (!whole_zero) std::for_each(columns.zeros, columns.zeros + kPanelColumns, [](int32_t& z) { z -= kInt8Offset; });
+  // What of the zero points is not in the panel comes at the end. A centered panel of 8 bits holds q - 128.
+  const bool centered = isa_.int8_panels == Int8Panels::kCentered, whole_zero = centered && sums.weight.bits != 8;
+  const int32_t offset = centered ? kInt8Offset : 0;
+  if (!whole_zero) std::for_each(columns.zeros, columns.zeros + kPanelColumns, [=](int32_t& z) { z -= offset; });
   const int32_t* zeros = whole_zero ? nullptr : columns.zeros;
   const int64_t entry = x_.entry(sums.span_index, sums.row);
   for (const Run& run : runs) {

@@ -31,7 +31,8 @@ inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass number
   Plan plan{numbers, false, nullptr, false, false};
   plan.gemv = integers && M <= kGemvRows && isa.gemv;
   plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
-  plan.int8 = integers && numbers == NumberClass::kInt8 && isa.unpack_int8;
+  const bool bytes = plan.gemv ? isa.gemv_int8 : has_int8_panel(isa.int8_panels, weight.bits);
+  plan.int8 = integers && numbers == NumberClass::kInt8 && bytes;
   plan.two_bytes = numbers == NumberClass::kInt16 && (plan.unit || (plan.gemv && isa.gemv_takes_bytes));
   return plan;
 }

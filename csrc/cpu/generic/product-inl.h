@@ -13,9 +13,9 @@ struct Int16Product {
   using Args = Multiply<int16_t, int16_t>;
   using Vector = Int;
   using Sum = PairSum;
-  static constexpr int kDepth = 2, kStrips = 2;
+  static constexpr int kDepth = 2, kStrips = 2, kRunRows = kSpanRows;
 
-  static EXLLAMA_VECTOR_INLINE Sum start(const Args&, int) { return pair_sum(set_int(0)); }
+  static EXLLAMA_VECTOR_INLINE Sum start(const Args&, int, int) { return pair_sum(set_int(0)); }
   static EXLLAMA_VECTOR_INLINE Int load(const int16_t* panel) { return load_int(panel); }
   static EXLLAMA_VECTOR_INLINE Int spread(const int16_t* x) { return broadcast(x); }
   static EXLLAMA_VECTOR_INLINE void add(Sum& sum, Int weight, Int x) { dot_int16<vnni>(sum, weight, x); }
@@ -28,9 +28,9 @@ struct Int8Product {
   using Args = Multiply<uint8_t, int8_t>;
   using Vector = Int;
   using Sum = Int;
-  static constexpr int kDepth = 4, kStrips = 2;
+  static constexpr int kDepth = 4, kStrips = 2, kRunRows = kSpanRows;
 
-  static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int column) { return load_int(args.start + column); }
+  static EXLLAMA_VECTOR_INLINE Int start(const Args& args, int, int column) { return load_int(args.start + column); }
   static EXLLAMA_VECTOR_INLINE Int load(const int8_t* panel) { return load_int(panel); }
   static EXLLAMA_VECTOR_INLINE Int spread(const uint8_t* x) { return broadcast(x); }
   static EXLLAMA_VECTOR_INLINE void add(Int& sum, Int weight, Int x) { dot_int8(sum, x, weight); }
@@ -45,39 +45,34 @@ struct FloatProduct {
   using Args = Multiply<float, float>;
   using Vector = Float;
   using Sum = Float;
-  static constexpr int kDepth = 1, kStrips = kFloatStrips;
+  static constexpr int kDepth = 1, kStrips = kFloatStrips, kRunRows = kSpanRows;
 
-  static EXLLAMA_VECTOR_INLINE Float start(const Args&, int) { return set_float(0); }
+  static EXLLAMA_VECTOR_INLINE Float start(const Args&, int, int) { return set_float(0); }
   static EXLLAMA_VECTOR_INLINE Float load(const float* panel) { return load_floats(panel); }
   static EXLLAMA_VECTOR_INLINE Float spread(const float* x) { return set_float(*x); }
   static EXLLAMA_VECTOR_INLINE void add(Float& sum, Float weight, Float x) { sum = fma(x, weight, sum); }
   static EXLLAMA_VECTOR_INLINE Float value(const Args&, Float sum, int, int) { return sum; }
 };
 
-// mr rows of x by nr strips of the panel, whose sums stay in registers.
+// Adds rows [begin, end) of the panel to the sums of mr rows of x by nr strips, which stay in registers.
 //
 // The next rows of x and of acc come from L2. Their lines follow those of these rows, and each step of the inner loop
 // prefetches one of both.
 template <typename Product, int mr, int nr>
-EXLLAMA_VECTOR void add_strips(const typename Product::Args& args, int row, int strip) {
+EXLLAMA_VECTOR_INLINE void add_terms(const typename Product::Args& args, int row, int strip, int begin, int end,
+                                     typename Product::Sum (&sum)[mr][nr]) {
   const int64_t stride = args.x_stride;
   const auto* x = args.x + row * stride;
-  const auto* panel = args.panel + Product::kDepth * kStrip * strip;
-  typename Product::Sum sum[mr][nr];
-#pragma GCC unroll 4
-  for (int v = 0; v < nr; ++v) {
-#pragma GCC unroll 12
-    for (int m = 0; m < mr; ++m) sum[m][v] = Product::start(args, kStrip * (strip + v));
-  }
+  const auto* panel = args.panel + begin * kPanelColumns + Product::kDepth * kStrip * strip;
   // A pointer to every third row: the two that follow it are reached by index registers.
   decltype(x) base[(mr + 2) / 3];
 #pragma GCC unroll 4
   for (int i = 0; i < (mr + 2) / 3; ++i) base[i] = x + 3 * i * stride;
   // After the last mr rows nothing follows that is worth a place in L1.
-  const int64_t step = args.rows - row >= 2 * mr ? 64 : 0;
-  const char* next_x = reinterpret_cast<const char*>(x + mr * stride * (step / 64));
-  const char* next_acc = reinterpret_cast<const char*>(args.acc + (row + mr * (step / 64)) * kPanelColumns);
-  for (int k = 0; k < args.depth; k += Product::kDepth, panel += Product::kDepth * kPanelColumns) {
+  const int64_t step = args.rows - row >= 2 * mr ? 64 : 0, first = begin / Product::kDepth * step;
+  const char* next_x = reinterpret_cast<const char*>(x + mr * stride * (step / 64)) + first;
+  const char* next_acc = reinterpret_cast<const char*>(args.acc + (row + mr * (step / 64)) * kPanelColumns) + first;
+  for (int k = begin; k < end; k += Product::kDepth, panel += Product::kDepth * kPanelColumns) {
     prefetch_to_l1(next_x);
     prefetch_to_l1(next_acc);
     next_x += step;
@@ -92,14 +87,59 @@ EXLLAMA_VECTOR void add_strips(const typename Product::Args& args, int row, int 
       for (int v = 0; v < nr; ++v) Product::add(sum[m][v], weight[v], value);
     }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < nr; ++v) {
-    const int column = kStrip * (strip + v);
-    const Float scale = load_floats(args.scales + column);
-    float* acc = args.acc + row * kPanelColumns + column;
+}
+
+// The same for a whole span, where registers hold the sums of a run of kRunRows rows. Those of a span lie in L1 from one
+// run to the next.
+template <typename Product, int mr, int nr>
+EXLLAMA_VECTOR_INLINE void add_runs(const typename Product::Args& args, int row, int strip,
+                                    typename Product::Sum (&sum)[mr][nr]) {
+  const bool one_run = args.depth <= Product::kRunRows;
+  Int before[mr][nr], run[mr][nr];
+#pragma GCC unroll 24
+  for (int i = 0; i < mr * nr && !one_run; ++i) store_int(&before[i / nr][i % nr], sum[i / nr][i % nr]);
+  for (int begin = 0, end;; begin = end) {
+    end = args.depth - begin <= Product::kRunRows ? args.depth : begin + Product::kRunRows;
+#pragma GCC unroll 24
+    for (int i = 0; i < mr * nr; ++i) run[i / nr][i % nr] = set_int(0);
+    add_terms<Product, mr, nr>(args, row, strip, begin, end, run);
+    if (end == args.depth) break;
+#pragma GCC unroll 24
+    for (int i = 0; i < mr * nr; ++i) add_int16_pairs(before[i / nr][i % nr], run[i / nr][i % nr]);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < mr * nr; ++i) {
+    Int& whole = sum[i / nr][i % nr];
+    whole = add_int32(one_run ? whole : before[i / nr][i % nr], int16_pairs(run[i / nr][i % nr]));
+  }
+}
+
+// mr rows of x by nr strips of the panel.
+template <typename Product, int mr, int nr>
+EXLLAMA_VECTOR void add_strips(const typename Product::Args& shared, int row, int strip) {
+  const typename Product::Args args = shared;  // which no store to acc can change
+  typename Product::Sum sum[mr][nr];
 #pragma GCC unroll 12
-    for (int m = 0; m < mr; ++m, acc += kPanelColumns) {
-      store_floats(acc, fma(Product::value(args, sum[m][v], row + m, column), scale, load_floats(acc)));
+  for (int m = 0; m < mr; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < nr; ++v) sum[m][v] = Product::start(args, row + m, kStrip * (strip + v));
+  }
+  if constexpr (Product::kRunRows < kSpanRows) {
+    add_runs<Product, mr, nr>(args, row, strip, sum);
+  } else {
+    add_terms<Product, mr, nr>(args, row, strip, 0, args.depth, sum);
+  }
+  Float scale[nr];
+#pragma GCC unroll 4
+  for (int v = 0; v < nr; ++v) scale[v] = load_floats(args.scales + kStrip * (strip + v));
+  float* acc = args.acc + row * kPanelColumns + kStrip * strip;
+#pragma GCC unroll 12
+  for (int m = 0; m < mr; ++m, acc += kPanelColumns) {
+#pragma GCC unroll 4
+    for (int v = 0; v < nr; ++v) {
+      float* out = acc + kStrip * v;
+      store_floats(out,
+                   fma(Product::value(args, sum[m][v], row + m, kStrip * (strip + v)), scale[v], load_floats(out)));
     }
   }
 }

@@ -25,6 +25,8 @@ Kernels vector_kernels() {
   table.multiply_int16 = multiply_rows<Int16Product<vnni>>;
   table.multiply_float = multiply_rows<FloatProduct>;
   if constexpr (vnni) {
+    table.int8_panels = Int8Panels::kCentered;
+    table.gemv_int8 = true;
     table.unpack_int8 = unpack_int8;
     table.multiply_int8 = multiply_rows<Int8Product>;
   }

@@ -151,6 +151,19 @@ EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 }
 
+// sum += two products of unsigned a with signed b in each lane of 16 bits, where neither may overflow.
+EXLLAMA_VECTOR_INLINE void dot_int8_short(Int& sum, Int a, Int b) {
+  Int product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+}
+// The two lanes of 16 bits in each of 32.
+EXLLAMA_VECTOR_INLINE Int int16_pairs(Int a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+// The sum stays in memory. This is assembler because gcc 12 would keep it in registers, and spill those of inner loops.
+EXLLAMA_VECTOR_INLINE void add_int16_pairs(Int& sum, Int a) {
+  Int pairs = int16_pairs(a);
+  asm("vpaddd %0, %1, %1\n\tvmovdqa %1, %0" : "+m"(sum), "+x"(pairs));
+}
+
 // Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each.
 EXLLAMA_VECTOR_INLINE Int byte_pair(Int words, int pair) {
   // Bytes 3 2 1 0 become 3 1 2 0, of which the even ones are one pair and the odd ones the other.

@@ -5,6 +5,7 @@
 
 #include "cpu/isa/avx512/vocabulary-inl.h"
 
+#include "cpu/generic/short_int8-inl.h"
 #include "cpu/generic/table-inl.h"
 #include "cpu/isa/avx512/gemv.h"
 #include "cpu/isa/x86_features.h"
@@ -14,6 +15,7 @@ namespace exllama::cpu {
 const Kernels& avx512::kernels() {
   static const Kernels table = [] {
     Kernels made = vector_kernels<false>();
+    use_short_int8(made);
     made.name = "avx512";
     made.available = x86::has_avx512;
     made.gemv = avx512::gemv;

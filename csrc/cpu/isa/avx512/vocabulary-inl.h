@@ -129,6 +129,19 @@ EXLLAMA_VECTOR_INLINE void dot_int16(Int& sum, Int a, Int b) {
 // sum += four products of unsigned a with signed b, with VNNI.
 EXLLAMA_VECTOR_INLINE void dot_int8(Int& sum, Int a, Int b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
+// sum += two products of unsigned a with signed b in each lane of 16 bits, where neither may overflow.
+EXLLAMA_VECTOR_INLINE void dot_int8_short(Int& sum, Int a, Int b) {
+  Int product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(sum), "=&v"(product) : "v"(a), "v"(b));
+}
+// The two lanes of 16 bits in each of 32.
+EXLLAMA_VECTOR_INLINE Int int16_pairs(Int a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+// The sum stays in memory. This is assembler because gcc 12 would keep it in registers, and spill those of inner loops.
+EXLLAMA_VECTOR_INLINE void add_int16_pairs(Int& sum, Int a) {
+  Int pairs = int16_pairs(a);
+  asm("vpaddd %0, %1, %1\n\tvmovdqa64 %1, %0" : "+m"(sum), "+v"(pairs));
+}
+
 // Rows 0 and 1 of 8-bit words, or rows 2 and 3, in 16 bits each: bytes 3 2 1 0 become . 1 . 0 or . 3 . 2.
 EXLLAMA_VECTOR_INLINE Int byte_pair(Int words, int pair) {
   const Int low = _mm512_set4_epi32(-0x7ff27ff4, -0x7ff67ff8, -0x7ffa7ffc, -0x7ffe8000);
