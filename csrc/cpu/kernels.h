@@ -83,12 +83,13 @@ constexpr bool has_int8_panel(Int8Panels panels, int bits) {
 struct Gemv {
   const Weight* weight = nullptr;
   int rows = 0;  // at most kGemvRows
-  // Limb 0 of span s and row m, at (s * rows + m) * x_stride: int16, whole or as two bytes, or int8 in quad_order.
+  // x of span s and row m, at (s * rows + m) * x_stride: floats, or limb 0 as int16, whole or as two bytes, or as int8 in
+  // quad_order.
   const void* x = nullptr;
   const int16_t* x_second = nullptr;  // with int16
   bool int8 = false;
   int64_t x_stride = 0;
-  const SpanScale* x_scales = nullptr;  // [s * rows + m]; none has Limbs::kNone
+  const SpanScale* x_scales = nullptr;  // [s * rows + m]; null for floats, and none has Limbs::kNone
   int64_t column = 0;
   int columns = 0;
   // [rows][columns rounded up to kPanelColumns], at most kGemvSums, all zero.
@@ -167,6 +168,7 @@ struct Kernels {
   bool gemv_int8 = false;  // whether it takes int8
   // Whether it takes the two bytes of an int16 x apart, as MultiplyBytes has them, the low ones unsigned.
   bool gemv_takes_bytes = false;
+  void (*gemv_float)(const Gemv& gemv) = nullptr;
   // Null where there is none.
   const MatrixUnit* matrix_unit = nullptr;
 };

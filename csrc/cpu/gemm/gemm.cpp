@@ -49,7 +49,7 @@ class Gemm {
   void run(const Parallel& parallel) {
     pack(parallel);
     if (plan_.gemv) {
-      if (all_finite()) return run_gemv(parallel);
+      if (plan_.numbers == NumberClass::kFloat || all_finite()) return run_gemv(parallel);
       // Panels take x otherwise.
       plan_ = plan_of(isa_, format_, plan_.numbers, kGemvRows + 1);
       pack(parallel);
@@ -98,7 +98,8 @@ class Gemm {
     Gemv gemv;
     gemv.weight = &range.weight;
     gemv.rows = rows;
-    gemv.x = plan_.int8 ? static_cast<const void*>(x_.bytes) : x_.first;
+    const bool floats = plan_.numbers == NumberClass::kFloat;
+    gemv.x = floats ? static_cast<const void*>(x_.floats) : plan_.int8 ? static_cast<const void*>(x_.bytes) : x_.first;
     gemv.x_second = x_.second;
     gemv.int8 = plan_.int8;
     gemv.x_stride = x_.stride;
@@ -106,7 +107,7 @@ class Gemm {
     gemv.column = range.column;
     gemv.columns = columns;
     gemv.acc = acc;
-    isa_.gemv(gemv);
+    (floats ? isa_.gemv_float : isa_.gemv)(gemv);
     bool finite = true;
     for (int m = 0; m < rows; ++m) finite &= store(acc + m * stride, columns, m, range.out_column);
     for (int m = 0; !finite && m < rows; ++m) multiply_exactly(m, range, acc + m * stride, kPanelColumns);

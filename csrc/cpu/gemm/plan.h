@@ -29,7 +29,7 @@ inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass number
   const bool whole_words = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
   const bool integers = numbers != NumberClass::kFloat && whole_words;
   Plan plan{numbers, false, nullptr, false, false};
-  plan.gemv = integers && M <= kGemvRows && isa.gemv;
+  plan.gemv = whole_words && M <= kGemvRows && (integers ? isa.gemv : isa.gemv_float);
   plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
   const bool bytes = plan.gemv ? isa.gemv_int8 : has_int8_panel(isa.int8_panels, weight.bits);
   plan.int8 = integers && numbers == NumberClass::kInt8 && bytes;

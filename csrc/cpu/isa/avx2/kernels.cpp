@@ -20,6 +20,7 @@ const Kernels& avx2::kernels() {
     made.name = "avx2";
     made.available = x86::has_avx2;
     made.gemv = avx2::gemv;
+    made.gemv_float = avx2::gemv_float;
     return made;
   }();
   return table;
@@ -31,6 +32,7 @@ const Kernels& avx2::vnni_kernels() {
     made.name = "avx2_vnni";
     made.available = x86::has_avx_vnni;
     made.gemv = avx2::vnni_gemv;
+    made.gemv_float = avx2::gemv_float;
     return made;
   }();
   return table;

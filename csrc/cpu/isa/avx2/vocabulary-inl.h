@@ -41,6 +41,11 @@ EXLLAMA_VECTOR_INLINE Int load_int_masked(const void* from, Mask mask) {
 EXLLAMA_VECTOR_INLINE void store_int(void* to, Int value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 EXLLAMA_VECTOR_INLINE Int bit_and(Int a, Int b) { return _mm256_and_si256(a, b); }
 EXLLAMA_VECTOR_INLINE Int bit_or(Int a, Int b) { return _mm256_or_si256(a, b); }
+// One byte of each lane of a, and the others of b, where that byte is zero.
+template <int byte>
+EXLLAMA_VECTOR_INLINE Int byte_into(Int a, Int b) {
+  return bit_or(bit_and(a, set_int(0xff << 8 * byte)), b);
+}
 EXLLAMA_VECTOR_INLINE Int sub_int8(Int a, Int b) { return _mm256_sub_epi8(a, b); }
 EXLLAMA_VECTOR_INLINE Int sub_int16(Int a, Int b) { return _mm256_sub_epi16(a, b); }
 EXLLAMA_VECTOR_INLINE Int sub_int32(Int a, Int b) { return _mm256_sub_epi32(a, b); }
@@ -91,12 +96,17 @@ EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* inde
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
 EXLLAMA_VECTOR_INLINE Int to_nearest_int(Float value) { return _mm256_cvtps_epi32(value); }
 EXLLAMA_VECTOR_INLINE Int as_int(Float value) { return _mm256_castps_si256(value); }
+EXLLAMA_VECTOR_INLINE Float as_float(Int value) { return _mm256_castsi256_ps(value); }
 EXLLAMA_VECTOR_INLINE Int where_nan(Float value, Int nan, Int number) {
   return _mm256_blendv_epi8(number, nan, _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
 }
 EXLLAMA_VECTOR_INLINE Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+// sum = fma(a, b, sum). This is assembler because gcc 12 moves sums between registers until some go to memory.
+EXLLAMA_VECTOR_INLINE void fma_into(Float& sum, Float a, Float b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
 
 EXLLAMA_VECTOR_INLINE Short load_shorts(const uint16_t* from, int64_t count) {
   if (count >= kStrip) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));

@@ -19,6 +19,7 @@ const Kernels& avx512::kernels() {
     made.name = "avx512";
     made.available = x86::has_avx512;
     made.gemv = avx512::gemv;
+    made.gemv_float = avx512::gemv_float;
     return made;
   }();
   return table;
@@ -30,6 +31,7 @@ const Kernels& avx512::vnni_kernels() {
     made.name = "avx512_vnni";
     made.available = x86::has_avx512_vnni;
     made.gemv = avx512::vnni_gemv;
+    made.gemv_float = avx512::gemv_float;
     return made;
   }();
   return table;

@@ -39,6 +39,11 @@ EXLLAMA_VECTOR_INLINE Int load_int_masked(const void* from, Mask mask) { return 
 EXLLAMA_VECTOR_INLINE void store_int(void* to, Int value) { _mm512_storeu_si512(to, value); }
 EXLLAMA_VECTOR_INLINE Int bit_and(Int a, Int b) { return _mm512_and_si512(a, b); }
 EXLLAMA_VECTOR_INLINE Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
+// One byte of each lane of a, and the others of b.
+template <int byte>
+EXLLAMA_VECTOR_INLINE Int byte_into(Int a, Int b) {
+  return _mm512_mask_blend_epi8(0x1111111111111111u << byte, b, a);
+}
 EXLLAMA_VECTOR_INLINE Int sub_int8(Int a, Int b) { return _mm512_sub_epi8(a, b); }
 EXLLAMA_VECTOR_INLINE Int sub_int16(Int a, Int b) { return _mm512_sub_epi16(a, b); }
 EXLLAMA_VECTOR_INLINE Int sub_int32(Int a, Int b) { return _mm512_sub_epi32(a, b); }
@@ -81,12 +86,17 @@ EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* inde
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
 EXLLAMA_VECTOR_INLINE Int to_nearest_int(Float value) { return _mm512_cvtps_epi32(value); }
 EXLLAMA_VECTOR_INLINE Int as_int(Float value) { return _mm512_castps_si512(value); }
+EXLLAMA_VECTOR_INLINE Float as_float(Int value) { return _mm512_castsi512_ps(value); }
 EXLLAMA_VECTOR_INLINE Int where_nan(Float value, Int nan, Int number) {
   return _mm512_mask_mov_epi32(number, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), nan);
 }
 EXLLAMA_VECTOR_INLINE Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 EXLLAMA_VECTOR_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+// sum = fma(a, b, sum). This is assembler because gcc 12 moves sums between registers until some go to memory.
+EXLLAMA_VECTOR_INLINE void fma_into(Float& sum, Float a, Float b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
 
 EXLLAMA_VECTOR_INLINE Short load_shorts(const uint16_t* from, int64_t count) {
   return _mm256_maskz_loadu_epi16(mask_of(count), from);

@@ -86,6 +86,7 @@ const Kernels& neon::dotprod_kernels() {
     made.matrix_unit = &kUnit;
     made.gemv = neon::dotprod_gemv;
     made.gemv_takes_bytes = true;
+    made.gemv_float = neon::gemv_float;
     return made;
   }();
   return table;

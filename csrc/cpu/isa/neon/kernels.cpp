@@ -18,6 +18,7 @@ const Kernels& neon::kernels() {
     made.name = "neon";
     made.available = [] { return true; };
     made.gemv = neon::gemv;
+    made.gemv_float = neon::gemv_float;
     return made;
   }();
   return table;

@@ -58,6 +58,11 @@ EXLLAMA_VECTOR_INLINE Int load_int_masked(const void* from, Mask mask) {
 EXLLAMA_VECTOR_INLINE void store_int(void* to, Int value) { vst1q_s32(static_cast<int32_t*>(to), value); }
 EXLLAMA_VECTOR_INLINE Int bit_and(Int a, Int b) { return vandq_s32(a, b); }
 EXLLAMA_VECTOR_INLINE Int bit_or(Int a, Int b) { return vorrq_s32(a, b); }
+// One byte of each lane of a, and the others of b, where that byte is zero.
+template <int byte>
+EXLLAMA_VECTOR_INLINE Int byte_into(Int a, Int b) {
+  return vbslq_s32(vdupq_n_u32(0xffu << 8 * byte), a, b);
+}
 EXLLAMA_VECTOR_INLINE Int sub_int8(Int a, Int b) { return from_bytes(vsubq_u8(as_bytes(a), as_bytes(b))); }
 EXLLAMA_VECTOR_INLINE Int sub_int16(Int a, Int b) {
   return vreinterpretq_s32_s16(vsubq_s16(as_shorts(a), as_shorts(b)));
@@ -114,12 +119,15 @@ EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* inde
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return vcvtq_f32_s32(value); }
 EXLLAMA_VECTOR_INLINE Int to_nearest_int(Float value) { return vcvtnq_s32_f32(value); }
 EXLLAMA_VECTOR_INLINE Int as_int(Float value) { return vreinterpretq_s32_f32(value); }
+EXLLAMA_VECTOR_INLINE Float as_float(Int value) { return vreinterpretq_f32_s32(value); }
 EXLLAMA_VECTOR_INLINE Int where_nan(Float value, Int nan, Int number) {
   return vbslq_s32(vceqq_f32(value, value), number, nan);
 }
 EXLLAMA_VECTOR_INLINE Float subtract(Float a, Float b) { return vsubq_f32(a, b); }
 EXLLAMA_VECTOR_INLINE Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
 EXLLAMA_VECTOR_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+// sum = fma(a, b, sum).
+EXLLAMA_VECTOR_INLINE void fma_into(Float& sum, Float a, Float b) { sum = vfmaq_f32(sum, a, b); }
 
 EXLLAMA_VECTOR_INLINE Short load_shorts(const uint16_t* from, int64_t count) {
   if (count >= kStrip) return vld1_u16(from);

@@ -1,0 +1,17 @@
+#include "cpu/isa/avx512/gemv.h"
+
+#include "cpu/isa/isas.h"
+
+#if EXLLAMA_X86
+
+#include "cpu/isa/avx512/vocabulary-inl.h"
+
+#include "cpu/generic/gemv-float-inl.h"
+
+namespace exllama::cpu {
+
+void avx512::gemv_float(const Gemv& gemv) { multiply_words_as_floats(gemv); }
+
+}  // namespace exllama::cpu
+
+#endif
