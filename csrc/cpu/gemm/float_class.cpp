@@ -1,11 +1,38 @@
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm/panel_sums.h"
 #include "cpu/rows.h"
 
 namespace exllama::cpu {
 
+void FloatClass::add_words(const PanelSums& sums, Ahead& ahead) const {
+  alignas(64) uint32_t words[kSpanRows * 8 / 32 * kPanelColumns];
+  alignas(64) int32_t zeros[kPanelColumns];
+  alignas(64) float scales[kPanelColumns];
+  const Weight& weight = sums.weight;
+  const Span& span = sums.span;
+  isa_.load_zeros(weight, span.group, sums.column, sums.columns, zeros);
+  isa_.load_scales(weight, span.group, sums.column, sums.columns, scales);
+  const uint32_t* source = words_of(weight, span.row, sums.column);
+  for (int i = 0; i < span.rows * weight.bits / 32; ++i) {
+    std::memcpy(words + i * kPanelColumns, source + i * weight.N, sums.columns * sizeof(uint32_t));
+  }
+  Multiply<float, uint32_t> product;
+  product.x = x_.floats + x_.entry(sums.span_index, sums.row) * x_.stride;
+  product.x_stride = x_.stride;
+  product.rows = sums.rows;
+  product.depth = span.rows;
+  product.panel = words;
+  product.columns = sums.columns;
+  product.scales = scales;
+  product.zeros = zeros;
+  product.acc = sums.acc;
+  isa_.multiply_words(product, weight.bits, ahead);
+}
+
 void FloatClass::add(const PanelSums& sums, Ahead& ahead) const {
+  if (plan_.float_words) return add_words(sums, ahead);
   alignas(64) float panel[kSpanRows * kPanelColumns];
   float scales[kPanelColumns];
   const Weight& weight = sums.weight;

@@ -42,7 +42,7 @@ class Gemm {
         arena_(workspace),
         x_(arena_, format_, M, numbers),
         sums_(arena_.take<float>(threads * tile_sums_)),
-        floats_(isa_, x_),
+        floats_(isa_, x_, plan_),
         integers_(isa_, x_, source_, plan_) {}
   Gemm(const Gemm&) = delete;
 

@@ -27,13 +27,16 @@ struct PanelSums {
 // x as it is: for the highest precision, and for a raw g_idx with any precision.
 class FloatClass {
  public:
-  FloatClass(const Kernels& isa, const PackedX& x) : isa_(isa), x_(x) {}
+  FloatClass(const Kernels& isa, const PackedX& x, const Plan& plan) : isa_(isa), x_(x), plan_(plan) {}
 
   void add(const PanelSums& sums, Ahead& ahead) const;
 
  private:
+  void add_words(const PanelSums& sums, Ahead& ahead) const;
+
   const Kernels& isa_;
   const PackedX& x_;
+  const Plan& plan_;
 };
 
 // Rows of x that are multiplied alike in one span: limb 0 or 1 of their integers.

@@ -7,6 +7,5 @@ namespace exllama::cpu::avx2 {
 
 void gemv(const Gemv& gemv);
 void vnni_gemv(const Gemv& gemv);
-void gemv_float(const Gemv& gemv);
 
 }  // namespace exllama::cpu::avx2

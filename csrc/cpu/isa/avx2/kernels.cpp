@@ -8,6 +8,7 @@
 
 #include "cpu/generic/short_int8-inl.h"
 #include "cpu/generic/table-inl.h"
+#include "cpu/isa/avx2/float_words.h"
 #include "cpu/isa/avx2/gemv.h"
 #include "cpu/isa/x86_features.h"
 

@@ -7,6 +7,7 @@
 
 #include "cpu/generic/short_int8-inl.h"
 #include "cpu/generic/table-inl.h"
+#include "cpu/isa/avx512/float_words.h"
 #include "cpu/isa/avx512/gemv.h"
 #include "cpu/isa/x86_features.h"
 
@@ -20,6 +21,7 @@ const Kernels& avx512::kernels() {
     made.available = x86::has_avx512;
     made.gemv = avx512::gemv;
     made.gemv_float = avx512::gemv_float;
+    made.multiply_words = avx512::multiply_words;
     return made;
   }();
   return table;
@@ -32,6 +34,7 @@ const Kernels& avx512::vnni_kernels() {
     made.available = x86::has_avx512_vnni;
     made.gemv = avx512::vnni_gemv;
     made.gemv_float = avx512::gemv_float;
+    made.multiply_words = avx512::multiply_words;
     return made;
   }();
   return table;

@@ -11,6 +11,7 @@
 
 #include "cpu/generic/table-inl.h"
 #include "cpu/isa/arm_features.h"
+#include "cpu/isa/neon/float_words.h"
 #include "cpu/isa/neon/gemv.h"
 #include "cpu/isa/neon/unit-inl.h"
 

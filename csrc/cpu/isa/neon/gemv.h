@@ -7,6 +7,5 @@ namespace exllama::cpu::neon {
 
 void gemv(const Gemv& gemv);
 void dotprod_gemv(const Gemv& gemv);
-void gemv_float(const Gemv& gemv);
 
 }  // namespace exllama::cpu::neon

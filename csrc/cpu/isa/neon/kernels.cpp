@@ -8,6 +8,7 @@
 #include "cpu/isa/neon/vocabulary-inl.h"
 
 #include "cpu/generic/table-inl.h"
+#include "cpu/isa/neon/float_words.h"
 #include "cpu/isa/neon/gemv.h"
 
 namespace exllama::cpu {

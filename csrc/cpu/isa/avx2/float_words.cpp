@@ -1,4 +1,4 @@
-#include "cpu/isa/avx2/gemv.h"
+#include "cpu/isa/avx2/float_words.h"
 
 #include "cpu/isa/isas.h"
 

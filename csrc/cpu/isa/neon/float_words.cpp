@@ -1,4 +1,4 @@
-#include "cpu/isa/neon/gemv.h"
+#include "cpu/isa/neon/float_words.h"
 
 #include "cpu/isa/isas.h"
 
