@@ -335,8 +335,8 @@ int main(int argc, char** argv) {
         for (Precision precision : {Precision::kHighest, Precision::kHigh, Precision::kMedium}) {
           for (int values = sampled ? random() % 3 : 0; values < kValues; values += sampled ? 3 : 1) {
             const DType dtype = static_cast<DType>(random() % 3);
-            // Up to 8 rows are multiplied from the words, and more by panels.
-            const int64_t rows[] = {1, 2, 4, 8, 9, 11, 13, 16, 3, 5, 7, 12, 29};
+            // Up to 8 rows are multiplied from the words, up to 64 from the words of a panel, and more by panels.
+            const int64_t rows[] = {1, 2, 4, 8, 9, 13, 16, 67, 3, 5, 7, 11, 12, 29, 64};
             const int64_t M = quick ? rows[random() % 8] : rows[random() % std::size(rows)];
             test_gemm(random, weight, dtype, precision, static_cast<Values>(values), M, text);
           }

@@ -28,7 +28,7 @@ void FloatClass::add_words(const PanelSums& sums, Ahead& ahead) const {
   product.scales = scales;
   product.zeros = zeros;
   product.acc = sums.acc;
-  isa_.multiply_words(product, weight.bits, ahead);
+  isa_.multiply_float_words(product, weight.bits, ahead);
 }
 
 void FloatClass::add(const PanelSums& sums, Ahead& ahead) const {

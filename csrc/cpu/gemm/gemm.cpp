@@ -118,17 +118,19 @@ class Gemm {
     const Weight& weight = range.weight;
     const bool integers = plan_.numbers != NumberClass::kFloat;
     const int64_t panels = panels_of(range.width), panel_sums = rows * kPanelColumns;
-    const WordLines lines(weight, kSpanRows, kPanelColumns);
+    const WordLines lines(weight, spans_.longest(), kPanelColumns);
     std::fill(acc, acc + panels * panel_sums, 0.0f);
     if (plan_.unit) plan_.unit->start(unit_step(*plan_.unit, weight));
     for (int64_t s = 0; s < spans_.count(); ++s) {
+      const bool last = s + 1 == spans_.count();
+      const Span span = spans_[s], next = last ? span : spans_[s + 1];
       Runs runs;
       if (integers) integers_.find_runs(s, row, rows, runs);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t column = range.column + panel * kPanelColumns;
         const int columns = columns_of_panel(panel, range.width);
-        const PanelSums sums{weight, s, spans_[s], row, rows, column, columns, acc + panel * panel_sums};
-        Ahead ahead = words_ahead(weight, lines, s + 1, column, columns);
+        const PanelSums sums{weight, s, span, row, rows, column, columns, acc + panel * panel_sums};
+        Ahead ahead = last ? Ahead{} : words_ahead(weight, lines, next, column, columns);
         if (integers) {
           integers_.add(sums, runs, ahead);
         } else {
@@ -147,10 +149,8 @@ class Gemm {
     for (int m = 0; !finite && m < rows; ++m) multiply_exactly(row + m, range, acc + m * kPanelColumns, panel_sums);
   }
 
-  // The words of a panel of span s, for prefetching. Its zero points and scales are prefetched here.
-  Ahead words_ahead(const Weight& weight, const WordLines& lines, int64_t s, int64_t column, int columns) const {
-    if (s >= spans_.count()) return {};
-    const Span span = spans_[s];
+  // The words of a panel of a span, for prefetching. Its zero points and scales are prefetched here.
+  Ahead words_ahead(const Weight& weight, const WordLines& lines, const Span& span, int64_t column, int columns) const {
     if (Spans::grouped(weight)) {
       const int64_t index = span.group * weight.N + column;
       prefetch_to_l1(weight.qzeros + index * weight.bits / 32);

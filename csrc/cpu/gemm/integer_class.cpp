@@ -11,10 +11,13 @@ struct IntegerClass::Columns {
 
 void IntegerClass::find_runs(int64_t span_index, int64_t row, int rows, Runs& found) const {
   const SpanScale* scales = x_.scales + x_.entry(span_index, row);
-  for (int limb = 0; limb < 2; ++limb) {
+  bool any_second = true;
+  for (int limb = 0; limb < 2 && any_second; ++limb) {
     int length = 0;
+    any_second = false;
     for (int m = 0; m < rows; ++m) {
       const Limbs limbs = scales[m].limbs;
+      any_second |= limbs == Limbs::kTwo;
       if (limbs == Limbs::kNone) found.all_finite = false;
       const bool takes_part = limbs == Limbs::kTwo || (limbs == Limbs::kOne && limb == 0);
       length = takes_part ? length + 1 : 0;
@@ -31,10 +34,36 @@ void IntegerClass::add(const PanelSums& sums, const Runs& runs, Ahead& ahead) co
   isa_.load_zeros(sums.weight, sums.span.group, sums.column, sums.columns, columns.zeros);
   isa_.load_scales(sums.weight, sums.span.group, sums.column, sums.columns, columns.scales);
   if (!runs.all_finite) add_not_finite(sums, columns);
-  if (plan_.unit || plan_.int8) {
+  if (plan_.words) {
+    add_words(sums, runs, columns, ahead);
+  } else if (plan_.unit || plan_.int8) {
     add_int8(sums, runs, columns, ahead);
   } else {
     add_int16(sums, runs, columns, ahead);
+  }
+}
+
+void IntegerClass::add_words(const PanelSums& sums, const Runs& runs, const Columns& columns, Ahead& ahead) const {
+  const int64_t entry = x_.entry(sums.span_index, sums.row);
+  MultiplyWords product;
+  product.weight = &sums.weight;
+  product.row = sums.span.row;
+  product.depth = sums.span.rows;
+  product.column = sums.column;
+  product.columns = sums.columns;
+  product.int8 = plan_.int8;
+  product.x_stride = x_.stride * (plan_.int8 ? 1 : 2);
+  product.zeros = columns.zeros;
+  product.scales = columns.scales;
+  for (const Run& run : runs) {
+    const int16_t* limb = run.limb == 0 ? x_.first : x_.second;
+    const void* x = plan_.int8 ? static_cast<const void*>(x_.bytes) : limb;
+    product.x = static_cast<const char*>(x) + (entry + run.first) * product.x_stride;
+    product.x_scales = x_.scales + entry + run.first;
+    product.limb = run.limb;
+    product.rows = run.count;
+    product.acc = sums.acc + run.first * kPanelColumns;
+    isa_.multiply_words(product, ahead);
   }
 }
 

@@ -47,8 +47,8 @@ void XPacker::pack(int64_t m, int64_t index, const Span& span) const {
     return;
   }
   packed_.scales[entry] = quantize(first, second);
-  // Centered panels take unsigned x, the kernels for few rows and for matrix units signed.
-  const bool is_signed = plan_.gemv || plan_.unit || isa_.int8_panels != Int8Panels::kCentered;
+  // Centered panels take unsigned x, the kernels of words and of matrix units signed.
+  const bool is_signed = plan_.gemv || plan_.words || plan_.unit || isa_.int8_panels != Int8Panels::kCentered;
   const int offset = is_signed ? 0 : kInt8Offset;
   if (plan_.int8) isa_.pack_bytes(first, stride, bits_, 0, offset, packed_.bytes + entry * stride);
 }

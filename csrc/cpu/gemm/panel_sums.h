@@ -69,6 +69,7 @@ class IntegerClass {
  private:
   struct Columns;  // zero points and scales
 
+  void add_words(const PanelSums& sums, const Runs& runs, const Columns& columns, Ahead& ahead) const;
   void add_int16(const PanelSums& sums, const Runs& runs, const Columns& columns, Ahead& ahead) const;
   void add_int8(const PanelSums& sums, const Runs& runs, Columns& columns, Ahead& ahead) const;
   void add_not_finite(const PanelSums& sums, const Columns& columns) const;

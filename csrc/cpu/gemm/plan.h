@@ -20,6 +20,7 @@ struct Plan {
   NumberClass numbers;
   bool gemv;               // few rows, straight from the words
   const MatrixUnit* unit;  // or null, for vectors
+  bool words;              // panels are not unpacked into memory
   bool int8;               // limb 0 is multiplied as bytes
   bool two_bytes;          // limbs of int16 are packed as two bytes
   bool float_words;        // floats are multiplied by panels of words
@@ -29,13 +30,14 @@ inline Plan plan_of(const Kernels& isa, const Weight& weight, NumberClass number
   const int values = layout::block_values(weight.bits);
   const bool whole_words = weight.shuffled && (weight.group_size % values == 0 || weight.group_size >= weight.K);
   const bool integers = numbers != NumberClass::kFloat && whole_words;
-  Plan plan{numbers, false, nullptr, false, false, false};
+  Plan plan{numbers, false, nullptr, false, false, false, false};
   plan.gemv = whole_words && M <= kGemvRows && (integers ? isa.gemv : isa.gemv_float);
   plan.unit = integers && !plan.gemv ? isa.matrix_unit : nullptr;
+  plan.words = integers && !plan.gemv && !plan.unit && isa.multiply_words && M <= kWordRows;
   const bool bytes = plan.gemv ? isa.gemv_int8 : has_int8_panel(isa.int8_panels, weight.bits);
   plan.int8 = integers && numbers == NumberClass::kInt8 && bytes;
   plan.two_bytes = numbers == NumberClass::kInt16 && (plan.unit || (plan.gemv && isa.gemv_takes_bytes));
-  plan.float_words = numbers == NumberClass::kFloat && whole_words && M <= kFloatWordsRows && isa.multiply_words;
+  plan.float_words = numbers == NumberClass::kFloat && whole_words && M <= kFloatWordsRows && isa.multiply_float_words;
   return plan;
 }
 

@@ -62,7 +62,7 @@ void add_some_word_rows(const Multiply<float, uint32_t>& args, int row, int rows
   if constexpr (mr > kTallRows / 2) add_some_word_rows<bits, mr - 1>(args, row, rows, ahead, shares);
 }
 
-inline void multiply_float_words(const Multiply<float, uint32_t>& args, int bits, Ahead& ahead) {
+inline void multiply_panel_of_words(const Multiply<float, uint32_t>& args, int bits, Ahead& ahead) {
   const int passes = (args.rows + kTallRows - 1) / kTallRows;
   const int strips = (args.columns + kStrip - 1) / kStrip;
   layout::with_bits(bits, [&](auto width) {

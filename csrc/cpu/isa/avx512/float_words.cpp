@@ -13,8 +13,8 @@ namespace exllama::cpu {
 
 void avx512::gemv_float(const Gemv& gemv) { multiply_words_as_floats(gemv); }
 
-void avx512::multiply_words(const Multiply<float, uint32_t>& multiply, int bits, Ahead& ahead) {
-  multiply_float_words(multiply, bits, ahead);
+void avx512::multiply_float_words(const Multiply<float, uint32_t>& multiply, int bits, Ahead& ahead) {
+  multiply_panel_of_words(multiply, bits, ahead);
 }
 
 }  // namespace exllama::cpu

@@ -6,6 +6,6 @@
 namespace exllama::cpu::avx512 {
 
 void gemv_float(const Gemv& gemv);
-void multiply_words(const Multiply<float, uint32_t>& multiply, int bits, Ahead& ahead);
+void multiply_float_words(const Multiply<float, uint32_t>& multiply, int bits, Ahead& ahead);
 
 }  // namespace exllama::cpu::avx512

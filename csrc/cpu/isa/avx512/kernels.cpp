@@ -9,6 +9,7 @@
 #include "cpu/generic/table-inl.h"
 #include "cpu/isa/avx512/float_words.h"
 #include "cpu/isa/avx512/gemv.h"
+#include "cpu/isa/avx512/word_tiles.h"
 #include "cpu/isa/x86_features.h"
 
 namespace exllama::cpu {
@@ -21,7 +22,7 @@ const Kernels& avx512::kernels() {
     made.available = x86::has_avx512;
     made.gemv = avx512::gemv;
     made.gemv_float = avx512::gemv_float;
-    made.multiply_words = avx512::multiply_words;
+    made.multiply_float_words = avx512::multiply_float_words;
     return made;
   }();
   return table;
@@ -34,7 +35,8 @@ const Kernels& avx512::vnni_kernels() {
     made.available = x86::has_avx512_vnni;
     made.gemv = avx512::vnni_gemv;
     made.gemv_float = avx512::gemv_float;
-    made.multiply_words = avx512::multiply_words;
+    made.multiply_float_words = avx512::multiply_float_words;
+    made.multiply_words = avx512::vnni_multiply_words;
     return made;
   }();
   return table;
