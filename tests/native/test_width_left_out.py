@@ -51,8 +51,7 @@ TABLES = {
     ),
     "pairs": Table(
         "cpu/generic/words-inl.h",
-        "  } else if constexpr (bits == 2 || bits == 4) {\n"
-        "    return bit_and(shift_right(words[0], bits * p), set_int(bits == 4 ? 0x000f000f",
+        "  } else if constexpr (bits == 2 || bits == 4) {\n    const int field = bits == 4 ? 0x000f000f",
         "  } else if constexpr (bits == 6) {\n"
         "    if (p < 6) return bit_and(shift_right(words[p / 2], p % 2 * 6), set_int(0x003f003f));\n"
         "    Int value = set_int(0);\n"
@@ -61,8 +60,7 @@ TABLES = {
         "      value = bit_or(value, shift_left(part, 2 * w));\n"
         "    }\n"
         "    return value;\n"
-        "  } else if constexpr (bits == 2 || bits == 4) {\n"
-        "    return bit_and(shift_right(words[0], bits * p), set_int(bits == 4 ? 0x000f000f",
+        "  } else if constexpr (bits == 2 || bits == 4) {\n    const int field = bits == 4 ? 0x000f000f",
         "csrc/cpu has no unpacking of this bit width: add it to pair_of in words-inl.h",
     ),
     "quads": Table(
@@ -70,6 +68,12 @@ TABLES = {
         "  } else if constexpr (bits == 3) {\n    return bit_or(pair_of",
         "  } else if constexpr (bits == 3 || bits == 6) {\n    return bit_or(pair_of",
         "csrc/cpu has no quads of this bit width: add them to quad_of in words-inl.h",
+    ),
+    "bytes of floats": Table(
+        "cpu/generic/float-words-inl.h",
+        "  } else if constexpr (bits == 3) {\n    return pair_of",
+        "  } else if constexpr (bits == 3 || bits == 6) {\n    return pair_of",
+        "csrc/cpu has no floats of this bit width: add it to bytes_of_pair in float-words-inl.h",
     ),
 }
 
@@ -89,8 +93,8 @@ def test_a_width_that_a_table_lacks_is_refused_by_name(left_out: str, csrc: Path
     for name, table in TABLES.items():
         if name != left_out:
             _replace(csrc, table.file, table.before, table.after)
-    source = csrc / "cpu" / "isa" / "avx2" / "kernels.cpp"
-    command = ["g++", *FLAGS, "-fsyntax-only", "-I", csrc, source]
+    sources = [csrc / "cpu" / "isa" / "avx2" / name for name in ("kernels.cpp", "float_words.cpp")]
+    command = ["g++", *FLAGS, "-fsyntax-only", "-I", csrc, *sources]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     refusals = [name for name, table in TABLES.items() if table.refusal in result.stderr]

@@ -81,7 +81,7 @@ def registered() -> Subject:
         serving.build()
         assert serving.library is not None, serving.failure
         has = serving.library.isas()
-        return Subject(replace(backend, precision="highest"), tuple(isa for isa in CPU_ISAS if has[isa]))
+        return Subject(replace(backend, precision="highest"), tuple(isa for isa in CPU_ISAS if has.get(isa)))
     if backend.never_overflows:
         return Subject(backend)
     options = dict(_AS_A_GPU)

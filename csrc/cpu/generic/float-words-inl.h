@@ -26,7 +26,8 @@ EXLLAMA_VECTOR_INLINE Int bytes_of_pair(const Int* words, int p) {
     constexpr int kQuads = layout::block_values(bits) / 4;
     return p < kQuads ? quad_of<bits>(words, p) : shift_right(quad_of<bits>(words, p - kQuads), 8);
   } else {
-    static_assert(kHasWidth<bits>, "csrc/cpu has no floats of this bit width: add it to bytes_of_pair");
+    static_assert(kHasWidth<bits>,
+                  "csrc/cpu has no floats of this bit width: add it to bytes_of_pair in float-words-inl.h");
   }
 }
 
