@@ -14,7 +14,7 @@ import threading
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _VARIABLE = "EXLLAMA_OPS_HUGE_PAGES"
 _HUGE_BYTES = 2 << 20
@@ -30,7 +30,9 @@ def clone_in_huge_pages(tensor: Tensor) -> Tensor:
 
     EXLLAMA_OPS_HUGE_PAGES=0 opts out, and then this is an ordinary copy.
     """
-    if type(tensor) is Tensor and tensor.device.type == "cpu" and _wanted(tensor.nbytes, _LEAST_BYTES):
+    # Subclasses, such as fake tensors, have no memory or have it their own way.
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    if plain and tensor.device.type == "cpu" and _wanted(tensor.nbytes, _LEAST_BYTES):
         # A limit on the address space may forbid a mapping that is larger than the copy.
         with contextlib.suppress(OSError):
             return _take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exllama_ops import ExllamaLinear, huge_pages, prepare, quantize
@@ -42,8 +42,10 @@ def words() -> Tensor:
 
 
 @needs_huge_pages
-def test_a_clone_asks_for_huge_pages_and_is_equal(words: Tensor) -> None:
-    cloned = clone_in_huge_pages(words)
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_clone_asks_for_huge_pages_and_is_equal(words: Tensor, parameter: bool) -> None:
+    cloned = clone_in_huge_pages(nn.Parameter(words, requires_grad=False) if parameter else words)
+    assert type(cloned) is Tensor
     assert asks_for_huge_pages(cloned)
     assert not asks_for_huge_pages(words)
     assert torch.equal(cloned, words)
