@@ -5,6 +5,23 @@
 #include "cpu/rows.h"
 
 namespace exllama::cpu {
+namespace {
+
+template <typename Panel>
+Multiply<float, Panel> product_of(const PackedX& x, const PanelSums& sums, const Panel* panel, const float* scales) {
+  Multiply<float, Panel> product;
+  product.x = x.floats + x.entry(sums.span_index, sums.row) * x.stride;
+  product.x_stride = x.stride;
+  product.rows = sums.rows;
+  product.depth = sums.span.rows;
+  product.panel = panel;
+  product.columns = sums.columns;
+  product.scales = scales;
+  product.acc = sums.acc;
+  return product;
+}
+
+}  // namespace
 
 void FloatClass::add_words(const PanelSums& sums, Ahead& ahead) const {
   alignas(64) uint32_t words[kSpanRows * 8 / 32 * kPanelColumns];
@@ -18,16 +35,8 @@ void FloatClass::add_words(const PanelSums& sums, Ahead& ahead) const {
   for (int i = 0; i < span.rows * weight.bits / 32; ++i) {
     std::memcpy(words + i * kPanelColumns, source + i * weight.N, sums.columns * sizeof(uint32_t));
   }
-  Multiply<float, uint32_t> product;
-  product.x = x_.floats + x_.entry(sums.span_index, sums.row) * x_.stride;
-  product.x_stride = x_.stride;
-  product.rows = sums.rows;
-  product.depth = span.rows;
-  product.panel = words;
-  product.columns = sums.columns;
-  product.scales = scales;
+  Multiply<float, uint32_t> product = product_of(x_, sums, words, scales);
   product.zeros = zeros;
-  product.acc = sums.acc;
   isa_.multiply_float_words(product, weight.bits, ahead);
 }
 
@@ -46,16 +55,7 @@ void FloatClass::add(const PanelSums& sums, Ahead& ahead) const {
     unpack_scaled(isa_, weight, span.row, span.rows, 0, sums.column, sums.columns, panel);
     std::fill(scales, scales + kPanelColumns, 1.0f);
   }
-  Multiply<float, float> product;
-  product.x = x_.floats + x_.entry(sums.span_index, sums.row) * x_.stride;
-  product.x_stride = x_.stride;
-  product.rows = sums.rows;
-  product.depth = span.rows;
-  product.panel = panel;
-  product.columns = sums.columns;
-  product.scales = scales;
-  product.acc = sums.acc;
-  isa_.multiply_float(product, ahead);
+  isa_.multiply_float(product_of(x_, sums, panel, scales), ahead);
 }
 
 }  // namespace exllama::cpu
