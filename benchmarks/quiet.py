@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.timing import Sample, Spread
 
 # A quiet machine stays below each: cores that were not ours, and how far the limits of the machine spread, as their
-# interquartile range by their median. On an idle Zen 4 they are 0.01 and 0.04, with one busy loop beside 1 and 0.3.
+# interquartile range by their median. Where nothing else ran on a Zen 4, others had 0.05 cores at most. But its host
+# shares the DRAM, whose limit spread by more than 0.15 in many measurements.
 CORES = 0.1
 SPREAD = 0.15
 # How long a process looks around before it times anything.
