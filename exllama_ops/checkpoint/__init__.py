@@ -4,7 +4,7 @@
 in ``opening.FORMATS``. What the file must have is `Format`.
 """
 
-from exllama_ops.checkpoint.base import Checkpoint, Format
+from exllama_ops.checkpoint.base import Checkpoint, Format, ModuleSummary
 from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.gptq import GptqCheckpoint, open_gptq, read_gptq
@@ -20,6 +20,7 @@ __all__ = [
     "GptqConfig",
     "GptqModule",
     "ModuleConfig",
+    "ModuleSummary",
     "open_checkpoint",
     "open_gptq",
     "read_gptq",

@@ -109,56 +109,71 @@ class GptqConfig(ModuleConfig):
         return result
 
 
-def read_config(directory: Path, *, quiet: bool = False) -> GptqConfig:
-    """Read the quantization config of a directory.
+def read_quantization(
+    directory: Path, said: Mapping[str, Any] | None = None, *, quiet: bool = False
+) -> tuple[dict[str, Any], str]:
+    """The quantization config of a directory as its files have it.
 
     config.json's ``quantization_config`` wins over quantize_config.json field by field. A field that it lacks comes
     from the other, since transformers drops ``checkpoint_format`` and ``dynamic`` when it saves a config.
 
     Args:
         directory: holds config.json, quantize_config.json or both.
+        said: fields that win over those of the files, or stand for them where the files have none.
         quiet: whether to leave out the warning, where the config is read once more later.
 
     Returns:
-        The parsed config.
+        The fields, for `parse_config`, and what error messages call their source.
 
     Raises:
-        CheckpointError: neither file has one, or a field is missing, contradicts another or is not supported.
+        CheckpointError: neither file has one and nothing is said, or one contradicts itself.
 
     Warns:
-        UserWarning: the two files contradict each other.
+        UserWarning: what is said and the two files contradict each other.
     """
     config_path, quantize_path = directory / CONFIG_NAME, directory / QUANTIZE_CONFIG_NAME
     names = list_directory(directory)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, object] = {}
+    if said is not None:
+        found["quantization_config, as given,"] = dict(said)
     if CONFIG_NAME in names:
         raw = read_json(config_path).get("quantization_config")
         if raw is not None:
-            source = f"{config_path}: quantization_config"
-            found[source] = _normalize(raw, source)
+            found[f"{config_path}: quantization_config"] = raw
     if QUANTIZE_CONFIG_NAME in names:
-        found[str(quantize_path)] = _normalize(read_json(quantize_path), str(quantize_path))
+        found[str(quantize_path)] = read_json(quantize_path)
     if not found:
         raise CheckpointError(
             f"{directory}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
             f"{QUANTIZE_CONFIG_NAME}; found neither"
         )
-
-    (first, merged), *rest = found.items()
-    for second, other in rest:
-        differing = [name for name in other if name in merged and merged[name] != other[name]]
+    merged: dict[str, Any] = {}
+    for source, fields_found in found.items():
+        parsed, known = _normalize(fields_found, source), _normalize(merged, source)
+        differing = [name for name in parsed if name in known and known[name] != parsed[name]]
         if differing and not quiet:
-            told = "; ".join(f"{name} is {shown(merged[name])} and {shown(other[name])}" for name in differing)
-            warnings.warn(f"{first} and {second} contradict each other: {told}. The first is used.", stacklevel=4)
-        merged = other | merged
-    return parse_config(merged, first)
+            told = "; ".join(f"{name} is {shown(known[name])} and {shown(parsed[name])}" for name in differing)
+            before = " and ".join(list(found)[: list(found).index(source)])
+            warnings.warn(f"{before} and {source} contradict each other: {told}. The first is used.", stacklevel=4)
+        decided = {synonym for name in known for synonym in _SYNONYMS.get(name, (name,))}
+        merged |= {name: value for name, value in _object(fields_found, source).items() if name not in decided}
+    return merged, next(iter(found))
+
+
+def read_config(directory: Path, said: Mapping[str, Any] | None = None, *, quiet: bool = False) -> GptqConfig:
+    """`parse_config` of `read_quantization`, with the arguments of the latter."""
+    return parse_config(*read_quantization(directory, said, quiet=quiet))
+
+
+def _object(raw: object, source: str) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{source}: must be a JSON object; got {type(raw).__name__}")
+    return raw
 
 
 def _normalize(raw: object, source: str) -> dict[str, Any]:
     """The fields that matter here, under our names, without those that are null."""
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{source}: must be a JSON object; got {type(raw).__name__}")
-    values = dict(raw)
+    values = dict(_object(raw, source))
     meta = values.get("meta")
     if isinstance(meta, dict):
         values.setdefault("static_groups", meta.get("static_groups"))

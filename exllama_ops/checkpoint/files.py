@@ -146,6 +146,25 @@ class TensorFiles:
         if strays:
             warnings.warn(f"{directory}: not in the index, so ignored: {', '.join(strays)}", stacklevel=4)
 
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of one tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.directory}: no tensor {shown(name)}; there are {len(self.tensors)}")
+        return info
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its dtype is none of PyTorch's.
+        """
+        return _dtype(name, self.info(name))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors on the CPU, in memory of their own, each file opened once.
 
@@ -172,11 +191,16 @@ class TensorFiles:
         return result
 
 
-def _tensor(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
-    """Read one tensor of an opened file."""
+def _dtype(name: str, info: TensorInfo) -> torch.dtype:
     dtype = _DTYPES.get(info.dtype)
     if dtype is None:
         raise CheckpointError(f"{info.file}: tensor {name} must have a dtype of {', '.join(_DTYPES)}; got {info.dtype}")
+    return dtype
+
+
+def _tensor(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
+    """Read one tensor of an opened file."""
+    dtype = _dtype(name, info)
     data = empty_in_huge_pages(info.num_bytes)
     try:
         tensor = data.view(dtype).reshape(info.shape)

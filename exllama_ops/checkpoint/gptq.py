@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exllama_ops.checkpoint.base import Checkpoint
-from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, read_config
+from exllama_ops.checkpoint.base import Checkpoint, ModuleSummary
+from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, parse_config, read_config, read_quantization
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import TensorFiles, local_directory
 from exllama_ops.checkpoint.module import TENSORS, GptqModule, TensorError
@@ -34,11 +35,13 @@ class GptqCheckpoint(Checkpoint):
         path: the local directory.
         config: its quantization config.
         files: its tensors.
+        quantization: the quantization config as the files have it.
 
     Attributes:
         format: "gptq".
         path: the local directory.
         config: the parsed quantization config.
+        quantization: the same as the files have it, with fields that are not read here.
         quantized: names of the quantized modules, in the order of the files.
         dense: names of the tensors that belong to no quantized module, in the order of the files.
         weight_bytes: bytes of all tensors.
@@ -47,16 +50,20 @@ class GptqCheckpoint(Checkpoint):
         CheckpointError: the headers contradict the config or each other.
     """
 
-    def __init__(self, path: Path, config: GptqConfig, files: TensorFiles) -> None:
+    def __init__(
+        self, path: Path, config: GptqConfig, files: TensorFiles, quantization: Mapping[str, Any] | None = None
+    ) -> None:
         self.format = NAME
         self.path = path
         self.config = config
+        self.quantization: Mapping[str, Any] = dict(quantization or {})
         self._files = files
         try:
             configs = config.for_modules(_module_names(files))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self._modules = {name: self._check_module(name, kind) for name, kind in configs.items()}
+        self._configs = {name: kind for name, kind in configs.items() if kind is not None}
         if not self._modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
         self._warned_of_zeros = False
@@ -84,6 +91,46 @@ class GptqCheckpoint(Checkpoint):
         if module is None:
             raise CheckpointError(f"{self.path}: no quantized module {name!r}; there are {len(self.quantized)}")
         return module
+
+    def summary(self, name: str) -> ModuleSummary:
+        """What the config and the headers say of one quantized module. Whether rows have an order is the config's word.
+
+        Args:
+            name: one of ``quantized``.
+
+        Raises:
+            CheckpointError: there is no such module.
+        """
+        module, config = self.module(name), self._configs[name]
+        has_order = config.desc_act and not config.static_groups and "g_idx" in module.tensors
+        return ModuleSummary(
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bits=module.bits,
+            group_size=module.group_size,
+            num_groups=module.G,
+            sym=module.sym,
+            act_order=has_order and module.G > 1,
+            zero_format=self.config.checkpoint_format,
+            bias="bias" in module.tensors,
+            num_bytes=sum(self._files.tensors[f"{name}.{tensor}"].num_bytes for tensor in module.tensors),
+        )
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor of the files, from their headers.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return self._files.info(name).shape
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor of the files, from their headers.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its dtype is none of PyTorch's.
+        """
+        return self._files.dtype(name)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> GptqWeight:
         """Read one quantized module.
@@ -123,8 +170,7 @@ class GptqCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no such tensor, or its file is broken.
         """
-        if name not in self._files.tensors:
-            raise CheckpointError(f"{self.path}: no tensor {name!r}; there are {len(self._files.tensors)}")
+        self._files.info(name)
         return self._files.read([name])[name].to(device)
 
     def stream(self, device: torch.device | str = "cpu", *, progress: bool = True) -> Iterator[tuple[str, GptqWeight]]:
@@ -140,10 +186,7 @@ class GptqCheckpoint(Checkpoint):
         Raises:
             CheckpointError: as in `read`.
         """
-        sizes = {
-            name: sum(self._files.tensors[f"{name}.{tensor}"].num_bytes for tensor in module.tensors)
-            for name, module in self._modules.items()
-        }
+        sizes = {name: self.summary(name).num_bytes for name in self.quantized}
         tqdm = require("tqdm").tqdm
         disable = None if progress else True
         with tqdm(desc="Reading", total=sum(sizes.values()), unit="B", unit_scale=True, disable=disable) as bar:
@@ -260,18 +303,26 @@ def reasons_against(directory: Path) -> list[str]:
     return []
 
 
-def open_directory(directory: Path) -> GptqCheckpoint:
+def open_directory(directory: Path, said: Mapping[str, Any] | None = None) -> GptqCheckpoint:
     """Open a local directory; `open_gptq` says what it raises and warns of."""
-    return GptqCheckpoint(directory, read_config(directory), TensorFiles(directory))
+    quantization, source = read_quantization(directory, said)
+    return GptqCheckpoint(directory, parse_config(quantization, source), TensorFiles(directory), quantization)
 
 
-def open_gptq(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> GptqCheckpoint:
+def open_gptq(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> GptqCheckpoint:
     """Open a GPTQ checkpoint: read its config and the headers of its files, and check them against each other.
 
     Args:
         path_or_id: a directory with safetensors files and config.json or quantize_config.json, or a hub id
             (``owner/name``), which is downloaded into the hub's cache.
         revision: branch, tag or commit of a hub id.
+        quantization_config: what the files do not say of themselves, in the fields of their config: bits, group_size,
+            sym, desc_act, checkpoint_format, dynamic. It wins over what they say.
 
     Returns:
         The checkpoint, nothing of its weights read yet.
@@ -282,17 +333,19 @@ def open_gptq(path_or_id: str | os.PathLike[str], *, revision: str | None = None
         ImportError: the extra ``hf`` is not installed.
 
     Warns:
-        UserWarning: config.json and quantize_config.json contradict each other, or the index leaves tensors out.
+        UserWarning: quantization_config, config.json and quantize_config.json contradict each other, or the index
+            leaves tensors out.
     """
     # A hub id's configs come first: what is not GPTQ is refused before its weights are downloaded.
-    read_config(local_directory(path_or_id, revision, configs_only=True), quiet=True)
-    return open_directory(local_directory(path_or_id, revision))
+    read_config(local_directory(path_or_id, revision, configs_only=True), quantization_config, quiet=True)
+    return open_directory(local_directory(path_or_id, revision), quantization_config)
 
 
 def read_gptq(
     path_or_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, GptqWeight]:
@@ -301,6 +354,7 @@ def read_gptq(
     Args:
         path_or_id: as in `open_gptq`.
         revision: as in `open_gptq`.
+        quantization_config: as in `open_gptq`.
         device: where to put the weights.
         progress: show a progress bar on stderr, if that is a terminal.
 
@@ -311,4 +365,5 @@ def read_gptq(
         CheckpointError: as in `open_gptq` and `GptqCheckpoint.read`.
         ImportError: as in `open_gptq`.
     """
-    return dict(open_gptq(path_or_id, revision=revision).stream(device, progress=progress))
+    checkpoint = open_gptq(path_or_id, revision=revision, quantization_config=quantization_config)
+    return dict(checkpoint.stream(device, progress=progress))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from exllama_ops.checkpoint import gptq
 from exllama_ops.checkpoint.base import Checkpoint, Format
+from exllama_ops.checkpoint.config import read_config
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import local_directory
 
@@ -13,12 +16,18 @@ from exllama_ops.checkpoint.files import local_directory
 FORMATS: tuple[Format, ...] = (gptq,)
 
 
-def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Open a quantized checkpoint of any format that is read here.
 
     Args:
         path_or_id: a directory, or a hub id (``owner/name``), which is downloaded into the hub's cache.
         revision: branch, tag or commit of a hub id.
+        quantization_config: what the files of a GPTQ checkpoint do not say of themselves, as in `open_gptq`.
 
     Returns:
         The checkpoint. Its config and headers are read and checked, its weights are not read yet.
@@ -33,6 +42,9 @@ def open_checkpoint(path_or_id: str | os.PathLike[str], *, revision: str | None 
     """
     # The JSON files of a hub id come first. What no format takes is refused before its weights are downloaded.
     directory = local_directory(path_or_id, revision, configs_only=True)
+    if quantization_config is not None:
+        read_config(directory, quantization_config, quiet=True)
+        return gptq.open_directory(local_directory(path_or_id, revision), quantization_config)
     refusals: list[str] = []
     for candidate in FORMATS:
         reasons = candidate.reasons_against(directory)

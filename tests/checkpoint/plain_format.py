@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exllama_ops.checkpoint import Checkpoint, CheckpointError
+from exllama_ops.checkpoint import Checkpoint, CheckpointError, ModuleSummary
 from exllama_ops.layout import GptqWeight, pack_columns, pack_rows, unpack_columns, unpack_rows
 
 NAME = "plain"
@@ -20,11 +20,25 @@ class PlainCheckpoint(Checkpoint):
         self.format = NAME
         self.path = path
         self.config = json.loads((path / "plain.json").read_text())
+        self.quantization = {}
         self._tensors = load_file(path / "plain.bin")
         self.quantized = tuple(self.config)
         members = {f"{name}.{kind}" for name in self.quantized for kind in ("q", "z", "s", "order", "bias")}
         self.dense = tuple(name for name in self._tensors if name not in members)
         self.weight_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def summary(self, name: str) -> ModuleSummary:
+        (K, N), G = self._tensors[f"{name}.q"].shape, len(self._tensors[f"{name}.s"])
+        bits, group_size = self.config[name]
+        order, bias = f"{name}.order" in self._tensors, f"{name}.bias" in self._tensors
+        num_bytes = sum(tensor.nbytes for key, tensor in self._tensors.items() if key.rpartition(".")[0] == name)
+        return ModuleSummary(K, N, bits, group_size, G, False, order, "gptq_v2", bias, num_bytes)
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def read(self, name: str, device: torch.device | str = "cpu") -> GptqWeight:
         if name not in self.config:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from checkpoint import plain_format
 from checkpoint.builder import DATA, module, write
 from exllama_ops import Checkpoint, CheckpointError, ExllamaLinear, convert, open_checkpoint, open_gptq, save_gptq
 from exllama_ops.checkpoint import GptqCheckpoint, opening
+from exllama_ops.checkpoint.files import TensorFiles
 
 NAMES = ("smol1-w2g32-asym-act", "tiny-w3g32-asym-act-v2", "tiny-w4g64-lmhead")
 
@@ -143,3 +146,75 @@ def test_module_says_what_the_file_has():
             assert described.dtypes[tensor] == stored.dtype
     with pytest.raises(CheckpointError, match=r"no quantized module 'no\.such'"):
         checkpoint.module("no.such")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_summary_says_of_each_module_what_reading_it_finds(name):
+    checkpoint = open_checkpoint(DATA / name)
+    for layer in checkpoint.quantized:
+        summary, weight = checkpoint.summary(layer), checkpoint.read(layer)
+        K, N = (weight.qweight.shape[0] * 32 // weight.bits, weight.qweight.shape[1])
+        assert (summary.in_features, summary.out_features, summary.num_groups) == (K, N, len(weight.scales))
+        assert (summary.bits, summary.group_size, summary.sym) == (weight.bits, weight.group_size, "asym" not in name)
+        assert summary.act_order == (weight.g_idx is not None)
+        assert summary.bias == (weight.bias is not None)
+        assert summary.zero_format == ("gptq_v2" if name.endswith("v2") else "gptq")
+        stored = [tensor for tensor in load_file(DATA / name / "model.safetensors") if tensor.startswith(f"{layer}.")]
+        assert summary.num_bytes == sum(checkpoint.read_tensor(tensor).nbytes for tensor in stored)
+    with pytest.raises(CheckpointError, match=r"no quantized module 'no\.such'"):
+        checkpoint.summary("no.such")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_dtypes_of_tensors_come_without_reading_them(name, monkeypatch):
+    checkpoint = open_checkpoint(DATA / name)
+    stored = load_file(DATA / name / "model.safetensors")
+    monkeypatch.setattr(TensorFiles, "read", None)
+    for tensor in checkpoint.dense:
+        assert checkpoint.tensor_shape(tensor) == tuple(stored[tensor].shape)
+        assert checkpoint.tensor_dtype(tensor) == stored[tensor].dtype
+    for asked in (checkpoint.tensor_shape, checkpoint.tensor_dtype):
+        with pytest.raises(CheckpointError, match=r"no tensor 'no\.such'"):
+            asked("no.such")
+
+
+def test_quantization_is_the_config_as_the_files_have_it(tmp_path):
+    write(tmp_path, module(), made_by="a tool", sym=None, format=None)
+    other = {"bits": 4, "format": "gptq_v2", "sym": True, "damp_percent": 0.1, "method": "gptq"}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(other))
+    checkpoint = open_checkpoint(tmp_path)
+    want = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "made_by": "a tool"}
+    assert checkpoint.quantization == {**want, "sym": True, "format": "gptq_v2", "damp_percent": 0.1}
+    assert checkpoint.config.checkpoint_format == "gptq_v2"
+
+
+@pytest.mark.parametrize("opens", [open_gptq, open_checkpoint])
+def test_what_the_files_do_not_say_may_be_said(tmp_path, opens):
+    write(tmp_path, module("m", sym=False, act=True, fmt="gptq_v2"))
+    want = open_gptq(
+        write(
+            tmp_path / "said",
+            module("m", sym=False, act=True, fmt="gptq_v2"),
+            sym=False,
+            desc_act=True,
+            checkpoint_format="gptq_v2",
+        )
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "test"}')
+    with pytest.raises(CheckpointError, match=r"config\.json must have a quantization_config"):
+        opens(tmp_path)
+    said = {"bits": 4, "group_size": 32, "sym": False, "desc_act": True, "checkpoint_format": "gptq_v2"}
+    checkpoint = opens(tmp_path, quantization_config=said)
+    assert_equal(checkpoint.read("m"), want.read("m"))
+    assert checkpoint.quantization == said
+    with pytest.raises(CheckpointError, match="quantization_config, as given,: field group_size is missing"):
+        opens(tmp_path, quantization_config={"bits": 4})
+
+
+@pytest.mark.parametrize("opens", [open_gptq, open_checkpoint])
+def test_what_is_said_wins_over_the_files_aloud(tmp_path, opens):
+    write(tmp_path, module(sym=False, fmt="gptq_v2"), sym=False, checkpoint_format="gptq", desc_act=None)
+    with pytest.warns(UserWarning, match="as given, and .*checkpoint_format is 'gptq_v2' and 'gptq'") as seen:
+        checkpoint = opens(tmp_path, quantization_config={"format": "gptq_v2"})
+    assert [warning.filename for warning in seen] == [__file__]
+    assert checkpoint.config.checkpoint_format == "gptq_v2"
