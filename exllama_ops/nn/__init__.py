@@ -2,6 +2,7 @@
 
 from exllama_ops.nn.convert import ConvertReport, convert
 from exllama_ops.nn.linear import ExllamaLinear
+from exllama_ops.nn.linear_map import linear_sizes
 from exllama_ops.nn.quantize import quantize
 
-__all__ = ["ConvertReport", "ExllamaLinear", "convert", "quantize"]
+__all__ = ["ConvertReport", "ExllamaLinear", "convert", "linear_sizes", "quantize"]

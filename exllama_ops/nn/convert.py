@@ -1,4 +1,4 @@
-"""Replacement of a model's Linear layers by ExllamaLinear."""
+"""Replacement of a model's linear layers by ExllamaLinear."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from exllama_ops.layout.weight import GptqWeight
 from exllama_ops.nn.linear import ExllamaLinear
+from exllama_ops.nn.linear_map import linear_sizes
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class ConvertReport:
 
     Args:
         converted: names of the layers that are ExllamaLinear now.
-        untouched: names of the nn.Linear layers that were left, having no weight.
+        untouched: names of the linear layers that were left, having no weight. They are all nn.Linear layers, and
+            layers of any class that compute what one computes.
     """
 
     converted: tuple[str, ...]
@@ -29,52 +31,62 @@ class ConvertReport:
 
 
 def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertReport:
-    """Replace the nn.Linear layers named in ``weights`` by `ExllamaLinear`, in place.
+    """Replace the linear layers named in ``weights`` by `ExllamaLinear`, in place.
+
+    A layer is taken by what it computes, which is ``x @ W`` or ``x @ W + bias``, and not by its class. nn.Linear is
+    taken, and so are FalconLinear and Conv1D of transformers. A subclass that computes something else is refused.
 
     Every new layer is built before the first is put in, so an error leaves the model as it was. A new layer lies where
     the old one did, or where its weight lies if the old one is on the meta device. A weight with a bias gives a layer
     with one, also where the old layer has none: old quantizers write biases of zeros.
 
     Args:
-        model: any module; not itself a Linear.
+        model: any module; not itself the layer.
         weights: by name of the layer (`model.get_submodule`). Read one at a time, so it may load lazily.
 
     Returns:
-        What was converted, and which Linear layers were not.
+        What was converted, and which linear layers were not.
 
     Raises:
-        ValueError: a name is no nn.Linear of the model, and a subclass is none; or the layer has hooks. Or a weight
-            has other sizes than its layer, or lacks the bias that the layer has.
+        ValueError: a name is no module of the model, or one that computes something else. Or the layer has hooks. Or a
+            weight has other sizes than its layer, or lacks the bias that the layer has.
     """
-    for name in weights:
-        _check_target(model, name)
-    layers = {name: _build(model.get_submodule(name), name, weights[name]) for name in weights}
+    sizes = {name: _sizes(model, name) for name in weights}
+    layers = {name: _build(model.get_submodule(name), name, sizes[name], weights[name]) for name in weights}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    untouched = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    untouched = (
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or linear_sizes(module)
+    )
     return ConvertReport(converted=tuple(layers), untouched=tuple(untouched))
 
 
-def _check_target(model: nn.Module, name: str) -> None:
+def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    """(K, N) of the layer of this name, which can be replaced."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"convert: {type(model).__name__} has no module {name!r}, which the weights name") from None
-    # A subclass may compute something else than a Linear does.
-    if not name or type(module) is not nn.Linear:
-        raise ValueError(f"convert: {name!r} must be an nn.Linear inside the model; got {type(module).__name__}")
+    sizes = linear_sizes(module) if name else None
+    if sizes is None:
+        raise ValueError(
+            f"convert: {name!r} must be a layer inside the model that computes x @ W + bias, as nn.Linear does; "
+            f"{type(module).__name__} does not"
+        )
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ValueError(f"convert: {name!r} has hooks, which would be lost; remove them first")
+    return sizes
 
 
-def _build(old: nn.Module, name: str, weight: GptqWeight) -> ExllamaLinear:
-    assert isinstance(old, nn.Linear)
-    expected, got = (old.in_features, old.out_features), (weight.in_features, weight.out_features)
+def _build(old: nn.Module, name: str, expected: tuple[int, int], weight: GptqWeight) -> ExllamaLinear:
+    got = (weight.in_features, weight.out_features)
     if expected != got:
         raise ValueError(f"convert: {name!r} must have a weight of (K, N) = {expected}; got {got}")
-    if old.bias is not None and weight.bias is None:
+    parameters = list(old.parameters())
+    if len(parameters) == 2 and weight.bias is None:
         raise ValueError(f"convert: {name!r} has a bias, which its weight lacks")
-    layer = ExllamaLinear.from_weight(weight).to(old.weight.dtype)
-    if old.weight.device.type != "meta":
-        layer = layer.to(old.weight.device)
+    dense = next(parameter for parameter in parameters if parameter.dim() == 2)
+    layer = ExllamaLinear.from_weight(weight).to(dense.dtype)
+    if dense.device.type != "meta":
+        layer = layer.to(dense.device)
     return layer.train(old.training)
