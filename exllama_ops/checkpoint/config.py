@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.checkpoint.dynamic import first_matches
 from exllama_ops.checkpoint.errors import CheckpointError, shown
+from exllama_ops.checkpoint.fields import (
+    CONFIG_NAME,
+    FLAGS,
+    QUANTIZE_CONFIG_NAME,
+    SYNONYMS,
+    normalize,
+    read_quantization,
+)
+from exllama_ops.checkpoint.shapes import what_to_say
 from exllama_ops.layout import SUPPORTED_BITS
-
-CONFIG_NAME = "config.json"
-QUANTIZE_CONFIG_NAME = "quantize_config.json"
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
 
-# Names that tools give to one field; the first is ours, and two that contradict are an error.
-_SYNONYMS = {
-    "quant_method": ("quant_method", "method"),
-    "checkpoint_format": ("checkpoint_format", "format"),
-}
-_FIELDS = (
-    "quant_method",
-    "checkpoint_format",
-    "bits",
-    "group_size",
-    "sym",
-    "desc_act",
-    "static_groups",
-    "lm_head",
-    "dynamic",
-    "pack_dtype",
-)
 _REQUIRED = ("bits", "group_size")
+
+
+class IncompleteConfigError(CheckpointError):
+    """A config that lacks a field which only a person can say."""
 
 
 @dataclass(frozen=True)
@@ -109,91 +100,24 @@ class GptqConfig(ModuleConfig):
         return result
 
 
-def read_quantization(
-    directory: Path, said: Mapping[str, Any] | None = None, *, quiet: bool = False
-) -> tuple[dict[str, Any], str]:
-    """The quantization config of a directory as its files have it.
-
-    config.json's ``quantization_config`` wins over quantize_config.json field by field. A field that it lacks comes
-    from the other, since transformers drops ``checkpoint_format`` and ``dynamic`` when it saves a config.
-
-    Args:
-        directory: holds config.json, quantize_config.json or both.
-        said: fields that win over those of the files, or stand for them where the files have none.
-        quiet: whether to leave out the warning, where the config is read once more later.
-
-    Returns:
-        The fields, for `parse_config`, and what error messages call their source.
-
-    Raises:
-        CheckpointError: neither file has one and nothing is said, or one contradicts itself.
-
-    Warns:
-        UserWarning: what is said and the two files contradict each other.
-    """
-    config_path, quantize_path = directory / CONFIG_NAME, directory / QUANTIZE_CONFIG_NAME
-    names = list_directory(directory)
-    found: dict[str, object] = {}
-    if said is not None:
-        found["quantization_config, as given,"] = dict(said)
-    if CONFIG_NAME in names:
-        raw = read_json(config_path).get("quantization_config")
-        if raw is not None:
-            found[f"{config_path}: quantization_config"] = raw
-    if QUANTIZE_CONFIG_NAME in names:
-        found[str(quantize_path)] = read_json(quantize_path)
-    if not found:
-        raise CheckpointError(
-            f"{directory}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
-            f"{QUANTIZE_CONFIG_NAME}; found neither"
-        )
-    merged: dict[str, Any] = {}
-    for source, fields_found in found.items():
-        parsed, known = _normalize(fields_found, source), _normalize(merged, source)
-        differing = [name for name in parsed if name in known and known[name] != parsed[name]]
-        if differing and not quiet:
-            told = "; ".join(f"{name} is {shown(known[name])} and {shown(parsed[name])}" for name in differing)
-            before = " and ".join(list(found)[: list(found).index(source)])
-            warnings.warn(f"{before} and {source} contradict each other: {told}. The first is used.", stacklevel=4)
-        decided = {synonym for name in known for synonym in _SYNONYMS.get(name, (name,))}
-        merged |= {name: value for name, value in _object(fields_found, source).items() if name not in decided}
-    return merged, next(iter(found))
-
-
 def read_config(directory: Path, said: Mapping[str, Any] | None = None, *, quiet: bool = False) -> GptqConfig:
-    """`parse_config` of `read_quantization`, with the arguments of the latter."""
-    return parse_config(*read_quantization(directory, said, quiet=quiet))
+    """`parse_config` of `fields.read_quantization`, with the arguments of the latter.
 
-
-def _object(raw: object, source: str) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{source}: must be a JSON object; got {type(raw).__name__}")
-    return raw
-
-
-def _normalize(raw: object, source: str) -> dict[str, Any]:
-    """The fields that matter here, under our names, without those that are null."""
-    values = dict(_object(raw, source))
-    meta = values.get("meta")
-    if isinstance(meta, dict):
-        values.setdefault("static_groups", meta.get("static_groups"))
-    if values.get("is_marlin_format"):
-        values.setdefault("checkpoint_format", "marlin")
-    for name, synonyms in _SYNONYMS.items():
-        said = {synonym: values[synonym] for synonym in synonyms if values.get(synonym) is not None}
-        if len({str(value).lower() for value in said.values()}) > 1:
-            told = ", ".join(f"{synonym}={shown(value)}" for synonym, value in said.items())
-            raise CheckpointError(f"{source}: {' and '.join(synonyms)} must agree; got {told}")
-        values[name] = str(next(iter(said.values()))).lower() if said else None
-    return {name: values[name] for name in _FIELDS if values.get(name) is not None}
+    Where a field is missing, the error says what the shapes of the files allow.
+    """
+    try:
+        return parse_config(*read_quantization(directory, said, quiet=quiet))
+    except IncompleteConfigError as error:
+        raise CheckpointError(f"{error}; {what_to_say(directory)}") from error
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
     """Parse the contents of a quantization config.
 
     Args:
-        raw: as in the JSON file. Missing ``quant_method`` and ``checkpoint_format`` mean "gptq", missing ``sym`` means
-            True (as GPTQModel takes it), the other flags False. ``static_groups`` may also stand in ``meta``.
+        raw: as in the JSON files. Missing ``quant_method`` and ``checkpoint_format`` mean "gptq", missing ``sym`` means
+            True (as GPTQModel takes it), the other flags False. ``static_groups`` may also stand in ``meta``. Numbers
+            and flags may stand in strings.
         source: what error messages call it.
 
     Returns:
@@ -202,7 +126,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
     Raises:
         CheckpointError: a field is missing, contradicts another or is not supported; the text names it.
     """
-    values = _normalize(raw, source)
+    values = normalize(raw, source)
     method = values.pop("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(f"{source}: quant_method must be 'gptq'; got {shown(method)}")
@@ -212,18 +136,27 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
         raise CheckpointError(
             f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {shown(checkpoint_format)}"
         )
+    if not raw:
+        raise IncompleteConfigError(
+            f"{source}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
+            f"{QUANTIZE_CONFIG_NAME}; found neither"
+        )
     for name in _REQUIRED:
         if name not in values:
-            raise CheckpointError(f"{source}: field {name} is missing")
-    dynamic = values.setdefault("dynamic", {})
+            raise IncompleteConfigError(f"{source}: field {name} is missing")
+    rules = values.pop("dynamic", {})
     _check_fields(values, source)
+    if not isinstance(rules, dict):
+        raise CheckpointError(f"{source}: dynamic must be a JSON object of rules; got {shown(rules)}")
     try:
-        first_matches(dynamic, ())
+        first_matches(rules, ())
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    for rule, overrides in dynamic.items():
-        _check_overrides(rule, overrides, f"{source}: dynamic rule {shown(rule)}")
-    return GptqConfig(**values)
+    dynamic = {
+        rule: _overrides(rule, overrides, checkpoint_format, f"{source}: dynamic rule {shown(rule)}")
+        for rule, overrides in rules.items()
+    }
+    return GptqConfig(**values, dynamic=dynamic)
 
 
 def _check_pack_dtype(pack_dtype: object, source: str) -> None:
@@ -233,17 +166,23 @@ def _check_pack_dtype(pack_dtype: object, source: str) -> None:
         )
 
 
-def _check_overrides(rule: str, overrides: object, source: str) -> None:
+def _overrides(rule: str, overrides: object, checkpoint_format: str, source: str) -> dict[str, Any]:
+    """What a rule changes, as a config has it."""
     if not isinstance(overrides, dict):
         if rule.startswith("-:") and overrides is None:
-            return
+            return {}
         raise CheckpointError(f"{source}: must map to a JSON object; got {shown(overrides)}")
-    if "pack_dtype" in overrides:
-        _check_pack_dtype(overrides["pack_dtype"], source)
-    for name in ("quant_method", "method", "checkpoint_format", "format"):
-        if name in overrides:
-            raise CheckpointError(f"{source}: {name} must be the same for all modules; got {shown(overrides[name])}")
-    _check_fields(overrides, source)
+    values = normalize(overrides, source)
+    if "pack_dtype" in values:
+        _check_pack_dtype(values.pop("pack_dtype"), source)
+    for name, common in (("quant_method", "gptq"), ("checkpoint_format", checkpoint_format)):
+        if values.pop(name, common) != common:
+            said = next(key for key in SYNONYMS[name] if overrides.get(key) is not None)
+            raise CheckpointError(
+                f"{source}: {said} must be the same for all modules, {common}; got {shown(overrides[said])}"
+            )
+    _check_fields(values, source)
+    return values
 
 
 def _check_fields(values: Mapping[str, Any], source: str) -> None:
@@ -254,12 +193,9 @@ def _check_fields(values: Mapping[str, Any], source: str) -> None:
         elif name == "group_size":
             valid = type(value) is int and (1 <= value < 2**31 or value == -1)
             rule = "at least 1 and below 2**31, or -1 for one group of all rows"
-        elif name in ("sym", "desc_act", "static_groups", "lm_head"):
+        elif name in FLAGS:
             valid = isinstance(value, bool)
             rule = "true or false"
-        elif name == "dynamic":
-            valid = isinstance(value, dict)
-            rule = "a JSON object of rules"
         else:
             continue
         if not valid:

@@ -17,6 +17,9 @@ MAX_JSON_DEPTH = 64
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
+# How a file begins that stands for one which Git LFS keeps elsewhere.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -72,7 +75,8 @@ def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     Raises:
-        CheckpointError: there is none, it is no regular file, or it cannot be opened.
+        CheckpointError: there is none, it is no regular file, it cannot be opened, or Git LFS left a pointer in its
+            place.
     """
     # It is checked before it is opened, since opening waits for a FIFO's writer and starts some devices. What was
     # opened is checked once more, since the name may lead to something else by then.
@@ -86,7 +90,20 @@ def open_file(path: Path) -> BinaryIO:
     except CheckpointError:
         os.close(descriptor)
         raise
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    try:
+        start = file.read(len(_LFS_POINTER))
+        file.seek(0)
+    except OSError as error:
+        file.close()
+        raise _unusable(path, error) from error
+    if start == _LFS_POINTER:
+        file.close()
+        raise CheckpointError(
+            f"{path}: must be the file itself; got a pointer of Git LFS: run `git lfs pull` in its folder, or download "
+            "it anew with `hf download`"
+        )
+    return file
 
 
 def read_json(path: Path) -> dict[str, Any]:

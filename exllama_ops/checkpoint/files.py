@@ -17,18 +17,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from exllama_ops.checkpoint.disk import file_type, list_directory, open_file, read_json
+from exllama_ops.checkpoint.choice import MEANT_FIELDS, choose_files
+from exllama_ops.checkpoint.disk import file_type, open_file
 from exllama_ops.checkpoint.errors import CheckpointError, shown
+from exllama_ops.checkpoint.fields import CONFIG_NAME, QUANTIZE_CONFIG_NAME
 from exllama_ops.extras import require
 from exllama_ops.huge_pages import empty_in_huge_pages
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_CONFIGS = ["*.json"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer*"]
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # As the headers of safetensors name them. Others, such as floats of 4 and 6 bits, are in no layer that computes here.
 _DTYPES = {
@@ -55,6 +53,39 @@ _DTYPES = {
 
 # A file begins with the bytes of its header, which come after this many.
 _LENGTH_BYTES = 8
+
+
+def place_of(
+    path_or_id: str | os.PathLike[str], said: Mapping[str, Any] | None
+) -> tuple[str | os.PathLike[str], Mapping[str, Any] | None]:
+    """A path to a file as the directory of its checkpoint.
+
+    Args:
+        path_or_id: a directory, a hub id, a safetensors file, an index or a config.
+        said: of the quantization config, as in `fields.read_quantization`.
+
+    Returns:
+        The directory or hub id, and what is said. That names the file too, where the directory alone does not.
+
+    Raises:
+        CheckpointError: it is another kind of file.
+    """
+    path = Path(path_or_id)
+    if file_type(path) != stat.S_IFREG:
+        return path_or_id, said
+    if path.name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME) or path.name.endswith(".safetensors.index.json"):
+        return path.parent, said
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: must be a directory, a hub id (owner/name), a .safetensors file or config.json; got another file"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chosen = choose_files(path.parent).names
+    except CheckpointError:
+        chosen = []
+    return path.parent, said if path.name in chosen else {**(said or {}), MEANT_FIELDS[0]: path.stem}
 
 
 def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *, configs_only: bool = False) -> Path:
@@ -115,7 +146,8 @@ class TensorFiles:
     of the file would count every page that was ever read as memory of the process.
 
     Args:
-        directory: where the files are.
+        directory: where the files are; `choice.choose_files` says which are read.
+        meant: the name of the file to read, without its suffix; None for what the directory says.
 
     Attributes:
         tensors: name -> what the header says, in the order of the files and of the data in them.
@@ -124,16 +156,19 @@ class TensorFiles:
         CheckpointError: no safetensors, or a file that is broken, missing or contradicts the index.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, meant: str | None = None) -> None:
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
         self._headers: dict[Path, bytes] = {}
-        names, weight_map = _file_names(directory)
+        names, _, weight_map = choose_files(directory, meant, stacklevel=4)
         strays: list[str] = []
         for file_name in names:
             file = directory / file_name
             infos, self._headers[file] = _header(file)
             for name, info in infos.items():
+                if weight_map is None and name in self.tensors:
+                    other = self.tensors[name].file.name
+                    raise CheckpointError(f"{file}: tensor {name} must be in one file; {other} has it too")
                 if weight_map is None or weight_map.get(name) == file_name:
                     self.tensors[name] = info
                 else:
@@ -253,42 +288,3 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
                 shape = tuple(entries[name]["shape"])
                 infos[name] = TensorInfo(file, entries[name]["dtype"], shape, data + start, stop - start)
         return infos, length + text
-
-
-def _file_names(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    """The files to read, and the index (tensor -> file) if there is one."""
-    names = list_directory(directory)
-    present = [name for name in names if name.endswith(".safetensors")]
-    indices = [name for name in names if name.endswith(".safetensors.index.json")]
-    if SINGLE_NAME in present and indices:
-        raise CheckpointError(f"{directory}: must have {SINGLE_NAME} or an index; got both it and {indices[0]}")
-    if len(indices) > 1:
-        raise CheckpointError(f"{directory}: must have one index; got {', '.join(indices)}")
-    if indices:
-        weight_map = _weight_map(directory / indices[0])
-        return sorted(set(weight_map.values())), weight_map
-    if SINGLE_NAME in present:
-        return [SINGLE_NAME], None
-    if len(present) > 1:
-        raise CheckpointError(
-            f"{directory}: several safetensors files need an index ({INDEX_NAME}) or one must be {SINGLE_NAME}; got "
-            f"{', '.join(present)}"
-        )
-    if not present:
-        pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-        found = f"only pickle files, which can run code when read: {', '.join(pickles)}" if pickles else "none"
-        raise CheckpointError(f"{directory}: must have its weights in safetensors files; found {found}")
-    return present, None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: weight_map must be a JSON object; got {shown(weight_map)}")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or file != Path(file).name:
-            raise CheckpointError(
-                f"{index}: weight_map must map each tensor to a file name of this directory; got "
-                f"{shown(file)} for {shown(tensor)}"
-            )
-    return weight_map

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from exllama_ops.checkpoint.base import Checkpoint, ModuleSummary
-from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, parse_config, read_config, read_quantization
+from exllama_ops.checkpoint.choice import MEANT_FIELDS
+from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, parse_config, read_config
 from exllama_ops.checkpoint.errors import CheckpointError
-from exllama_ops.checkpoint.files import TensorFiles, local_directory
+from exllama_ops.checkpoint.fields import read_quantization
+from exllama_ops.checkpoint.files import TensorFiles, local_directory, place_of
 from exllama_ops.checkpoint.module import TENSORS, GptqModule, TensorError
 from exllama_ops.extras import require
 from exllama_ops.layout import FORMATS, GptqWeight
@@ -306,7 +308,8 @@ def reasons_against(directory: Path) -> list[str]:
 def open_directory(directory: Path, said: Mapping[str, Any] | None = None) -> GptqCheckpoint:
     """Open a local directory; `open_gptq` says what it raises and warns of."""
     quantization, source = read_quantization(directory, said)
-    return GptqCheckpoint(directory, parse_config(quantization, source), TensorFiles(directory), quantization)
+    files = TensorFiles(directory, (said or {}).get(MEANT_FIELDS[0]))
+    return GptqCheckpoint(directory, parse_config(quantization, source), files, quantization)
 
 
 def open_gptq(
@@ -318,8 +321,8 @@ def open_gptq(
     """Open a GPTQ checkpoint: read its config and the headers of its files, and check them against each other.
 
     Args:
-        path_or_id: a directory with safetensors files and config.json or quantize_config.json, or a hub id
-            (``owner/name``), which is downloaded into the hub's cache.
+        path_or_id: a directory with safetensors files and config.json or quantize_config.json, one of these files, or a
+            hub id (``owner/name``), which is downloaded into the hub's cache.
         revision: branch, tag or commit of a hub id.
         quantization_config: what the files do not say of themselves, in the fields of their config: bits, group_size,
             sym, desc_act, checkpoint_format, dynamic. It wins over what they say.
@@ -336,9 +339,10 @@ def open_gptq(
         UserWarning: quantization_config, config.json and quantize_config.json contradict each other, or the index
             leaves tensors out.
     """
+    place, said = place_of(path_or_id, quantization_config)
     # A hub id's configs come first: what is not GPTQ is refused before its weights are downloaded.
-    read_config(local_directory(path_or_id, revision, configs_only=True), quantization_config, quiet=True)
-    return open_directory(local_directory(path_or_id, revision), quantization_config)
+    read_config(local_directory(place, revision, configs_only=True), said, quiet=True)
+    return open_directory(local_directory(place, revision), said)
 
 
 def read_gptq(

@@ -10,7 +10,7 @@ from exllama_ops.checkpoint import gptq
 from exllama_ops.checkpoint.base import Checkpoint, Format
 from exllama_ops.checkpoint.config import read_config
 from exllama_ops.checkpoint.errors import CheckpointError
-from exllama_ops.checkpoint.files import local_directory
+from exllama_ops.checkpoint.files import local_directory, place_of
 
 # In the order in which they are asked. A format is one file of this folder.
 FORMATS: tuple[Format, ...] = (gptq,)
@@ -25,7 +25,8 @@ def open_checkpoint(
     """Open a quantized checkpoint of any format that is read here.
 
     Args:
-        path_or_id: a directory, or a hub id (``owner/name``), which is downloaded into the hub's cache.
+        path_or_id: a directory, its safetensors file or config.json, or a hub id (``owner/name``), which is downloaded
+            into the hub's cache.
         revision: branch, tag or commit of a hub id.
         quantization_config: what the files of a GPTQ checkpoint do not say of themselves, as in `open_gptq`.
 
@@ -41,14 +42,15 @@ def open_checkpoint(
         UserWarning: what `exllama_ops.open_gptq` warns of.
     """
     # The JSON files of a hub id come first. What no format takes is refused before its weights are downloaded.
-    directory = local_directory(path_or_id, revision, configs_only=True)
-    if quantization_config is not None:
-        read_config(directory, quantization_config, quiet=True)
-        return gptq.open_directory(local_directory(path_or_id, revision), quantization_config)
+    place, said = place_of(path_or_id, quantization_config)
+    directory = local_directory(place, revision, configs_only=True)
+    if said is not None:
+        read_config(directory, said, quiet=True)
+        return gptq.open_directory(local_directory(place, revision), said)
     refusals: list[str] = []
     for candidate in FORMATS:
         reasons = candidate.reasons_against(directory)
         if not reasons:
-            return candidate.open_directory(local_directory(path_or_id, revision))
+            return candidate.open_directory(local_directory(place, revision))
         refusals.append(f"{candidate.NAME}: {'; '.join(reasons)}")
     raise CheckpointError(f"{directory}: no checkpoint format takes it. {' | '.join(refusals)}")

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from exllama_ops.checkpoint.config import CONFIG_NAME, QUANTIZE_CONFIG_NAME
+from exllama_ops.checkpoint.choice import INDEX_NAME, SINGLE_NAME
 from exllama_ops.checkpoint.disk import list_directory
 from exllama_ops.checkpoint.errors import CheckpointError
-from exllama_ops.checkpoint.files import INDEX_NAME, SINGLE_NAME
+from exllama_ops.checkpoint.fields import CONFIG_NAME, QUANTIZE_CONFIG_NAME
 from exllama_ops.checkpoint.module import TENSORS
 from exllama_ops.checkpoint.zeros import are_constant, v2_to_v1
 from exllama_ops.extras import require

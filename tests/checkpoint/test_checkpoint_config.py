@@ -94,7 +94,10 @@ def test_a_field_that_config_json_lacks_comes_from_quantize_config_json(tmp_path
         ({"is_marlin_format": True}, r"checkpoint_format must be one of .*; got 'marlin'"),
         ({"checkpoint_format": "gptq", "format": "gptq_v2"}, r"checkpoint_format and format must agree; got"),
         ({"bits": 5}, rf"bits must be one of {re.escape(str(SUPPORTED_BITS))}; got 5"),
-        ({"bits": "4"}, rf"bits must be one of {re.escape(str(SUPPORTED_BITS))}; got '4'"),
+        ({"bits": "5"}, rf"bits must be one of {re.escape(str(SUPPORTED_BITS))}; got 5"),
+        ({"bits": "four"}, r"bits must be one of .*; got 'four'"),
+        ({"bits": 4.5}, r"bits must be one of .*; got 4\.5"),
+        ({"wbits": 8}, r"bits and wbits must agree; got bits=4, wbits=8"),
         ({"bits": ...}, r"field bits is missing"),
         ({"group_size": ...}, r"field group_size is missing"),
         ({"group_size": 0}, r"group_size must be at least 1 and below 2\*\*31, or -1 .*; got 0"),
@@ -108,12 +111,34 @@ def test_a_field_that_config_json_lacks_comes_from_quantize_config_json(tmp_path
         ({"dynamic": {"a": 8}}, r"dynamic rule 'a': must map to a JSON object; got 8"),
         ({"dynamic": {"a": {"bits": 6}}}, r"dynamic rule 'a': bits must be one of .*; got 6"),
         ({"dynamic": {"a": {"pack_dtype": "int8"}}}, r"dynamic rule 'a': pack_dtype must be int32.*; got 'int8'"),
+        ({"dynamic": {"a": {"sym": "maybe"}}}, r"dynamic rule 'a': sym must be true or false; got 'maybe'"),
         ({"dynamic": {"a": {"format": "gptq_v2"}}}, r"dynamic rule 'a': format must be the same for all modules"),
     ],
 )
 def test_unsupported_or_contradicting_fields_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
         parse_config(quantization(**changes), "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same_as"),
+    [
+        ({"bits": "4", "group_size": "32"}, {}),
+        ({"bits": 4.0, "group_size": 32.0}, {}),
+        ({"bits": " 8.0 ", "group_size": "-1"}, {"bits": 8, "group_size": -1}),
+        ({"sym": "False", "desc_act": "true", "lm_head": "TRUE"}, {"sym": False, "desc_act": True, "lm_head": True}),
+        ({"sym": None, "desc_act": None, "lm_head": None, "dynamic": None, "pack_dtype": None}, {"sym": True}),
+        ({"bits": ..., "wbits": 8, "group_size": ..., "groupsize": "64"}, {"bits": 8, "group_size": 64}),
+        ({"desc_act": ..., "act_order": True}, {"desc_act": True}),
+        ({"wbits": "4", "quant_method": "GPTQ"}, {}),
+        (
+            {"dynamic": {"a": {"bits": "8", "group_size": None, "quant_method": "gptq", "format": "gptq"}}},
+            {"dynamic": {"a": {"bits": 8}}},
+        ),
+    ],
+)
+def test_fields_are_read_as_what_they_say(changes, same_as):
+    assert parse_config(quantization(**changes), "test") == parse_config(quantization(**same_as), "test")
 
 
 @pytest.mark.parametrize(
