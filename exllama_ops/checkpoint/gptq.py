@@ -9,26 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from exllama_ops.checkpoint.base import Checkpoint, ModuleSummary
 from exllama_ops.checkpoint.choice import MEANT_FIELDS
 from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, parse_config, read_config
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.fields import read_quantization
 from exllama_ops.checkpoint.files import TensorFiles, local_directory, place_of
-from exllama_ops.checkpoint.module import TENSORS, GptqModule, TensorError
+from exllama_ops.checkpoint.from_files import (
+    FileCheckpoint,
+    FileModule,
+    check_dtypes,
+    check_no_other_weight,
+    check_shapes,
+    described_module,
+    named_modules,
+    tensor_error,
+)
+from exllama_ops.checkpoint.module import TENSORS, GptqModule
 from exllama_ops.extras import require
 from exllama_ops.layout import FORMATS, GptqWeight
 
 NAME = "gptq"
 
-# As the headers of safetensors name them.
-_INT_DTYPES = {"I32": torch.int32}
-_FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
-
-class GptqCheckpoint(Checkpoint):
+class GptqCheckpoint(FileCheckpoint):
     """A GPTQ checkpoint whose headers were read and checked; tensors are read on demand, one module at a time.
 
     Made by `open_gptq`.
@@ -38,9 +42,10 @@ class GptqCheckpoint(Checkpoint):
         config: its quantization config.
         files: its tensors.
         quantization: the quantization config as the files have it.
+        format: the name of the format, if its files are GPTQ's under another one.
 
     Attributes:
-        format: "gptq".
+        format: "gptq", or the other name.
         path: the local directory.
         config: the parsed quantization config.
         quantization: the same as the files have it, with fields that are not read here.
@@ -53,32 +58,24 @@ class GptqCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, path: Path, config: GptqConfig, files: TensorFiles, quantization: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        config: GptqConfig,
+        files: TensorFiles,
+        quantization: Mapping[str, Any] | None = None,
+        *,
+        format: str = NAME,
     ) -> None:
-        self.format = NAME
-        self.path = path
-        self.config = config
-        self.quantization: Mapping[str, Any] = dict(quantization or {})
-        self._files = files
+        self.format = format
         try:
-            configs = config.for_modules(_module_names(files))
+            configs = config.for_modules(named_modules(files, ("qweight", "qzeros", "g_idx")))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        self._modules = {name: self._check_module(name, kind) for name, kind in configs.items()}
-        self._configs = {name: kind for name, kind in configs.items() if kind is not None}
-        if not self._modules:
+        modules = {name: _check_module(files, config, name, kind) for name, kind in configs.items()}
+        if not modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
+        super().__init__(path, config, quantization or {}, files, modules)
         self._warned_of_zeros = False
-        members = {f"{name}.{tensor}" for name, module in self._modules.items() for tensor in module.tensors}
-        self.quantized: tuple[str, ...] = tuple(self._modules)
-        self.dense: tuple[str, ...] = tuple(name for name in files.tensors if name not in members)
-        self.weight_bytes: int = sum(info.num_bytes for info in files.tensors.values())
-
-    def __repr__(self) -> str:
-        return (
-            f"GptqCheckpoint({str(self.path)!r}, quantized={len(self.quantized)} modules, "
-            f"dense={len(self.dense)} tensors, weight_bytes={self.weight_bytes})"
-        )
 
     def module(self, name: str) -> GptqModule:
         """What the headers and the config say of one quantized module: its sizes, its tensors, their shapes and dtypes.
@@ -89,91 +86,7 @@ class GptqCheckpoint(Checkpoint):
         Raises:
             CheckpointError: there is no such module.
         """
-        module = self._modules.get(name)
-        if module is None:
-            raise CheckpointError(f"{self.path}: no quantized module {name!r}; there are {len(self.quantized)}")
-        return module
-
-    def summary(self, name: str) -> ModuleSummary:
-        """What the config and the headers say of one quantized module. Whether rows have an order is the config's word.
-
-        Args:
-            name: one of ``quantized``.
-
-        Raises:
-            CheckpointError: there is no such module.
-        """
-        module, config = self.module(name), self._configs[name]
-        has_order = config.desc_act and not config.static_groups and "g_idx" in module.tensors
-        return ModuleSummary(
-            in_features=module.in_features,
-            out_features=module.out_features,
-            bits=module.bits,
-            group_size=module.group_size,
-            num_groups=module.G,
-            sym=module.sym,
-            act_order=has_order and module.G > 1,
-            zero_format=self.config.checkpoint_format,
-            bias="bias" in module.tensors,
-            num_bytes=sum(self._files.tensors[f"{name}.{tensor}"].num_bytes for tensor in module.tensors),
-        )
-
-    def tensor_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor of the files, from their headers.
-
-        Raises:
-            CheckpointError: there is no such tensor.
-        """
-        return self._files.info(name).shape
-
-    def tensor_dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor of the files, from their headers.
-
-        Raises:
-            CheckpointError: there is no such tensor, or its dtype is none of PyTorch's.
-        """
-        return self._files.dtype(name)
-
-    def read(self, name: str, device: torch.device | str = "cpu") -> GptqWeight:
-        """Read one quantized module.
-
-        Args:
-            name: one of ``quantized``.
-            device: where to put the tensors.
-
-        Returns:
-            The weight, its zero points in the v2 convention and ``g_idx`` None without activation order. It owns its
-            memory.
-
-        Raises:
-            CheckpointError: no such module, or its data is wrong: g_idx out of range, scales that are NaN or infinite.
-
-        Warns:
-            UserWarning: the zero points of a symmetric module contradict the declared format; once per checkpoint.
-        """
-        module = self.module(name)
-        tensors = self._files.read(f"{name}.{tensor}" for tensor in module.tensors)
-        within = {tensor: tensors[f"{name}.{tensor}"] for tensor in module.tensors}
-        try:
-            decoded = module.decode(within, lambda tensor: tensor.to(device))
-        except TensorError as error:
-            raise self._error(f"{name}.{error.tensor}", error.rule) from error
-        if decoded.contradiction is not None:
-            self._warn_of_zeros(name, decoded.contradiction)
-        return decoded.weight
-
-    def read_tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """Read one tensor as it is in the file, with memory of its own.
-
-        Args:
-            name: one of ``dense``, or any other tensor of the files.
-            device: where to put it.
-
-        Raises:
-            CheckpointError: no such tensor, or its file is broken.
-        """
-        self._files.info(name)
-        return self._files.read([name])[name].to(device)
+        return self._described(name).module
 
     def stream(self, device: torch.device | str = "cpu", *, progress: bool = True) -> Iterator[tuple[str, GptqWeight]]:
         """Read all quantized modules, one after the other.
@@ -196,84 +109,7 @@ class GptqCheckpoint(Checkpoint):
                 yield name, self.read(name, device)
                 bar.update(size)
 
-    def _error(self, tensor: str, text: str) -> CheckpointError:
-        return CheckpointError(f"{self._files.tensors[tensor].file}: tensor {tensor} {text}")
-
-    def _check_module(self, name: str, config: ModuleConfig | None) -> GptqModule:
-        """Check the headers of one module against its config."""
-        tensors = self._files.tensors
-        present = tuple(tensor for tensor in TENSORS if f"{name}.{tensor}" in tensors)
-        if config is None:
-            raise self._error(f"{name}.{present[0]}", "must not exist: a `dynamic` rule says that it is not quantized")
-        self._check_presence(name, present, config)
-        for tensor in present:
-            info = tensors[f"{name}.{tensor}"]
-            dtypes = _FLOAT_DTYPES if tensor in ("scales", "bias") else _INT_DTYPES
-            if info.dtype not in dtypes:
-                raise self._error(f"{name}.{tensor}", f"must have dtype {' or '.join(dtypes)}; got {info.dtype}")
-
-        bits, fmt = config.bits, FORMATS[config.bits]
-        qweight = tensors[f"{name}.qweight"].shape
-        if len(qweight) != 2 or 0 in qweight or qweight[0] % fmt.block_words:
-            raise self._error(
-                f"{name}.qweight",
-                f"must have shape (K*bits/32, N), rows in runs of {fmt.block_words} for bits={bits}; got {qweight}",
-            )
-        K, N = qweight[0] * 32 // bits, qweight[1]
-        if N % fmt.block_values:
-            raise self._error(
-                f"{name}.qweight", f"must have N, a multiple of {fmt.block_values} for bits={bits}, columns; got {N}"
-            )
-        group_size = K if config.group_size == -1 else config.group_size
-        bias = tensors.get(f"{name}.bias")
-        module = GptqModule(
-            in_features=K,
-            out_features=N,
-            bits=bits,
-            group_size=group_size,
-            zero_offset=self.config.zero_offset,
-            sym=config.sym,
-            tensors=present,
-            scales_dtype=_FLOAT_DTYPES[tensors[f"{name}.scales"].dtype],
-            bias_dtype=torch.float16 if bias is None else _FLOAT_DTYPES[bias.dtype],
-        )
-        for tensor in present:
-            try:
-                module.check_shape(tensor, tensors[f"{name}.{tensor}"].shape)
-            except TensorError as error:
-                raise self._error(f"{name}.{tensor}", error.rule) from error
-        return module
-
-    def _check_presence(self, name: str, present: tuple[str, ...], config: ModuleConfig) -> None:
-        """Check that a module has the tensors its config asks for, in a format that is supported."""
-        where = self._files.tensors[f"{name}.{present[0]}"].file
-        if f"{name}.weight" in self._files.tensors:
-            raise self._error(f"{name}.weight", f"must not exist beside {name}.{present[0]}: one of them is the weight")
-        if f"{name}.perm" in self._files.tensors:
-            raise self._error(
-                f"{name}.perm",
-                "must not exist: it belongs to the state_dict of an ExllamaLinear, which is no GPTQ checkpoint; "
-                "exllama_ops.save_gptq writes one from ExllamaLinear.to_weight()",
-            )
-        for tensor in ("qweight", "scales"):
-            if tensor not in present:
-                raise CheckpointError(f"{where}: tensor {name}.{tensor} is missing")
-        if "qzeros" not in present and not config.sym:
-            raise CheckpointError(
-                f"{where}: tensor {name}.qzeros is missing: only sym=true can do without; got sym=false"
-            )
-        if "g_idx" not in present and config.desc_act and config.group_size != -1 and not config.static_groups:
-            raise CheckpointError(
-                f"{where}: tensor {name}.g_idx is missing: only it says the groups of the rows with desc_act=true and "
-                f"group_size={config.group_size}"
-            )
-        if self.config.checkpoint_format == "gptq_p" and config.bits == 3:
-            raise CheckpointError(
-                f"{where}: module {name}: checkpoint_format gptq_p is supported for 2, 4 and 8 bits, where it equals "
-                "gptq_v2; got 3 bits"
-            )
-
-    def _warn_of_zeros(self, name: str, stored: int) -> None:
+    def _found_contradiction(self, name: str, stored: int) -> None:
         if self._warned_of_zeros:
             return
         self._warned_of_zeros = True
@@ -282,18 +118,64 @@ class GptqCheckpoint(Checkpoint):
         warnings.warn(
             f"{self.path}: checkpoint_format {declared} is declared, but symmetric zero points are stored as {stored}, "
             f"as in {actual} (first in tensor {name}.qzeros); such tensors are read as {actual}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _module_names(files: TensorFiles) -> dict[str, None]:
-    """Modules that have a tensor only a quantized module has, in the order of the files."""
-    names: dict[str, None] = {}
-    for tensor in files.tensors:
-        module, _, kind = tensor.rpartition(".")
-        if module and kind in ("qweight", "qzeros", "g_idx"):
-            names[module] = None
-    return names
+def _check_module(files: TensorFiles, config: GptqConfig, name: str, kind: ModuleConfig | None) -> FileModule:
+    """Check the headers of one module against its config."""
+    names = {tensor: f"{name}.{tensor}" for tensor in TENSORS if f"{name}.{tensor}" in files.tensors}
+    if kind is None:
+        first = next(iter(names.values()))
+        raise tensor_error(files, first, "must not exist: a `dynamic` rule says that it is not quantized")
+    _check_presence(files, name, names, kind)
+    if config.checkpoint_format == "gptq_p" and kind.bits == 3:
+        raise CheckpointError(
+            f"{files.tensors[names['qweight']].file}: module {name}: checkpoint_format gptq_p is supported for 2, 4 "
+            "and 8 bits, where it equals gptq_v2; got 3 bits"
+        )
+    check_dtypes(files, names)
+
+    bits, fmt = kind.bits, FORMATS[kind.bits]
+    qweight = files.tensors[names["qweight"]].shape
+    if len(qweight) != 2 or 0 in qweight or qweight[0] % fmt.block_words:
+        raise tensor_error(
+            files,
+            names["qweight"],
+            f"must have shape (K*bits/32, N), rows in runs of {fmt.block_words} for bits={bits}; got {qweight}",
+        )
+    K, N = qweight[0] * 32 // bits, qweight[1]
+    if N % fmt.block_values:
+        raise tensor_error(
+            files, names["qweight"], f"must have N, a multiple of {fmt.block_values} for bits={bits}, columns; got {N}"
+        )
+    module = described_module(files, names, kind, K, N, config.zero_offset)
+    check_shapes(files, names, module)
+    return FileModule(module, names, kind.desc_act and not kind.static_groups, config.checkpoint_format)
+
+
+def _check_presence(files: TensorFiles, name: str, names: Mapping[str, str], kind: ModuleConfig) -> None:
+    """Check that a module has the tensors its config asks for."""
+    first = next(iter(names.values()))
+    where = files.tensors[first].file
+    check_no_other_weight(files, name, first)
+    if f"{name}.perm" in files.tensors:
+        raise tensor_error(
+            files,
+            f"{name}.perm",
+            "must not exist: it belongs to the state_dict of an ExllamaLinear, which is no GPTQ checkpoint; "
+            "exllama_ops.save_gptq writes one from ExllamaLinear.to_weight()",
+        )
+    for tensor in ("qweight", "scales"):
+        if tensor not in names:
+            raise CheckpointError(f"{where}: tensor {name}.{tensor} is missing")
+    if "qzeros" not in names and not kind.sym:
+        raise CheckpointError(f"{where}: tensor {name}.qzeros is missing: only sym=true can do without; got sym=false")
+    if "g_idx" not in names and kind.desc_act and kind.group_size != -1 and not kind.static_groups:
+        raise CheckpointError(
+            f"{where}: tensor {name}.g_idx is missing: only it says the groups of the rows with desc_act=true and "
+            f"group_size={kind.group_size}"
+        )
 
 
 def reasons_against(directory: Path) -> list[str]:
