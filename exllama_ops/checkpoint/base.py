@@ -136,6 +136,8 @@ class Format(Protocol):
     """A format of checkpoints: what a module has that is an entry of ``exllama_ops.checkpoint.opening.FORMATS``."""
 
     NAME: str
+    METHODS: tuple[str, ...]
+    """What a config of this format may have as its quant_method. None if it has no such field."""
 
     def reasons_against(self, directory: Path, /) -> list[str]:
         """Every reason why a directory holds no checkpoint of this format. None means that the format takes it.

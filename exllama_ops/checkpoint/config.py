@@ -94,7 +94,11 @@ class GptqConfig(ModuleConfig):
         """The configs of all modules of a checkpoint, under one limit of time; otherwise as `for_module`."""
         base = {f.name: getattr(self, f.name) for f in fields(ModuleConfig)}
         result: dict[str, ModuleConfig | None] = dict.fromkeys(names, ModuleConfig(**base))
-        for name, rule in first_matches(self.dynamic, result).items():
+        try:
+            matches = first_matches(self.dynamic, result)
+        except CheckpointError as error:
+            raise CheckpointError(f"dynamic {error}") from error
+        for name, rule in matches.items():
             overrides = {key: value for key, value in (self.dynamic[rule] or {}).items() if key in base}
             result[name] = None if rule.startswith("-:") else ModuleConfig(**(base | overrides))
         return result
@@ -151,7 +155,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
     try:
         first_matches(rules, ())
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: dynamic {error}") from error
     dynamic = {
         rule: _overrides(rule, overrides, checkpoint_format, f"{source}: dynamic rule {shown(rule)}")
         for rule, overrides in rules.items()

@@ -1,4 +1,4 @@
-"""The rules of ``dynamic``: which of them decides for a module, found in bounded time and memory.
+"""The rules of ``dynamic`` and its like: which of them decides for a module, found in bounded time and memory.
 
 The expressions come from a file, and one such as ``(a+)+$x`` takes `re` longer than anybody waits. `regex` matches the
 same language under a time limit. It spells repetitions out when it compiles, hence the limits of size. Its clock costs
@@ -66,17 +66,22 @@ def first_matches(rules: Iterable[str], names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def exact_rule(name: str) -> str:
+    """The expression that matches one name alone. It is looked up, so that it has no limit of size or time."""
+    return f"^{re.escape(name)}$"
+
+
 def _exact_name(expression: str) -> str | None:
-    """The one name that is matched by ``^NAME$`` with an escaped NAME, as `save_gptq` writes it for each module."""
+    """The name that `exact_rule` made the expression of."""
     name = re.sub(r"\\(.)", r"\1", expression[1:-1])
-    return name if expression == f"^{re.escape(name)}$" else None
+    return name if expression == exact_rule(name) else None
 
 
 def _compile(rule: str, expression: str) -> Callable[[str], object]:
     """The function that matches a name, or None if it does not; it takes a second at most, or raises TimeoutError."""
     if len(expression) > MAX_LENGTH or _spelt_out(expression) > MAX_SPELT_OUT:
         raise CheckpointError(
-            f"dynamic rule {shown(rule)}: must have at most {MAX_LENGTH} characters, and {MAX_SPELT_OUT} with its "
+            f"rule {shown(rule)}: must have at most {MAX_LENGTH} characters, and {MAX_SPELT_OUT} with its "
             f"repetitions spelt out; got {len(expression)} characters"
         )
     try:
@@ -88,7 +93,7 @@ def _compile(rule: str, expression: str) -> Callable[[str], object]:
         return pattern.match
     if found := _READ_OTHERWISE.search(expression):
         raise CheckpointError(
-            f"dynamic rule {shown(rule)}: must have no flag x, no brace but around a count, and no [:class:]; got "
+            f"rule {shown(rule)}: must have no flag x, no brace but around a count, and no [:class:]; got "
             f"{found.group()!r}"
         )
     regex = require("regex")
@@ -100,7 +105,7 @@ def _compile(rule: str, expression: str) -> Callable[[str], object]:
 
 
 def _no_expression(rule: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"dynamic rule {shown(rule)}: must be a regular expression: {error}")
+    return CheckpointError(f"rule {shown(rule)}: must be a regular expression: {error}")
 
 
 def _spelt_out(expression: str) -> int:
@@ -112,7 +117,7 @@ def _spelt_out(expression: str) -> int:
 def _matches(rule: str, match: Callable[[str], object], name: str, end: float) -> bool:
     if len(name) > MAX_LENGTH:
         raise CheckpointError(
-            f"dynamic rule {shown(rule)}: a module's name must have at most {MAX_LENGTH} characters; got {len(name)}: "
+            f"rule {shown(rule)}: a module's name must have at most {MAX_LENGTH} characters; got {len(name)}: "
             f"{shown(name)}"
         )
     try:
@@ -131,6 +136,6 @@ def _check_time(rule: str, name: str | None, end: float) -> None:
 def _too_slow(rule: str, name: str | None) -> CheckpointError:
     against = "" if name is None else f" against module {shown(name)}"
     return CheckpointError(
-        f"dynamic rule {shown(rule)}{against}: takes too long: a match has {MATCH_SECONDS:g} s, and all rules and "
+        f"rule {shown(rule)}{against}: takes too long: a match has {MATCH_SECONDS:g} s, and all rules and "
         f"modules together have {TOTAL_SECONDS:g} s"
     )

@@ -30,6 +30,7 @@ from exllama_ops.extras import require
 from exllama_ops.layout import FORMATS, GptqWeight
 
 NAME = "gptq"
+METHODS: tuple[str, ...] = ("gptq",)
 
 
 class GptqCheckpoint(FileCheckpoint):
@@ -127,7 +128,7 @@ def _check_module(files: TensorFiles, config: GptqConfig, name: str, kind: Modul
     names = {tensor: f"{name}.{tensor}" for tensor in TENSORS if f"{name}.{tensor}" in files.tensors}
     if kind is None:
         first = next(iter(names.values()))
-        raise tensor_error(files, first, "must not exist: a `dynamic` rule says that it is not quantized")
+        raise tensor_error(files, first, "must not exist: the quantization config says that it is not quantized")
     _check_presence(files, name, names, kind)
     if config.checkpoint_format == "gptq_p" and kind.bits == 3:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exllama_ops.checkpoint.choice import INDEX_NAME, SINGLE_NAME
 from exllama_ops.checkpoint.disk import list_directory
+from exllama_ops.checkpoint.dynamic import exact_rule
 from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.fields import CONFIG_NAME, QUANTIZE_CONFIG_NAME
 from exllama_ops.checkpoint.module import TENSORS
@@ -120,7 +121,7 @@ def _quantization_config(
     kinds = {name: (bits, -1 if per_channel else size) for name, (bits, size, _) in layers.items()}
     (bits, group_size), _ = Counter(kinds.values()).most_common(1)[0]
     dynamic = {
-        f"+:^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
+        f"+:{exact_rule(name)}": {"bits": kind[0], "group_size": kind[1]}
         for name, kind in kinds.items()
         if kind != (bits, group_size)
     }

@@ -13,6 +13,7 @@ from exllama_ops.checkpoint import Checkpoint, CheckpointError, ModuleSummary
 from exllama_ops.layout import GptqWeight, pack_columns, pack_rows, unpack_columns, unpack_rows
 
 NAME = "plain"
+METHODS = ()
 
 
 class PlainCheckpoint(Checkpoint):

@@ -92,10 +92,10 @@ def test_a_format_of_one_file_is_loaded_as_a_model(tmp_path):
 
 @pytest.mark.usefixtures("plain")
 def test_a_folder_that_no_format_takes_is_refused_with_the_reasons_of_each(tmp_path):
-    path = write(tmp_path, module(), quant_method="awq")
+    path = write(tmp_path, module(), quant_method="hqq")
     text = (
-        f"{path}: no checkpoint format takes it. gptq: {path / 'config.json'}: quantization_config: quant_method must "
-        "be 'gptq'; got 'awq' | plain: there must be a plain.json; found none"
+        f"{path}: no checkpoint format takes it. {path / 'config.json'}: quantization_config: quant_method must be one "
+        "of gptq, auto-round, awq, compressed-tensors; got 'hqq' | plain: there must be a plain.json; found none"
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(text)}$"):
         open_checkpoint(path)
@@ -108,7 +108,7 @@ def test_a_broken_checkpoint_is_told_as_its_format_tells_it(tmp_path):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("field", [{"bits": 5}, {"quant_method": "awq"}])
+@pytest.mark.parametrize("field", [{"bits": 5}, {"quant_method": "hqq"}])
 def test_what_no_format_takes_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch, field):
     asked = []
 

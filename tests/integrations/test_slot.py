@@ -20,7 +20,7 @@ from checkpoint.builder import DATA, module, write
 from exllama_ops import ExllamaLinear, GptqModule, GptqSlot, open_gptq
 from exllama_ops.layout import SUPPORTED_BITS
 
-CHECKPOINTS = tuple(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
+CHECKPOINTS = tuple(sorted(path.parent.name for path in DATA.glob("*/quantize_config.json")))
 NAME = "m.q"
 
 

@@ -72,7 +72,7 @@ def every_bits(function: Callable[[int], Any]) -> list[Any]:
 
 
 def read(tmp_path: Path) -> Any:
-    checkpoints = [open_gptq(path) for path in sorted(DATA.iterdir()) if path.is_dir()]
+    checkpoints = [open_gptq(path.parent) for path in sorted(DATA.glob("*/quantize_config.json"))]
     quantized = [next(iter(checkpoint.weights().values())) for checkpoint in checkpoints]
     return [*quantized, *(checkpoint.read_tensor(checkpoint.dense[0]) for checkpoint in checkpoints)]
 
