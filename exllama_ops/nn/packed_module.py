@@ -13,6 +13,7 @@ from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.interning import intern, intern_copy
 from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
+from exllama_ops.nn.dense_weight import DenseWeight, dense_weight
 
 
 class PackedModule(nn.Module):
@@ -25,6 +26,8 @@ class PackedModule(nn.Module):
         group_size: rows of a group, at least 1.
         shuffled: whether qweight is in shuffled order.
         scales_dtype: that of the scales, which are never cast.
+        weight_dtype: what ``weight.dtype`` says: the dtype of the dense weight that the packed one stands for. It is
+            that of the bias, or else of the scales, until ``.to(dtype)`` or its kin change it.
     """
 
     qweight: Tensor
@@ -51,6 +54,7 @@ class PackedModule(nn.Module):
         self.group_size = weight.group_size
         self.shuffled = weight.shuffled
         self.scales_dtype = weight.scales.dtype
+        self.weight_dtype = weight.scales.dtype if weight.bias is None else weight.bias.dtype
         buffers = {
             "layout": torch.tensor(self._layout, dtype=torch.int32, device=weight.qweight.device),
             "qweight": weight.qweight,
@@ -66,10 +70,26 @@ class PackedModule(nn.Module):
             self.register_buffer(name, buffer)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Who assigns scales means their dtype."""
+        """Who assigns scales means their dtype; a weight that is assigned would not be computed with."""
+        if name == "weight":
+            raise AttributeError(
+                "ExllamaLinear: weight cannot be assigned; set_packed(prepare(weight)) puts another GptqWeight in",
+                name=name,
+                obj=self,
+            )
         super().__setattr__(name, value)
         if name == "scales" and isinstance(value, Tensor):
             self.scales_dtype = value.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (N, K) in ``weight_dtype``, to read: dtype, device and shape cost nothing.
+
+        An expression that uses it dequantizes the whole weight each time, and writing to it is refused. See
+        `dequantize` and `to_weight`.
+        """
+        # In a graph, what is not used is dropped. Dynamo cannot make a tensor of another class.
+        return dense_weight(self) if torch.compiler.is_compiling() else DenseWeight(self)
 
     @property
     def _order_name(self) -> str:
@@ -168,6 +188,7 @@ class PackedModule(nn.Module):
         shared it."""
         weight = {id(tensor) for tensor in self._weight().values()}
         order = self._buffers.get(self._order_name)
+        device = self.qweight.device
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -176,6 +197,9 @@ class PackedModule(nn.Module):
             return moved
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        # What fn makes of the dtype that a dense weight would have, only a tensor can tell.
+        like = torch.empty(0, dtype=self.weight_dtype, device=device)
+        self.weight_dtype = fn(like).dtype if self.bias is None else self.bias.dtype
         moved_order = self._buffers.get(self._order_name)
         if order is not None and moved_order is not None and moved_order is not order:
             self._buffers[self._order_name] = intern_copy(moved_order, order)
