@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
+
+_NAMES_SHOWN = 8
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = 200
@@ -15,3 +18,9 @@ class CheckpointError(ValueError):
 def shown(value: object) -> str:
     """The repr of a value out of a file, cut short where it is long or deep."""
     return _REPR.repr(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

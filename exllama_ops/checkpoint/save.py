@@ -69,7 +69,7 @@ def save_gptq(
         for name, weight in weights.items():
             _check(name, weight, sym, desc_act)
             layers[name] = (weight.bits, weight.group_size, weight.in_features)
-            for tensor_name, tensor in _on_disk(name, weight, checkpoint_format):
+            for tensor_name, tensor in file_tensors(name, weight, checkpoint_format):
                 shards.add(tensor_name, tensor)
         for tensor_name, tensor in (tensors or {}).items():
             module, _, kind = tensor_name.rpartition(".")
@@ -78,7 +78,7 @@ def save_gptq(
             shards.add(tensor_name, tensor)
         shards.flush()
 
-        quantization = _quantization_config(layers, sym, desc_act, checkpoint_format)
+        quantization = quantization_config(layers, sym, desc_act, checkpoint_format)
         shards.write_json(QUANTIZE_CONFIG_NAME, quantization)
         shards.write_json(CONFIG_NAME, {**(config or {}), "quantization_config": quantization})
         shards.publish()
@@ -100,7 +100,7 @@ def _check(name: str, weight: GptqWeight, sym: bool, desc_act: bool) -> None:
         )
 
 
-def _on_disk(name: str, weight: GptqWeight, checkpoint_format: str) -> Iterator[tuple[str, Tensor]]:
+def file_tensors(name: str, weight: GptqWeight, checkpoint_format: str) -> Iterator[tuple[str, Tensor]]:
     g_idx = weight.g_idx
     if g_idx is None:
         # Other tools require the tensor.
@@ -113,7 +113,7 @@ def _on_disk(name: str, weight: GptqWeight, checkpoint_format: str) -> Iterator[
         yield f"{name}.bias", weight.bias
 
 
-def _quantization_config(
+def quantization_config(
     layers: Mapping[str, tuple[int, int, int]], sym: bool, desc_act: bool, checkpoint_format: str
 ) -> dict[str, Any]:
     """The most common bits and group size for all, and a `dynamic` rule for each module that differs."""

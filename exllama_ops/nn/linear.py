@@ -123,7 +123,7 @@ class ExllamaLinear(PackedModule):
             x = x.to(dtype)
         rows = x if dim == 2 else x.reshape(-1, self.in_features)
         out = gptq_gemm(rows.contiguous(), *self.op_arguments)
-        out = out if dim == 2 else out.view(*x.shape[:-1], self.out_features)
+        out = out if dim == 2 else out.view(*x.shape[:-1], out.shape[-1])
         try:
             bias: Tensor | None = self._buffers["bias"]
         except KeyError:

@@ -1,0 +1,142 @@
+"""Experts that files hold one by one, behind transformers' interface for experts: products of each chosen expert."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from exllama_ops.integrations.transformers.names import ExpertPlace
+from exllama_ops.integrations.transformers.pending import initialized
+
+# The name by which a config of transformers asks for `experts_forward`.
+IMPLEMENTATION = "exllama"
+
+# On a module of experts: what the files call its projections, (gate, up, down) or (up, down).
+_PROJECTIONS = "_exllama_projections"
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The sum over the chosen experts of ``weight * down(act(gate(x)) * up(x))``, for each token.
+
+    Each expert that any token chose makes one product a projection, of its tokens alone. The results of a token are
+    added in the order of its choices, so they do not depend on the tokens beside it. Which experts are chosen is read
+    on the host: it runs eagerly.
+
+    Args:
+        self: a module of experts that `take_experts` changed. With other modules transformers' own product runs.
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, k) int64, the experts of each token; numbers past the last one are left out.
+        top_k_weights: (tokens, k), their weights.
+
+    Returns:
+        (tokens, hidden) in the dtype of hidden_states.
+
+    Source: ``grouped_mm_experts_forward`` of transformers 5.24.
+    """
+    names = getattr(self, _PROJECTIONS, None)
+    if names is None:
+        dense: Tensor = moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return dense
+    *into, down = names
+    results = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=top_k_weights.dtype)
+    for index in top_k_index.unique().tolist():
+        if index >= self.num_experts:
+            continue
+        expert = getattr(self, str(index))
+        token, choice = (top_k_index == index).nonzero(as_tuple=True)
+        x = hidden_states[token]
+        inner = torch.cat([getattr(expert, name)(x) for name in into], -1)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        y = getattr(expert, down)(inner)
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        results[token, choice] = y * top_k_weights[token, choice].unsqueeze(-1)
+    return results.sum(1).to(hidden_states.dtype)
+
+
+def take_experts(
+    model: Any, found: Mapping[str, ExpertPlace], layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, str], list[str]]:
+    """Put one layer per projection and expert in the place of the parameters that hold all experts.
+
+    Args:
+        model: the model, on the meta device.
+        found: name in the files -> place.
+        layers: name in the files -> the layer to put there.
+
+    Returns:
+        Name in the files -> name of the module in the model; and what is wrong, a sentence each. Where something is
+        wrong, that module of experts is as it was.
+    """
+    by_module: dict[str, dict[str, ExpertPlace]] = defaultdict(dict)
+    for name, place in found.items():
+        by_module[place.experts][name] = place
+    taken: dict[str, str] = {}
+    problems: list[str] = []
+    for module_name, places in by_module.items():
+        module = model.get_submodule(module_name)
+        reason = _reason_against(module, places, layers)
+        if reason:
+            problems.append(f"{module_name}: {reason}")
+            continue
+        by_parameter = {(place.parameter, place.part): place.projection for place in places.values()}
+        setattr(module, _PROJECTIONS, tuple(by_parameter[key] for key in _order(module)))
+        for parameter in {place.parameter for place in places.values()}:
+            for owned in (parameter, f"{parameter}_bias"):
+                if module._parameters.pop(owned, None) is not None:
+                    setattr(module, owned, initialized())
+        for name, place in places.items():
+            if str(place.index) not in module._modules:
+                module.add_module(str(place.index), nn.Module())
+            module.get_submodule(str(place.index)).add_module(place.projection, layers[name])
+            taken[name] = f"{module_name}.{place.index}.{place.projection}"
+        module.config._experts_implementation = IMPLEMENTATION
+    if taken:
+        moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    return taken, problems
+
+
+def finish_experts(model: nn.Module) -> None:
+    """Drop what stood for the parameters while transformers initialized its modules."""
+    for module in model.modules():
+        if hasattr(module, _PROJECTIONS):
+            for name in ("gate_up_proj", "up_proj", "down_proj"):
+                for owned in (name, f"{name}_bias"):
+                    vars(module).pop(owned, None)
+
+
+def _order(module: Any) -> list[tuple[str, int]]:
+    """The projections of an expert as `experts_forward` wants them: (parameter, part)."""
+    if module.has_gate:
+        return [("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 0)]
+    return [("up_proj", 0), ("down_proj", 0)]
+
+
+def _reason_against(module: Any, places: Mapping[str, ExpertPlace], layers: Mapping[str, nn.Module]) -> str:
+    """Why quantized experts cannot run in a module; empty if they can."""
+    if not hasattr(module, "has_gate"):
+        return f"{type(module).__name__} does not take its experts through transformers' interface for experts"
+    if module.is_transposed or not module.is_concatenated:
+        return f"{type(module).__name__} keeps its experts transposed or interleaved, unlike packed layers"
+    order = _order(module)
+    missing = set(range(module.num_experts)) - {place.index for place in places.values()}
+    if missing or len(places) != module.num_experts * len(order):
+        return (
+            f"all {module.num_experts} experts must be quantized, with {len(order)} projections each; the files have "
+            f"{len(places)} such layers"
+        )
+    if {(place.parameter, place.part) for place in places.values()} != set(order):
+        return f"{type(module).__name__} merges other projections than gate, up and down"
+    for name, place in places.items():
+        parameter = getattr(module, place.parameter)
+        outputs = parameter.shape[1] // (2 if place.parameter == "gate_up_proj" else 1)
+        expected = (parameter.shape[2], outputs)
+        got = (layers[name].in_features, layers[name].out_features)
+        if expected != got:
+            return f"{name} must have a weight of (K, N) = {expected}; got {got}"
+    return ""
