@@ -12,7 +12,21 @@ _REPR.maxstring = 200
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as it is; the text names the file and the tensor or field."""
+    """A checkpoint that cannot be read or written as it is; the text names the file and the tensor or field.
+
+    Attributes:
+        reasons: all that speaks against it, as far as it was looked at. The text is the first, and counts the others.
+    """
+
+    def __init__(self, text: str, reasons: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.reasons = tuple(reasons) or (text,)
+
+    @classmethod
+    def of_all(cls, reasons: Sequence[str]) -> CheckpointError:
+        """The error of several reasons."""
+        others = f" ({len(reasons) - 1} more reasons: `exllama-ops inspect` has them)" if len(reasons) > 1 else ""
+        return cls(f"{reasons[0]}{others}", reasons)
 
 
 def shown(value: object) -> str:

@@ -88,6 +88,12 @@ def place_of(
     return path.parent, said if path.name in chosen else {**(said or {}), MEANT_FIELDS[0]: path.stem}
 
 
+def is_hub_id(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether it names a model of the hub, which nothing here has the name of."""
+    is_path = isinstance(path_or_id, os.PathLike) or file_type(Path(path_or_id)) is not None
+    return not is_path and _HUB_ID.fullmatch(os.fspath(path_or_id)) is not None
+
+
 def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *, configs_only: bool = False) -> Path:
     """The directory that a path or hub id names, downloaded into the hub's cache if it is an id.
 
@@ -107,7 +113,7 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None, *,
             raise CheckpointError(f"{path}: revision is for hub ids, and this is a local directory; got {revision!r}")
         return path
     name = os.fspath(path_or_id)
-    if kind is not None or isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(name):
+    if not is_hub_id(path_or_id):
         raise CheckpointError(f"{name}: must be an existing directory or a hub id (owner/name); it is neither")
     hub = require("huggingface_hub")
     patterns = _HUB_CONFIGS if configs_only else _HUB_FILES

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import exllama_ops
-from exllama_ops.cli import build, chat, interrupt, run
-from exllama_ops.cli.output import CliError, say
+from exllama_ops.cli import build, chat, inspect, interrupt, run
+from exllama_ops.cli.output import CliError, say, warnings_as_lines
 
-_COMMANDS = (run, chat, build)
+_COMMANDS = (run, chat, inspect, build)
 
 _NOBODY_READS = 141  # 128 + SIGPIPE
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    with interrupt.watched():
+    with interrupt.watched(), warnings_as_lines():
         try:
             args.command(args)
         except KeyboardInterrupt:

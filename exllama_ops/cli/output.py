@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,22 @@ def expected_errors() -> Iterator[None]:
         if type(error).__module__.partition(".")[0] != __name__.partition(".")[0]:
             raise
         raise CliError(one_line(error)) from error
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Each warning becomes one line on stderr, and comes once."""
+    told = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        text = f"exllama-ops: warning: {' '.join(str(message).split())}"
+        if text not in told:
+            told.add(text)
+            say(text)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def one_line(error: Exception) -> str:

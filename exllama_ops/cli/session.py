@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +19,21 @@ from exllama_ops import backends
 from exllama_ops.backends.native import NativeBackend
 from exllama_ops.cli import interrupt
 from exllama_ops.cli.clock import Clock
+from exllama_ops.cli.model import add_model_arguments, add_trust_argument, open_model, quantization_config
 from exllama_ops.cli.output import CliError, say
 from exllama_ops.cli.text import TextStream, load_tokenizer
 from exllama_ops.extras import collector_paused
 from exllama_ops.progress import Screen
 
 _BACKENDS = ("exllama", "inductor")
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SEEDS = 2**64
 
 
 def add_arguments(parser: Any, *, max_new_tokens: int) -> None:
     """Add what a `Session` reads, with a default for the length of an answer."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a directory or hub id; default: a small demo model")
+    add_model_arguments(parser, optional=True)
+    add_trust_argument(parser)
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N", help="default: %(default)s"
     )
@@ -47,7 +48,9 @@ def add_arguments(parser: Any, *, max_new_tokens: int) -> None:
         "--top-p", type=_top_p, metavar="P", help="draw from the likeliest tokens that have this probability together"
     )
     parser.add_argument("--seed", type=_seed, metavar="N", help="of what is drawn; default: another one each time")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), help="of the activations; default: that of the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), default="auto", help="of the activations; auto, the default: as config.json"
+    )
     parser.add_argument(
         "--lm-head-bits", type=int, metavar="BITS", help="quantize a dense output head, 8 halves it; default: leave it"
     )
@@ -136,11 +139,13 @@ class Session:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         self.device = _device(args.device)
-        self.path = _checkpoint(args.model, screen)
+        self.path = open_model(args, screen).path
+        # What was downloaded is not asked for again; a path may name one file of its directory.
+        self._place = args.model if args.model is not None and os.path.exists(args.model) else self.path
         self.clock.lap("checkpoint")
         screen(f"loading {self.path}")
         with collector_paused():
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = load_tokenizer(self.path, trust_remote_code=args.trust_remote_code)
         self.clock.lap("load")
 
     def load(self) -> None:
@@ -156,9 +161,17 @@ class Session:
             from exllama_ops.integrations.transformers import load_model
 
         start = time.perf_counter()
-        dtype = None if self.args.dtype is None else _DTYPES[self.args.dtype]
+        options: dict[str, Any] = {"quantization_config": quantization_config(self.args)}
+        if self.args.trust_remote_code:
+            options["trust_remote_code"] = True
         self.model = load_model(
-            self.path, dtype, self.device, progress=False, notify=self._screen, lm_head_bits=self.args.lm_head_bits
+            self._place,
+            _DTYPES[self.args.dtype],
+            self.device,
+            progress=False,
+            notify=self._screen,
+            lm_head_bits=self.args.lm_head_bits,
+            **{name: value for name, value in options.items() if value is not None},
         )
         self.load_seconds = time.perf_counter() - start
         self.generator = CompiledGenerator(
@@ -306,18 +319,6 @@ def _device(name: str) -> torch.device:
         known = ", ".join(key.lower() for key in backends.PRIORITY)
         raise CliError(f"--device {name}: must be one of the devices that the ops have kernels for: {known}")
     return device
-
-
-def _checkpoint(model: str | None, screen: Screen) -> Path:
-    if model is None:
-        from exllama_ops.integrations.demo import demo_checkpoint
-
-        return demo_checkpoint(screen)
-    from exllama_ops.checkpoint import open_checkpoint
-
-    if not os.path.isdir(model):
-        screen(f"fetching {model} from the hub")  # which shows bars of its own
-    return open_checkpoint(model).path
 
 
 def _weight_bytes(model: torch.nn.Module) -> int:

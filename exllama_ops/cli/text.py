@@ -7,25 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from exllama_ops.cli.output import CliError, one_line
+from exllama_ops.cli.remote_code import own_code
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     """The tokenizer of a checkpoint.
 
+    Args:
+        path: its directory.
+        trust_remote_code: whether code of the directory may run.
+
     Raises:
-        CliError: there is none that transformers can read.
+        CliError: there is none that transformers can read, or it needs code that may not run.
     """
-    from exllama_ops.checkpoint.disk import check_regular, file_type
+    from exllama_ops.checkpoint.disk import open_file
     from exllama_ops.extras import require
 
     transformers = require("transformers")
-    # It opens whatever is there, and waits for FIFOs.
+    # It opens whatever is there, waits for FIFOs, and takes pointers of Git LFS for broken files.
     for file in sorted({*path.glob("*"), *path.glob("*/*")}):
         if not file.is_dir():
-            check_regular(file, file_type(file))
+            open_file(file).close()
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers' errors share no base class
+        if not trust_remote_code and (code := own_code(path)):
+            raise CliError(
+                f"{path}: its tokenizer needs code of its own repository ({code}): pass --trust-remote-code if you "
+                "trust it"
+            ) from error
         raise CliError(f"{path}: must hold a tokenizer (tokenizer.json or its kin): {one_line(error)}") from error
 
 
