@@ -31,9 +31,9 @@ def add_model_arguments(parser: Any, *, optional: bool) -> None:
     group = parser.add_argument_group("what the files do not say of themselves, or say wrongly")
     group.add_argument("--bits", type=int, metavar="N", help="of a quantized value: 2, 3, 4 or 8")
     group.add_argument("--group-size", type=int, metavar="N", help="rows that share a scale; -1 for all rows")
-    group.add_argument("--sym", action=argparse.BooleanOptionalAction, help="every zero point is the middle value")
-    group.add_argument("--asym", dest="sym", action="store_false", default=None, help="the same as --no-sym")
-    group.add_argument("--desc-act", action=argparse.BooleanOptionalAction, help="rows have an activation order")
+    group.add_argument("--sym", action="store_true", default=None, help="every zero point is the middle value")
+    group.add_argument("--asym", dest="sym", action="store_false", help="zero points are what they are")
+    group.add_argument("--desc-act", action="store_true", default=None, help="rows have an activation order")
     group.add_argument(
         "--checkpoint-format", metavar="NAME", help="gptq: zero points stored minus 1; gptq_v2: as they are"
     )
