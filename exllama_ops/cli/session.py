@@ -161,9 +161,6 @@ class Session:
             from exllama_ops.integrations.transformers import load_model
 
         start = time.perf_counter()
-        options: dict[str, Any] = {"quantization_config": quantization_config(self.args)}
-        if self.args.trust_remote_code:
-            options["trust_remote_code"] = True
         self.model = load_model(
             self._place,
             _DTYPES[self.args.dtype],
@@ -171,7 +168,8 @@ class Session:
             progress=False,
             notify=self._screen,
             lm_head_bits=self.args.lm_head_bits,
-            **{name: value for name, value in options.items() if value is not None},
+            quantization_config=quantization_config(self.args),
+            trust_remote_code=self.args.trust_remote_code,
         )
         self.load_seconds = time.perf_counter() - start
         self.generator = CompiledGenerator(
