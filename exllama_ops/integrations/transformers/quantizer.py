@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers.quantizers import auto
@@ -119,15 +118,14 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         """Leave transformers' plan as it is: layers are cut while they are read."""
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.checkpoint is None:
             self.checkpoint = _opened(checkpoint_files, self._argument)
         checkpoint = self.checkpoint
         found = places(model, checkpoint.quantized)
-        dtype = dtype or torch.float16
         layers = {
-            name: PendingLinear(name, checkpoint.summary(name), dtype) for name in (*found.layers, *found.experts)
+            name: PendingLinear(name, checkpoint.summary(name), model.dtype) for name in (*found.layers, *found.experts)
         }
         problems = [*found.problems]
         for name, target in found.layers.items():

@@ -1,0 +1,140 @@
+"""`load_model` and ``from_pretrained`` on the families of transformers: kinds of layers, names, experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exllama_ops.checkpoint import CheckpointError
+from exllama_ops.nn import ExllamaLinear
+
+transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
+
+from exllama_ops.integrations.transformers import load_model, register  # noqa: E402 (as above)
+from integrations import families  # noqa: E402 (it needs transformers)
+
+
+def assert_same(model: Any, dense: Any) -> None:
+    """Sums of at most 128 float32 products differ by 2**-17 of their size; a misplaced layer differs by all of it."""
+    expected = families.logits(dense)
+    assert (families.logits(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_a_family_has_the_logits_of_its_dense_model(family: str, tmp_path: Path) -> None:
+    dense = families.write(family, tmp_path, names=families.HUB_NAMES.get(family, ()), head=family == "gpt_neox")
+    model = load_model(tmp_path, torch.float32, progress=False)
+    assert type(model) is type(dense)
+    assert_same(model, dense)
+
+
+@pytest.mark.parametrize("family", families.HUB_NAMES)
+def test_the_names_of_transformers_itself_load_too(family: str, tmp_path: Path) -> None:
+    """Tools that quantize a model of transformers 5 write the names that it has there."""
+    dense = families.write(family, tmp_path)
+    assert_same(load_model(tmp_path, torch.float32, progress=False), dense)
+
+
+@pytest.mark.parametrize("family", families.HUB_NAMES)
+def test_save_pretrained_writes_the_names_and_the_tensors_of_the_files(family: str, tmp_path: Path) -> None:
+    families.write(family, tmp_path / "a", names=families.HUB_NAMES[family], head=family == "gpt_neox")
+    load_model(tmp_path / "a", progress=False).save_pretrained(tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with register():
+        model = transformers.AutoModelForCausalLM if family != "qwen2_vl" else transformers.AutoModelForImageTextToText
+        again = model.from_pretrained(tmp_path / "b")
+    assert torch.equal(families.logits(again), families.logits(load_model(tmp_path / "a", progress=False)))
+
+
+def test_dense_experts_are_merged_as_transformers_does(tmp_path: Path) -> None:
+    dense = families.write("mixtral", tmp_path, quantizes_experts=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if "experts" in name]:
+        merged = tensors.pop(name)
+        for index, own in enumerate(merged):
+            parts = {"w2": own} if "down" in name else dict(zip(("w1", "w3"), own.chunk(2), strict=True))
+            for part, tensor in parts.items():
+                key = name.rpartition(".")[0].replace(".mlp.", ".block_sparse_moe.")
+                tensors[f"{key}.{index}.{part}.weight"] = tensor.clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(load_model(tmp_path, torch.float32, progress=False), dense)
+
+
+def test_a_row_of_experts_has_the_same_bits_whatever_is_beside_it(tmp_path: Path) -> None:
+    families.write("qwen3_moe", tmp_path)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    experts = model.model.layers[0].mlp.experts
+    x = torch.randn(6, 64)
+    choices = torch.tensor([[0, 3], [1, 2], [3, 0], [2, 1], [0, 1], [3, 2]])
+    weights = torch.rand(6, 2)
+    with torch.inference_mode():
+        together = experts(x, choices, weights)
+        alone = torch.cat([experts(x[i : i + 1], choices[i : i + 1], weights[i : i + 1]) for i in range(6)])
+    assert torch.equal(together, alone)
+    assert not experts(x, torch.full_like(choices, 4), weights).any()  # a number past the last expert: no expert
+
+
+def test_experts_train_what_is_before_them(tmp_path: Path) -> None:
+    families.write("qwen3_moe", tmp_path)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    model.model.layers[0].mlp.experts(x, torch.tensor([[0, 1]] * 3), torch.rand(3, 2)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("layers.0.mlp.experts.3.up_proj", r"all 4 experts must be quantized, with 3 projections each; .* 11 such"),
+        ("layers.1.mlp.experts.2.", r"all 4 experts must be quantized, with 3 projections each; .* 9 such"),
+    ],
+)
+def test_experts_that_are_quantized_in_part_are_refused(missing: str, message: str, tmp_path: Path) -> None:
+    families.write("mixtral", tmp_path, skip=lambda name: missing in name)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path, progress=False)
+
+
+def test_a_family_without_text_generation_is_refused_by_its_name(tmp_path: Path) -> None:
+    families.write("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit", "architectures": None}))
+    with pytest.raises(CheckpointError, match=r"generates no text with the family 'vit'$"):
+        load_model(tmp_path, progress=False)
+
+
+def test_a_checkpoint_without_architectures_loads(tmp_path: Path) -> None:
+    dense = families.write("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert_same(load_model(tmp_path, torch.float32, progress=False), dense)
+
+
+def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
+    families.write("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = "from transformers import Phi3Config\nclass Config(Phi3Config):\n    model_type = 'own'\n"
+    (tmp_path / "own_config.py").write_text(code + f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    own = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own_config.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    with pytest.raises(CheckpointError, match=r"'own' needs code of this checkpoint.*trust_remote_code=True"):
+        load_model(tmp_path, progress=False)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(CheckpointError, match="generates no text with the family 'own'"):
+        load_model(tmp_path, progress=False, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_quantized_layers_are_of_this_library_in_every_family(tmp_path: Path) -> None:
+    dense = families.write("t5", tmp_path)
+    model = load_model(tmp_path, progress=False)
+    layers = [name for name, module in model.named_modules() if isinstance(module, ExllamaLinear)]
+    assert len(layers) == sum(isinstance(module, torch.nn.Linear) for module in dense.modules()) - 1  # the head
