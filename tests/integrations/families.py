@@ -62,7 +62,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         n_group=1,
         topk_group=1,
         first_k_dense_replace=1,
-    ),  # fmt: skip
+    ),
     "mamba": lambda: transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=32
     ),
@@ -77,7 +77,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vision_end_token_id=91,
         image_token_id=92,
         video_token_id=93,
-    ),  # fmt: skip
+    ),
 }
 
 # Names that hubs have, for the names that transformers gives: (pattern, replacement) in turn.

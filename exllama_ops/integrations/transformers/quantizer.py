@@ -20,6 +20,7 @@ from exllama_ops.integrations.transformers import parallel
 from exllama_ops.integrations.transformers.experts import finish_experts, take_experts
 from exllama_ops.integrations.transformers.head import untie
 from exllama_ops.integrations.transformers.names import places
+from exllama_ops.integrations.transformers.offload import offload
 from exllama_ops.integrations.transformers.pending import PendingLinear
 from exllama_ops.integrations.transformers.state import saved_state
 from exllama_ops.nn import linear_sizes
@@ -153,13 +154,15 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         checkpoint = self.checkpoint
         assert checkpoint is not None
         cuts = parallel.cuts(model, self._pending, self._merged)
+        device_map = getattr(model, "hf_device_map", {})
         bar = logging.tqdm(self._pending.items(), desc="Packing quantized layers", disable=self._count is not None)
         for target, layer in bar:
             device, cut = layer.place.device, cuts.get(target)
             if cut is None:
-                layer.fill(checkpoint.read(layer.name_in_files, device))
+                filled = layer.fill(checkpoint.read(layer.name_in_files, device))
             else:
-                parallel.fill(target, layer, checkpoint.read(layer.name_in_files), cut, device)
+                filled = parallel.fill(target, layer, checkpoint.read(layer.name_in_files), cut, device)
+            offload(filled, _mapped(device_map, target))
             if self._count is not None:
                 self._count()
         finish_experts(model)
@@ -183,6 +186,13 @@ def _opened(checkpoint_files: list[str] | None, argument: Mapping[str, Any] | No
     fields = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
     said = None if argument is None else {name: argument[name] for name in fields if name in argument}
     return open_checkpoint(Path(checkpoint_files[0]).parent, quantization_config=said)
+
+
+def _mapped(device_map: Mapping[str, Any], name: str) -> Any:
+    """What a device map says of a module: its own entry, or that of the nearest module around it."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
 
 
 def _reason_against(module: nn.Module, layer: PendingLinear) -> str:
