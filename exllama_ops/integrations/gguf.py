@@ -202,7 +202,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _rows(self, tensor: Any, N: int) -> Tensor:
         """The row of the file that each row of the model's weight is."""
-        rows = torch.arange(N, device="cpu").reshape(N, 1).numpy()
+        rows = torch.arange(N, dtype=torch.int64, device="cpu").reshape(N, 1).numpy()
         return torch.from_numpy(self._processor.process(weights=rows, name=tensor.name).weights.copy()).flatten()
 
     def _check_complete(self) -> None:

@@ -44,9 +44,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq_v2", "gptq"])
-@pytest.mark.parametrize(
-    "path", [*(WRITERS / name for name in FOLDERS), DATA / "smol1-w2g32-asym-act"], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("folder", [*(f"writers/{name}" for name in FOLDERS), "smol1-w2g32-asym-act"])
 def test_what_was_converted_is_exact(tmp_path, folder, checkpoint_format):
     source = open_checkpoint(DATA / folder)
     conversion = convert_checkpoint(source, tmp_path / "out", checkpoint_format=checkpoint_format)
