@@ -37,6 +37,7 @@ EXTRAS: dict[str, set[str]] = {
     "tqdm": {"checkpoint", "integrations"},
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
+    "peft": {"integrations"},
     "gguf": {"integrations"},
     "filelock": {"compile", "integrations"},
     "triton": {"backends"},
@@ -96,7 +97,7 @@ torch.ops.exllama.gptq_gemm.default
 torch.ops.exllama.gptq_shuffle.default
 assert not torch.cuda.is_initialized()
 heavy = {"transformers", "safetensors", "huggingface_hub", "accelerate", "triton", "torch._dynamo", "torch._inductor"}
-heavy |= {"exllama_ops.testing"}
+heavy |= {"peft", "exllama_ops.testing"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
