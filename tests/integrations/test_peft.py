@@ -115,6 +115,13 @@ def test_adapters_learn_are_saved_and_load_bit_for_bit_and_over_a_dense_model_to
     torch.testing.assert_close(learnt, over_dense, rtol=0, atol=2e-3)
 
 
+def test_all_linear_leaves_a_quantized_head_out(model: nn.Module) -> None:
+    convert(model, {"lm_head": quantize(model.get_submodule("lm_head").weight.detach(), 4, 32)})
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+    assert isinstance(adapted.get_output_embeddings(), ExllamaLinear)
+    assert isinstance(adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj"), ExllamaLoraLinear)
+
+
 def test_a_model_of_conv1d_layers_is_adapted_as_one_of_linear_layers() -> None:
     torch.manual_seed(0)
     gpt2 = quantized(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2)))
@@ -143,7 +150,7 @@ def test_several_adapters_are_switched_mixed_and_removed(model: nn.Module, tmp_p
 
 
 def test_merging_is_refused_with_what_to_do_and_changes_nothing(model: nn.Module) -> None:
-    adapted = trained(get_peft_model(model, LoraConfig(target_modules=["lm_head", "q_proj"], r=4)))
+    adapted = trained(get_peft_model(model, LoraConfig(target_modules=["embed_tokens", "q_proj"], r=4)))
     before = logits(adapted)
     layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     for merge in (adapted.merge_and_unload, adapted.merge_adapter, layer.merge):
