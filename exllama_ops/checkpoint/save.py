@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -58,18 +59,28 @@ def save_gptq(
         sym: whether all zero points are ``2**(bits - 1)``.
         desc_act: whether weights may have a ``g_idx``.
         checkpoint_format: "gptq_v2", zero points as they are, or "gptq", minus 1 by the rule of GPTQModel.
-        config: contents of config.json, to which ``quantization_config`` is added.
+        config: contents of config.json, to which ``quantization_config`` is added. Servers look up the class of a model
+            by its ``architectures``.
         max_shard_bytes: the most that a file holds, unless a single tensor is larger.
 
     Raises:
         CheckpointError: the arguments contradict each other, and the text names the module or tensor. Or the directory
             cannot be written, and nothing of what was begun stays there.
         ImportError: the extra ``hf`` is not installed.
+
+    Warns:
+        UserWarning: config names no architectures.
     """
     if checkpoint_format not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"save_gptq: checkpoint_format must be 'gptq' or 'gptq_v2'; got {checkpoint_format!r}")
     if not weights:
         raise CheckpointError("save_gptq: weights must hold at least one module; got none")
+    if config is not None and not config.get("architectures"):
+        warnings.warn(
+            "save_gptq: config should name the model's class, as architectures=[type(model).__name__], which servers "
+            f"ask for; got {config.get('architectures')!r}",
+            stacklevel=2,
+        )
     layers: dict[str, Kind] = {}
     shards = _ShardWriter(Path(path), max_shard_bytes)
     try:

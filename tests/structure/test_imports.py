@@ -27,7 +27,7 @@ PARTS: dict[str, set[str]] = {
     "nn": {"prepare", "layout", "ops", "backends", "huge_pages"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras", "cache", "progress"},
     "integrations": {"compile", "nn", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
-    "cli": {"integrations", "checkpoint", "backends", "extras", "progress"},
+    "cli": {"integrations", "checkpoint", "backends", "extras", "cache", "progress"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
 # optional dependency -> the parts that may import it
