@@ -36,7 +36,7 @@ class ByLayer:
     """
 
     def __init__(self, model: Any, way: str) -> None:
-        interface = cache_interface(model, torch.device("cpu"))
+        interface = cache_interface(model, torch.zeros(1, 2, dtype=torch.long))
         self._argument, self._model = interface.argument, model
         self._memory = KeysAndValues(interface.shapes, CAPACITY)
         pairs = self._memory.views(CAPACITY)

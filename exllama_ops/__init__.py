@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from exllama_ops.integrations.generation import CompiledGenerator
     from exllama_ops.integrations.layered import LayeredForward
     from exllama_ops.integrations.slot import GptqSlot
+    from exllama_ops.integrations.stops import stop_tokens
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
     from exllama_ops.nn import ExllamaLinear, convert, quantize
@@ -78,6 +79,7 @@ __all__ = [
     "save_gptq",
     "set_batch_invariant",
     "set_cpu_matmul_precision",
+    "stop_tokens",
     "warmup",
 ]
 
@@ -101,6 +103,7 @@ _LAZY = {
     "quantize": "exllama_ops.nn",
     "read_gptq": "exllama_ops.checkpoint",
     "save_gptq": "exllama_ops.checkpoint",
+    "stop_tokens": "exllama_ops.integrations.stops",
     "warmup": "exllama_ops.nn.warmup",
 }
 

@@ -131,6 +131,7 @@ class Session:
         self.load_seconds = self.compile_seconds = 0.0
         self.model: Any = None
         self.generator: Any = None
+        self.stops: frozenset[int] = frozenset()
         self._first_token: tuple[dict[str, float], dict[str, float]] | None = None
         self._screen = screen
         if not args.temperature and (args.top_p is not None or args.seed is not None):
@@ -158,6 +159,7 @@ class Session:
         self._screen(f"loading {self.path}")
         with collector_paused():
             from exllama_ops.integrations.generation import CompiledGenerator
+            from exllama_ops.integrations.stops import stop_tokens
             from exllama_ops.integrations.transformers import load_model
 
         start = time.perf_counter()
@@ -179,6 +181,7 @@ class Session:
             backend=self.args.backend,
             notify=self._screen,
         )
+        self.stops = stop_tokens(self.model, self.tokenizer)
         self.clock.lap("load")
 
     def compile(self) -> None:
@@ -239,16 +242,16 @@ class Session:
     def _generate(self, prompt: list[int]) -> Any:
         args = self.args
         if not args.temperature:
-            return self.generator.generate(prompt, args.max_new_tokens)
+            return self.generator.generate(prompt, args.max_new_tokens, stop=self.stops)
         from exllama_ops.integrations.sampling import Sampler
 
         sampler = Sampler(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
-        return self.generator.generate(prompt, args.max_new_tokens, sampler=sampler)
+        return self.generator.generate(prompt, args.max_new_tokens, stop=self.stops, sampler=sampler)
 
     def figures(self) -> dict[str, Any]:
         """What is known of the model and its graphs, for the JSON object and the report."""
         return {
-            "compiled": not self.args.no_compile,
+            "compiled": self.generator.mode is not None,
             "mode": self.generator.mode,
             "compile_seconds": round(self.compile_seconds, 3),
             "graphs": self.generator.graphs,

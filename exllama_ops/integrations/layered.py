@@ -70,7 +70,10 @@ class LayeredForward:
         interface: CacheInterface | None = None,
     ) -> None:
         device = model.get_input_embeddings().weight.device
-        interface = cache_interface(model, device) if interface is None else interface
+        if interface is None:
+            interface = cache_interface(model, torch.zeros(1, 2, dtype=torch.long, device=device))
+        if interface.reason:
+            raise ValueError(f"{type(model).__name__} cannot be compiled layer by layer: {interface.reason}")
         try:
             parts = split(model, interface)
             self._shapes = interface.shapes

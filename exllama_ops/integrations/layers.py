@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from exllama_ops.integrations.eager import accepted
 from exllama_ops.integrations.static_cache import CacheInterface, OneLayerCache
 
 # In the places of a layer's arguments that each call fills.
@@ -144,7 +145,10 @@ class Split:
             states.extend([given.view_as(given)] if states else [given, given.view_as(given)])
             return last if index == len(self.names) - 1 else states[-1]
 
-        arguments = {"input_ids": ids, self.cache.argument: cache, "use_cache": True, "logits_to_keep": 0}
+        arguments = {
+            self.cache.argument: cache,
+            **accepted(self.model, {"input_ids": ids, "use_cache": True, "logits_to_keep": 0}),
+        }
         with _replaced_forwards(self.layers, self.in_tuple, called):
             output = functional_call(self.model, dict(weights), (), arguments)
         return states[0], calls, output.logits[0]

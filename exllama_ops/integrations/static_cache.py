@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,18 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from exllama_ops.extras import require
+from exllama_ops.integrations.eager import accepted, cache_argument, returned_cache
 
 require("transformers")
-from transformers.cache_utils import (  # noqa: E402 (after the check that says what to install)
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-)
+from transformers.cache_utils import Cache, StaticCache, StaticLayer  # noqa: E402 (after the check of what is installed)
 
-# What transformers calls the cache, in forwards and in results: newer versions, and older ones.
-_CACHE_NAMES = ("cache", "past_key_values")
 # Attention reads the positions up to the last one that is used, rounded up to a multiple of this.
 _CUT = 64
 
@@ -60,25 +52,25 @@ class Returned(NamedTuple):
 
 
 class CacheInterface(NamedTuple):
-    """What a step of one token shows of a model.
+    """What a forward of a few tokens shows of a model.
 
     Args:
-        argument: the name under which its forward takes its cache.
+        argument: the name under which its forward takes its cache; empty if it returns none.
+        reason: why no static cache can be made for it; empty if one can.
         shapes: what each layer caches.
         calls: the modules of its lists that were called, in order, and what each returned.
+        logits: (2, vocabulary), after the last two tokens.
     """
 
     argument: str
+    reason: str
     shapes: list[LayerShape]
     calls: list[tuple[nn.Module, Returned]]
+    logits: Tensor
 
 
-def cache_interface(model: Any, device: torch.device) -> CacheInterface:
-    """Learn it from a step of one token: configs name it in too many ways.
-
-    Raises:
-        ValueError: the model returns no cache, or one with layers of another kind than attention.
-    """
+def cache_interface(model: Any, tokens: Tensor) -> CacheInterface:
+    """Learn it from a forward of tokens (1, 2 or more): configs name it in too many ways."""
     calls: list[tuple[nn.Module, Returned]] = []
     handles = [
         module.register_forward_hook(lambda module, args, result: calls.append((module, Returned.of(result))))
@@ -88,31 +80,39 @@ def cache_interface(model: Any, device: torch.device) -> CacheInterface:
     ]
     try:
         with torch.inference_mode():
-            output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
+            output = model(**accepted(model, {"input_ids": tokens, "use_cache": True, "logits_to_keep": 2}))
     finally:
         for handle in handles:
             handle.remove()
-    returned = next((name for name in _CACHE_NAMES if isinstance(getattr(output, name, None), Cache)), None)
-    if returned is None:
-        raise ValueError(
-            f"CompiledGenerator: {type(model).__name__} must return a Cache of keys and values; it has none"
-        )
-    # A model's own code may keep the older name, and a wrapper's forward may have neither among its parameters.
-    parameters = inspect.signature(model.forward).parameters
-    argument = next((name for name in _CACHE_NAMES if name in parameters), returned)
-    cache = getattr(output, returned)
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
-    if unknown:
-        raise ValueError(
-            "CompiledGenerator: every layer of the model must have full or sliding-window attention; "
-            f"{type(model).__name__} caches with {', '.join(unknown)}"
+    logits: Tensor = output.logits[0, -2:]
+    returned, cache = returned_cache(output)
+    if not returned:
+        return CacheInterface("", "it returns no cache", [], calls, logits)
+    argument = cache_argument(model, returned)
+    layers = getattr(cache, "layers", [])
+    others = sorted({type(layer).__name__ for layer in layers if not _has_keys_and_values(layer)})
+    if others or not layers:
+        kept = ", ".join(others) or type(cache).__name__
+        return CacheInterface(
+            argument, f"not all of its layers cache keys and values alone ({kept})", [], calls, logits
         )
     shapes = [
         LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        for keys, values in ((layer.keys, layer.values) for layer in cache.layers)
+        for keys, values in ((layer.keys, layer.values) for layer in layers)
     ]
-    return CacheInterface(argument, shapes, calls)
+    return CacheInterface(argument, "", shapes, calls, logits)
+
+
+def _has_keys_and_values(layer: Any) -> bool:
+    """Whether a layer of a cache holds (1, heads, tokens, dim) of each, and no other tensor with more than a number."""
+    pair = [getattr(layer, name, None) for name in ("keys", "values")]
+    if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in pair):
+        return False
+    return all(
+        name in ("keys", "values") or value.numel() <= 1
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor)
+    )
 
 
 class _Layer(StaticLayer):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exllama_ops.integrations.cpu_forms import fast_eager_attention
+from exllama_ops.integrations.eager import accepted
 from exllama_ops.integrations.static_cache import CacheInterface, WholeCache
 
 
@@ -88,9 +89,10 @@ class WholeForward:
     def _function(self) -> Callable[[Tensor, Any], Tensor]:
         """One forward with a cache, as a function with a code object of its own."""
         model, cache_argument = self._model, self._interface.argument
+        options = accepted(model, {"use_cache": True, "logits_to_keep": 1})
 
         def forward(ids: Tensor, cache: Any) -> Tensor:
-            logits: Tensor = model(input_ids=ids, **{cache_argument: cache}, use_cache=True, logits_to_keep=1).logits
+            logits: Tensor = model(input_ids=ids, **{cache_argument: cache}, **options).logits
             return logits[0, -1]
 
         # Dynamo keeps its graphs, and counts them against its limit, per code object. Sharing one would make the steps,

@@ -32,8 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     weights = {name: quantize(linear.weight, 4, 32) for name, linear in linears.items()}
     tensors = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in linears}
-    values = {**json.loads(config.to_json_string()), "architectures": ["LlamaForCausalLM"]}
-    save_gptq(path, weights, tensors, config=values, sym=False, desc_act=False)
+    save_gptq(path, weights, tensors, config=json.loads(config.to_json_string()), sym=False, desc_act=False)
 
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,7 +72,7 @@ class Generator:
     def warm_up(self) -> None:
         pass
 
-    def generate(self, prompt: list[int], max_new_tokens: int, *, sampler: Any = None) -> Iterator[int]:
+    def generate(self, prompt: list[int], max_new_tokens: int, *, stop: Any, sampler: Any = None) -> Iterator[int]:
         self.prompts.append(self._tokenizer.decode(prompt))
         self.samplers.append(sampler)
         answer = next(self._answers)

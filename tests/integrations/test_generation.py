@@ -21,7 +21,6 @@ from exllama_ops.integrations.generation import (  # noqa: E402 (it needs transf
     MODES,
     CompiledGenerator,
     CompilerUnavailableError,
-    stop_tokens,
 )
 from exllama_ops.integrations.sampling import Sampler  # noqa: E402
 from exllama_ops.nn import convert, quantize  # noqa: E402
@@ -209,14 +208,6 @@ def test_generation_ends_with_a_stop_token(model: Any) -> None:
     assert list(generator.generate(prompt(7), 8, stop={stop})) == tokens[: tokens.index(stop) + 1]
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(None, set()), (3, {3}), ([3, 5], {3, 5})])
-def test_stop_tokens_come_from_the_generation_config(eos: Any, expected: set[int]) -> None:
-    class Model:
-        generation_config = transformers.GenerationConfig(eos_token_id=eos)
-
-    assert stop_tokens(Model()) == expected
-
-
 def test_the_caller_is_not_left_in_inference_mode(model: Any) -> None:
     for _ in CompiledGenerator(model, compile=False).generate(prompt(3), 2):
         assert not torch.is_inference_mode_enabled()
@@ -329,11 +320,6 @@ def test_a_model_that_cannot_be_split_is_compiled_whole_and_says_why() -> None:
 def test_an_unknown_mode_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="mode must be one of layers, whole, or None; got 'regions'"):
         CompiledGenerator(model, mode="regions")
-
-
-def test_layers_with_another_cache_are_refused() -> None:
-    with pytest.raises(ValueError, match="full or sliding-window attention; Lfm2ForCausalLM caches with"):
-        CompiledGenerator(random_model("Lfm2", layer_types=["conv", "full_attention"]))
 
 
 def test_without_a_compiler_the_error_says_what_to_do(model: Any) -> None:

@@ -172,7 +172,7 @@ def changed(model: Any, kind: type[nn.Module]) -> Any:
 
 def reason_against(model: Any) -> str:
     with pytest.raises(SplitError) as refused:
-        split(model, cache_interface(model, CPU))
+        split(model, cache_interface(model, torch.zeros(1, 2, dtype=torch.long)))
     return str(refused.value)
 
 
