@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +40,8 @@ def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertRepor
 
     Every new layer is built before the first is put in, so an error leaves the model as it was. A new layer lies where
     the old one did, or where its weight lies if the old one is on the meta device. A weight with a bias gives a layer
-    with one, also where the old layer has none: old quantizers write biases of zeros.
+    with one, also where the old layer has none: old quantizers write biases of zeros. A transformers model refuses
+    ``save_pretrained`` from then on, since its files would load as random weights.
 
     Args:
         model: any module; not itself the layer.
@@ -55,10 +58,23 @@ def convert(model: nn.Module, weights: Mapping[str, GptqWeight]) -> ConvertRepor
     layers = {name: _build(model.get_submodule(name), name, sizes[name], weights[name]) for name in weights}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    # transformers would write the packed layers under names that it reads as random weights.
+    if layers and hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
     untouched = (
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) or linear_sizes(module)
     )
     return ConvertReport(converted=tuple(layers), untouched=tuple(untouched))
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a transformers model's own: what it would write of packed layers, nobody could load."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # it writes the adapters alone
+        return type(model).save_pretrained(model, *args, **kwargs)
+    raise ValueError(
+        f"save_pretrained: {type(model).__name__} has layers that exllama_ops.convert put in, and no quantization "
+        "config that describes them. Write it by exllama_ops.save_gptq, with layer.to_weight() of each ExllamaLinear"
+    )
 
 
 def _sizes(model: nn.Module, name: str) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +93,15 @@ def test_layers_take_device_and_dtype_of_those_they_replace() -> None:
     on_meta = model().to("meta")
     convert(on_meta, weights(model(), "0"))
     assert on_meta[0].qweight.device.type == "cpu"
+
+
+def test_a_converted_transformers_model_is_not_saved_as_files_that_load_at_random(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes))
+    name = "model.layers.0.mlp.up_proj"
+    convert(model, {name: quantize(model.get_submodule(name).weight, 4, 32)})
+    for saved in (model, deepcopy(model)):
+        with pytest.raises(ValueError, match=r"layers that exllama_ops\.convert put in.*save_gptq"):
+            saved.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
