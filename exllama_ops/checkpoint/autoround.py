@@ -20,7 +20,7 @@ METHODS: tuple[str, ...] = ("auto-round", "auto_round", "intel/auto-round")
 
 # packing_format -> the layout of the tensors, as in ``auto_round/inference/convert_model.py`` of AutoRound 0.16.1. Its
 # qlinear_torch_zp.py takes 1 from zero points, and its qlinear_torch.py does not.
-_LAYOUTS = {
+LAYOUTS = {
     "auto": "gptq",
     "auto_gptq": "gptq",
     "auto_round:gptq": "gptq",
@@ -54,12 +54,12 @@ def parse_autoround(raw: Mapping[str, Any], source: str, modules: Container[str]
         CheckpointError: a field is missing or not supported; the text names it.
     """
     packing = raw.get("packing_format") or "auto_round:auto_gptq"
-    if packing not in _LAYOUTS:
+    if packing not in LAYOUTS:
         raise CheckpointError(
-            f"{source}: packing_format must be one of {', '.join(_LAYOUTS)}; got {shown(packing)}. Export the model "
+            f"{source}: packing_format must be one of {', '.join(LAYOUTS)}; got {shown(packing)}. Export the model "
             "from AutoRound again, in the format auto_round, auto_gptq or auto_awq"
         )
-    layout = _LAYOUTS[packing]
+    layout = LAYOUTS[packing]
     extra = raw.get("extra_config") or {}
     if not isinstance(extra, dict):
         raise CheckpointError(f"{source}: extra_config must be a JSON object; got {shown(extra)}")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import exllama_ops
-from exllama_ops.cli import build, chat, inspect, interrupt, run
+from exllama_ops.cli import build, chat, convert, info, inspect, interrupt, run, serve
 from exllama_ops.cli.output import CliError, say, warnings_as_lines
 
-_COMMANDS = (run, chat, inspect, build)
+_COMMANDS = (run, chat, serve, inspect, convert, info, build)
 
 _NOBODY_READS = 141  # 128 + SIGPIPE
 

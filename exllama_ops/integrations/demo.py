@@ -37,7 +37,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BITS = 4
 GROUP_SIZE = 32
 # Of what is written: a cache made by other code is not used.
-VERSION = 1
+VERSION = 2
 
 
 class DemoError(RuntimeError):
@@ -201,6 +201,7 @@ def _write_checkpoint(directory: Path, notify: Notify) -> None:
         if name.rpartition(".")[0] not in quantized
     }
     config = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model).__name__]  # the GGUF file names none
     save_gptq(directory, weights, tensors, config=config, sym=False, desc_act=False)
     model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

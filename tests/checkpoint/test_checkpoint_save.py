@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import warnings
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,17 @@ def test_an_error_of_the_weights_themselves_is_their_own(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="gone"):
         save_gptq(tmp_path, Broken(m=weight()), sym=True, desc_act=False)
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": []}])
+def test_a_config_without_architectures_is_told(tmp_path, config):
+    with pytest.warns(UserWarning, match=r"architectures=\[type\(model\)\.__name__\], which servers ask for") as seen:
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False, config=config)
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_config_with_architectures_and_none_at_all_are_quiet(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False, config={"architectures": ["A"]})
+        save_gptq(tmp_path, {"m": weight()}, sym=True, desc_act=False)

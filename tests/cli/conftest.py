@@ -32,7 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     weights = {name: quantize(linear.weight, 4, 32) for name, linear in linears.items()}
     tensors = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in linears}
-    save_gptq(path, weights, tensors, config=json.loads(config.to_json_string()), sym=False, desc_act=False)
+    values = {**json.loads(config.to_json_string()), "architectures": ["LlamaForCausalLM"]}
+    save_gptq(path, weights, tensors, config=values, sym=False, desc_act=False)
 
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

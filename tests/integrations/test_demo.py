@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pwd
 import subprocess
 from collections import Counter
@@ -187,6 +188,11 @@ def test_second_call_takes_the_cache(checkpoint: Path) -> None:
     assert demo.demo_checkpoint(lambda *step: steps.append(step)) == checkpoint
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
     assert steps == []
+
+
+@pytest.mark.demo
+def test_its_config_names_the_class_which_servers_ask_for(checkpoint: Path) -> None:
+    assert json.loads((checkpoint / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 @pytest.mark.demo

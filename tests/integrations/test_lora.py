@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,18 +136,3 @@ def test_the_gradient_that_passes_a_layer_is_within_the_bound_of_float64(dtype: 
     exact.scales = exact.scales.float()  # the product of a float16 scale and q - z is exact in float32
     assert x.grad is not None
     assert_within_bound(x.grad, grad, exact.dequantize().double(), gamma(HIDDEN + 3))
-
-
-def test_peft_names_our_layer_when_it_refuses_it_and_trains_it_once_it_is_registered() -> None:
-    config = peft.LoraConfig(target_modules=["0"], r=RANK)
-    quantized = nn.Sequential(base(1, HIDDEN, K), nn.SiLU(), nn.Linear(HIDDEN, K))
-    with pytest.raises(ValueError, match=r"ExllamaLinear.*is not supported"):
-        peft.get_peft_model(copy.deepcopy(quantized), config)
-    config._register_custom_module({ExllamaLinear: peft.tuners.lora.Linear})
-    adapted = peft.get_peft_model(quantized, config)
-    before = adapted.base_model.model[0].base_layer.qweight.clone()
-    values = losses(adapted, adapted)
-    assert values[-1] < 0.9 * values[0]
-    assert torch.equal(adapted.base_model.model[0].base_layer.qweight, before)
-    with pytest.raises(RuntimeError, match="packed in the buffers"):
-        adapted.merge_adapter()

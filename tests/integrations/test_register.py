@@ -92,6 +92,32 @@ def test_files_without_a_config_load_with_an_argument(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(load_model(DATA / "tiny-w3g32-asym-act-v2", progress=False)))
 
 
+@pytest.mark.parametrize("method", ["nowhere", "null", "method"])
+def test_folders_of_older_tools_load(method: str, tmp_path: Path) -> None:
+    """The config in quantize_config.json alone, or without its method, and weights under another name."""
+    shutil.copytree(DATA / "tiny-w3g32-asym-act-v2", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-3bit-32g.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    quantization.pop("method", None)
+    if method != "nowhere":
+        fields = {"null": {"quant_method": None}, "method": {"quant_method": None, "method": "GPTQ"}}[method]
+        config["quantization_config"] = {**quantization, **fields}
+        (tmp_path / "quantize_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path)
+    assert torch.equal(logits(model), logits(load_model(DATA / "tiny-w3g32-asym-act-v2", progress=False)))
+
+
+@pytest.mark.parametrize("writer", sorted(path.parent.name for path in (DATA / "writers").glob("*/config.json")))
+def test_checkpoints_of_other_writers_load_and_are_saved_as_gptq(writer: str, tmp_path: Path) -> None:
+    model = from_pretrained(DATA / "writers" / writer)
+    assert torch.equal(logits(model), logits(load_model(DATA / "writers" / writer, progress=False)))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+
+
 def test_files_without_packed_weights_are_refused(tmp_path: Path) -> None:
     """Nothing is quantized here, whatever the argument asks for."""
     transformers.AutoModelForCausalLM.from_config(families.CONFIGS["phi3"]()).save_pretrained(tmp_path)
@@ -110,12 +136,15 @@ def test_what_was_registered_is_undone_once_all_are_done(registered: None) -> No
 
 def test_transformers_is_as_it_was_after_the_last_registration() -> None:
     code = """
+from transformers import modeling_utils
 from transformers.quantizers import auto
+finds = modeling_utils.get_hf_quantizer
 before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 from exllama_ops.integrations.transformers import register
 with register(), register():
     assert auto.AUTO_QUANTIZER_MAPPING != before[0] and auto.AUTO_QUANTIZATION_CONFIG_MAPPING != before[1]
 assert (dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)) == before
+assert modeling_utils.get_hf_quantizer is finds
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

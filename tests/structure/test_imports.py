@@ -27,7 +27,7 @@ PARTS: dict[str, set[str]] = {
     "nn": {"prepare", "layout", "ops", "backends", "huge_pages"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras", "cache", "progress"},
     "integrations": {"compile", "nn", "backends", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
-    "cli": {"integrations", "checkpoint", "backends", "extras", "progress"},
+    "cli": {"integrations", "checkpoint", "backends", "extras", "cache", "progress"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
 # optional dependency -> the parts that may import it
@@ -37,6 +37,7 @@ EXTRAS: dict[str, set[str]] = {
     "tqdm": {"checkpoint", "integrations"},
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
+    "peft": {"integrations"},
     "gguf": {"integrations"},
     "filelock": {"compile", "integrations"},
     "triton": {"backends"},
@@ -96,7 +97,7 @@ torch.ops.exllama.gptq_gemm.default
 torch.ops.exllama.gptq_shuffle.default
 assert not torch.cuda.is_initialized()
 heavy = {"transformers", "safetensors", "huggingface_hub", "accelerate", "triton", "torch._dynamo", "torch._inductor"}
-heavy |= {"exllama_ops.testing"}
+heavy |= {"peft", "exllama_ops.testing"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

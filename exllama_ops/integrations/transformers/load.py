@@ -20,6 +20,7 @@ from exllama_ops.checkpoint.errors import listed
 from exllama_ops.extras import collector_paused, require
 from exllama_ops.integrations.transformers.counter import Counter
 from exllama_ops.integrations.transformers.head import check_head, head_slices, quantize_head
+from exllama_ops.layout.checks import FLOAT_DTYPES
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.nn import ExllamaLinear
 from exllama_ops.progress import Notify, ignore
@@ -47,7 +48,7 @@ def load_model(
     Args:
         path_or_id: a directory, or a hub id, as in `exllama_ops.open_checkpoint`.
         dtype: of the activations and of all dense tensors; scales keep the dtype they have in the file. None or "auto"
-            for the dtype of config.json, float16 if it names none.
+            for the dtype of config.json, or else of the first dense tensor of the files that has a floating dtype.
         device: where to put the model.
         revision: branch, tag or commit of a hub id.
         quantization_config: what the files do not say, as in `exllama_ops.open_checkpoint`.
@@ -85,7 +86,7 @@ def load_model(
         if _GENERATION_CONFIG in list_directory(checkpoint.path):
             generation_config = _read_generation_config(transformers, checkpoint.path / _GENERATION_CONFIG)
         if dtype is None or dtype == "auto":
-            dtype = config.dtype or torch.float16
+            dtype = config.dtype or _dtype_of(checkpoint)
         if lm_head_bits is not None:
             check_head(_skeleton(model_class, config), checkpoint, lm_head_bits)
 
@@ -163,6 +164,12 @@ def _model_class(transformers: Any, config: Any, path: Path, trust_remote_code: 
             f"{config.model_type!r}"
         )
     return next((known for known in classes if known.__name__ in config.architectures), classes[0])
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the first dense tensor with floating values, float16 where there is none."""
+    dtypes = map(checkpoint.tensor_dtype, checkpoint.dense)
+    return next((dtype for dtype in dtypes if dtype in FLOAT_DTYPES), torch.float16)
 
 
 def _skeleton(model_class: Any, config: Any) -> Any:

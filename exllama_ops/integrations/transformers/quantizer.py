@@ -10,14 +10,16 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers import modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from exllama_ops.checkpoint import Checkpoint, CheckpointError, autoround, compressed_tensors_config, open_checkpoint
 from exllama_ops.integrations.transformers import parallel
 from exllama_ops.integrations.transformers.experts import finish_experts, take_experts
+from exllama_ops.integrations.transformers.folders import looking_further
 from exllama_ops.integrations.transformers.head import untie
 from exllama_ops.integrations.transformers.names import places
 from exllama_ops.integrations.transformers.offload import offload
@@ -211,14 +213,12 @@ def _reason_against(module: nn.Module, layer: PendingLinear) -> str:
 # What `register` replaces, by method: whether this library reads the files of a config.
 _METHODS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "gptq": lambda raw: True,
-    "awq": lambda raw: str(raw.get("version", "gemm")).lower() == "gemm",
-    "auto-round": lambda raw: "gptq" in _packing(raw) or "awq" in _packing(raw),
-    "compressed-tensors": lambda raw: raw.get("format") == "pack-quantized",
+    "awq": lambda raw: str(raw.get("version") or "gemm").lower() == "gemm",
+    "compressed-tensors": lambda raw: raw.get("format") == compressed_tensors_config.FORMAT,
+    **dict.fromkeys(
+        autoround.METHODS, lambda raw: (raw.get("packing_format") or "auto_round:auto_gptq") in autoround.LAYOUTS
+    ),
 }
-
-
-def _packing(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("packing_format", "auto_round:auto_gptq"))
 
 
 class _ConfigChoice:
@@ -229,7 +229,7 @@ class _ConfigChoice:
 
     def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """The config of a JSON object."""
-        chosen = GPTQConfig if self._is_read(config_dict) else self._former
+        chosen = GPTQConfig if self._former is None or self._is_read(config_dict) else self._former
         return chosen.from_dict(config_dict, **kwargs)
 
 
@@ -238,7 +238,8 @@ class Registration:
 
     _lock = threading.Lock()
     _count = 0
-    _former: tuple[dict[str, Any], Any] = ({}, None)
+    # What was in the places of transformers: configs by method, the quantizer of GPTQ, and what asks for one.
+    _former: tuple[dict[str, Any], Any, Any] = ({}, None, None)
 
     def __init__(self) -> None:
         self._active = True
@@ -246,10 +247,12 @@ class Registration:
             Registration._count += 1
             if Registration._count == 1:
                 configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-                Registration._former = {method: configs[method] for method in _METHODS}, quantizers["gptq"]
+                former = {method: configs.get(method) for method in _METHODS}
+                Registration._former = former, quantizers["gptq"], modeling_utils.get_hf_quantizer
                 for method, is_read in _METHODS.items():
-                    configs[method] = _ConfigChoice(is_read, configs[method])
+                    configs[method] = _ConfigChoice(is_read, configs.get(method))
                 quantizers["gptq"] = ExllamaQuantizer
+                modeling_utils.get_hf_quantizer = looking_further(modeling_utils.get_hf_quantizer)
 
     def __enter__(self) -> Registration:
         return self
@@ -263,6 +266,9 @@ class Registration:
             self._active = False
             Registration._count -= 1
             if Registration._count == 0:
-                configs, quantizer = Registration._former
-                auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(configs)
-                auto.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer
+                configs, auto.AUTO_QUANTIZER_MAPPING["gptq"], modeling_utils.get_hf_quantizer = Registration._former
+                for method, config in configs.items():
+                    if config is None:
+                        del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+                    else:
+                        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exllama_ops.checkpoint import Checkpoint
 from exllama_ops.checkpoint.config import GptqConfig
-from exllama_ops.checkpoint.save import file_tensors, quantization_config
+from exllama_ops.checkpoint.on_disk import file_tensors, quantization_config
 from exllama_ops.checkpoint.zeros import are_constant
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import ExllamaLinear
