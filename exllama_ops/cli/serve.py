@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from exllama_ops.cli.output import CliError, expected_errors
-from exllama_ops.extras import require
+from exllama_ops.cli.output import expected_errors
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,23 +24,6 @@ def serve(args: argparse.Namespace) -> None:
         CliError: whatever a user can cause.
     """
     with expected_errors():
-        require("transformers")
-        from transformers.utils.import_utils import is_serve_available
+        from exllama_ops.integrations.transformers.server import serve as serve_models
 
-        if not is_serve_available():
-            raise CliError("serve: needs fastapi, uvicorn and openai: pip install 'transformers[serving]'")
-        import typer
-        from transformers.cli.serve import Serve
-
-        from exllama_ops.integrations.transformers import register
-
-        app = typer.Typer(add_completion=False)
-        app.command()(Serve)
-        with register():
-            try:
-                app(args.arguments, prog_name="exllama-ops serve", standalone_mode=False)
-            except Exception as error:
-                # An argument that is wrong; the class of the error depends on the version.
-                if not hasattr(error, "format_message"):
-                    raise
-                raise CliError(f"serve: {error.format_message()}") from error
+        serve_models(args.arguments)
