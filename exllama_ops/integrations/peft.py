@@ -21,7 +21,9 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 _NAMES_SHOWN = 4
 
-_registered = False
+# What undoes the registration, and how many calls of `register` want it.
+_undo = ExitStack()
+_calls = 0
 
 
 class ExllamaLoraLinear(lora.Linear):  # type: ignore[misc]
@@ -48,11 +50,11 @@ def register() -> ExitStack:
     """Let PEFT put LoRA adapters over `ExllamaLinear`, in this process and from now on.
 
     ``get_peft_model``, ``PeftModel.from_pretrained``, ``load_adapter`` and ``target_modules="all-linear"`` then take
-    quantized layers as they take nn.Linear. A second call changes nothing.
+    quantized layers as they take nn.Linear. Calling it again changes nothing.
 
     Returns:
-        A context manager that undoes it at its end: ``with register(): ...``. It need not be entered. That of a second
-        call undoes nothing.
+        A context manager that undoes this call when it is left, or by ``close()``. Models that were adapted meanwhile
+        keep working.
 
     Raises:
         RuntimeError: this version of peft lacks one of the functions that are extended.
@@ -60,10 +62,16 @@ def register() -> ExitStack:
     PEFT then refuses by name, before it changes the model, what a packed weight cannot do. That is merging, methods
     other than LoRA, and initializations that write to the base weight.
     """
-    global _registered
-    undo = ExitStack()
-    if _registered:
-        return undo
+    global _calls
+    if _calls == 0:
+        _extend()
+    _calls += 1
+    registration = ExitStack()
+    registration.callback(_leave)
+    return registration
+
+
+def _extend() -> None:
     extended: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (lora_model, "dispatch_gptq", _with_our_layer),
         (tuners_utils, "_maybe_include_all_linear_layers", _with_quantized_layers),
@@ -75,15 +83,14 @@ def register() -> ExitStack:
     for owner, name, extend in extended:
         original = getattr(owner, name)
         setattr(owner, name, extend(original))
-        undo.callback(setattr, owner, name, original)
-    _registered = True
-    undo.callback(_forget)
-    return undo
+        _undo.callback(setattr, owner, name, original)
 
 
-def _forget() -> None:
-    global _registered
-    _registered = False
+def _leave() -> None:
+    global _calls
+    _calls -= 1
+    if _calls == 0:
+        _undo.close()
 
 
 def _with_our_layer(dispatch: Callable[..., Any]) -> Callable[..., Any]:

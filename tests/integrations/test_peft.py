@@ -15,12 +15,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from exllama_ops import ExllamaLinear, convert, quantize
+from exllama_ops.integrations import transformers as transformers_integration
 from exllama_ops.integrations.peft import ExllamaLoraLinear, register
 from exllama_ops.nn import linear_sizes
 
+CHECKPOINT = Path(__file__).parents[1] / "data" / "tiny-w4g64-lmhead"
 TOKENS = torch.arange(24).reshape(2, 12)
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -207,26 +217,33 @@ def test_a_compiled_training_step_is_one_graph_with_the_gradients_of_the_eager_o
         torch.testing.assert_close(got, expected)
 
 
-def test_the_trainer_trains_with_gradient_checkpointing_and_its_model_loads_bit_for_bit(
-    model: nn.Module, tmp_path: Path
-) -> None:
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    adapted = get_peft_model(
-        peft.prepare_model_for_kbit_training(copy.deepcopy(model)),
-        LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"),
-    )
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True,
-        learning_rate=0.02, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
-    trainer = Trainer(model=adapted, args=arguments, train_dataset=rows)
-    assert trainer.train().global_step == 2
-    trainer.save_model(str(tmp_path / "adapter"))
-    learnt = logits(adapted)
-    assert not torch.equal(learnt, logits(model))
-    loaded = PeftModel.from_pretrained(model, tmp_path / "adapter")
-    assert torch.equal(logits(loaded), learnt)
+def test_the_trainer_trains_a_checkpoint_and_its_adapter_loads_bit_for_bit_by_every_way(tmp_path: Path) -> None:
+    with transformers_integration.register():
+
+        def load() -> Any:
+            return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+        before = dict(load().named_buffers())
+        adapted = get_peft_model(
+            peft.prepare_model_for_kbit_training(load()),
+            LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"),
+        )
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True,
+            learning_rate=0.02, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+        trainer = Trainer(model=adapted, args=arguments, train_dataset=rows)
+        assert trainer.train().global_step == 2
+        trainer.save_model(str(tmp_path / "adapter"))
+        learnt = logits(adapted)
+        assert not torch.equal(learnt, logits(load()))
+        by_transformers = load()
+        by_transformers.load_adapter(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
+        of_the_folder = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+        for model in (loaded, by_transformers, of_the_folder):
+            assert torch.equal(logits(model), learnt)
     for name, buffer in loaded.get_base_model().named_buffers():
         assert torch.equal(buffer, before[name.replace("base_layer.", "")])
 
@@ -236,6 +253,7 @@ def test_registering_holds_until_the_end_of_the_first_call_and_not_a_moment_befo
 import copy, torch, peft
 from torch import nn
 from exllama_ops import ExllamaLinear, quantize
+from exllama_ops.integrations import transformers as transformers_integration
 from exllama_ops.integrations.peft import register
 
 layers = nn.Sequential(nn.LayerNorm(32), ExllamaLinear.from_weight(quantize(torch.randn(32, 32), 4, 32)))
