@@ -145,7 +145,8 @@ def parse_awq(raw: Mapping[str, Any], source: str) -> GptqConfig:
     Raises:
         CheckpointError: a field is missing, contradicts another or is not supported; the text names it.
     """
-    version = str(raw.get("version") or raw.get("format") or "gemm").lower()
+    said = (raw.get(name) for name in ("version", *SYNONYMS["checkpoint_format"]))
+    version = next((str(name).lower() for name in said if name is not None), "gemm")
     if version != "gemm":
         raise CheckpointError(
             f"{source}: version must be 'gemm', the one layout of AutoAWQ that is read here; got {shown(version)}. "
@@ -154,7 +155,7 @@ def parse_awq(raw: Mapping[str, Any], source: str) -> GptqConfig:
     zero_point = raw.get("zero_point", True)
     if not isinstance(zero_point, bool):
         raise CheckpointError(f"{source}: zero_point must be true or false; got {shown(zero_point)}")
-    fields = {name: raw[name] for name in (*SYNONYMS["bits"], *SYNONYMS["group_size"]) if name in raw}
+    fields = {name: raw[name] for name in (*SYNONYMS["bits"], *SYNONYMS["group_size"], "dynamic") if name in raw}
     config = parse_config(fields | {"sym": not zero_point, "checkpoint_format": "gptq_v2"}, source)
     if config.bits != BITS:
         raise CheckpointError(f"{source}: bits must be {BITS} in the layout of AutoAWQ; got {config.bits}")

@@ -14,7 +14,7 @@ from exllama_ops.checkpoint.base import Checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
 from exllama_ops.checkpoint.dynamic import exact_rule
 from exllama_ops.checkpoint.errors import CheckpointError
-from exllama_ops.checkpoint.fields import CONFIG_NAME
+from exllama_ops.checkpoint.fields import CONFIG_FIELDS, CONFIG_NAME
 from exllama_ops.checkpoint.journal import NAME, Journal, OpenShard
 from exllama_ops.checkpoint.on_disk import file_tensors, quantization_config
 from exllama_ops.checkpoint.zeros import are_constant
@@ -26,7 +26,6 @@ MAX_SHARD_BYTES = 2_000_000_000
 # What belongs to a model beside its weights: tokenizer, chat template, generation config, processors, code, licence.
 _OTHERS = re.compile(r".*\.(json|jinja|model|txt|tiktoken|py)|tokenizer.*|LICENSE.*", re.IGNORECASE)
 _CONFIGS = re.compile(r"(quant|quantize|quantization)_config\.json|.*\.index\.json|config\.json", re.IGNORECASE)
-_COMPRESSION = "compression_config"
 # The first block that a module lies in, such as "model.layers.0.".
 _BLOCK = re.compile(r".*?\.\d+\.")
 
@@ -105,7 +104,7 @@ def convert_checkpoint(
     dense: dict[str, Any] = {f"-:{exact_rule(name)}": {} for name in _dense_neighbours(source)}
     if dense:
         quantization["dynamic"] = quantization.get("dynamic", {}) | dense
-    rest = {name: value for name, value in config.items() if name != _COMPRESSION}
+    rest = {name: value for name, value in config.items() if name not in CONFIG_FIELDS}
     journal.publish(rest | {"quantization_config": quantization}, write_others or _copier(source.path))
     return Conversion(
         directory,

@@ -13,6 +13,8 @@ from exllama_ops.checkpoint.errors import CheckpointError, shown
 
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
+# Of config.json; the second is what old files of compressed-tensors have.
+CONFIG_FIELDS = ("quantization_config", "compression_config")
 
 # Names that tools give to one field; the first is ours, and two that contradict are an error.
 SYNONYMS = {
@@ -56,9 +58,11 @@ def read_quantization(
     if said is not None:
         found["quantization_config, as given,"] = dict(said)
     if CONFIG_NAME in names:
-        source, raw = f"{directory / CONFIG_NAME}: quantization_config", read_json(directory / CONFIG_NAME)
-        if raw.get("quantization_config") is not None:
-            found[source] = _object(raw["quantization_config"], source)
+        raw = read_json(directory / CONFIG_NAME)
+        field = next((name for name in CONFIG_FIELDS if raw.get(name) is not None), None)
+        if field is not None:
+            source = f"{directory / CONFIG_NAME}: {field}"
+            found[source] = _object(raw[field], source)
     if QUANTIZE_CONFIG_NAME in names:
         found[str(directory / QUANTIZE_CONFIG_NAME)] = read_json(directory / QUANTIZE_CONFIG_NAME)
     merged: dict[str, Any] = {}

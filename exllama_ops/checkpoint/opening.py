@@ -54,6 +54,13 @@ def open_checkpoint(
     place, said = place_of(path_or_id, quantization_config)
     directory = local_directory(place, revision, configs_only=True)
     if said is not None:
+        method = read_quantization(directory, quiet=True)[0].get("quant_method")
+        other = next((candidate.NAME for candidate in FORMATS[1:] if method in candidate.METHODS), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{directory}: is a checkpoint of {other}, whose config says all: give the folder alone; got "
+                f"{', '.join(said)}"
+            )
         read_config(directory, said, quiet=True)
         return gptq.open_directory(local_directory(place, revision), said)
     refusals: dict[str, list[str]] = {}

@@ -28,6 +28,8 @@ GROUP_SIZE = 32
 # The bits of the types that are GPTQ weights, and the types whose values are in no blocks.
 _BITS = {"Q4_0": 4, "Q8_0": 8}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What Llama 3.1 and its kin have: frequencies that their config.json describes as rope scaling.
+_ROPE = "rope_freqs.weight"
 # A block begins with its scale, in float16.
 _SCALE_BYTES = 2
 
@@ -36,7 +38,7 @@ class GgufCheckpoint(Checkpoint):
     """A GGUF file, for `convert_checkpoint`; tensors are read on demand.
 
     Args:
-        path: the file.
+        path: the file. A config.json beside it is taken for that of the model.
 
     Attributes:
         model_config: contents of a config.json.
@@ -60,7 +62,11 @@ class GgufCheckpoint(Checkpoint):
         gguf = require("gguf")
         with _read_by_others(path):
             self._reader = gguf.GGUFReader(path)
-            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            # It says what transformers does not read from the file, and has what the file lacks.
+            beside = (path.parent / "config.json").is_file()
+            of_file = {} if beside else {"gguf_file": path.name}
+            config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **of_file)
+            vars(config).pop("quantization_config", None)
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             with torch.device("meta"):
                 self._model = transformers.AutoModelForCausalLM.from_config(config)
@@ -75,8 +81,14 @@ class GgufCheckpoint(Checkpoint):
                     "another form, as experts of a mixture are: convert the model that the file was made of"
                 )
             if name:
+                self._check_shape(name, tensor)
                 self._tensors[name] = tensor
         unknown = [tensor.name for tensor in self._reader.tensors if tensor.name not in names]
+        if _ROPE in unknown and not beside:
+            raise CheckpointError(
+                f"{path}: tensor {_ROPE} changes how positions are rotated, which transformers does not read from the "
+                "file: put config.json of the model beside it"
+            )
         if unknown:
             warnings.warn(
                 f"{path}: {type(self._model).__name__} has no place for {', '.join(unknown)}; left out", stacklevel=2
@@ -205,6 +217,15 @@ class GgufCheckpoint(Checkpoint):
         rows = torch.arange(N, dtype=torch.int64, device="cpu").reshape(N, 1).numpy()
         return torch.from_numpy(self._processor.process(weights=rows, name=tensor.name).weights.copy()).flatten()
 
+    def _check_shape(self, name: str, tensor: Any) -> None:
+        """Check that a tensor has the values that the model has; llama.cpp drops dimensions of 1."""
+        want, got = self._shapes[name], tuple(reversed(tensor.shape.tolist()))
+        if [size for size in want if size != 1] != [size for size in got if size != 1]:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor.name} must have shape {want}, as {type(self._model).__name__} of this "
+                f"config has it; got {got}: put config.json of the model beside the file"
+            )
+
     def _check_complete(self) -> None:
         tied = set(self._model._tied_weights_keys or ())
         missing = [name for name, _ in self._model.named_parameters() if name not in self._tensors and name not in tied]
@@ -253,7 +274,7 @@ def _names(path: Path, model: Any) -> tuple[dict[str, str], Any]:
 def _read_by_others(path: Path) -> Iterator[None]:
     """What gguf and transformers raise of a file that they cannot read becomes a CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: must be a GGUF file; there is none")
+        raise CheckpointError(f"{path}: must be a GGUF file; there is none: `hf download OWNER/NAME FILE` fetches one")
     try:
         yield
     except ImportError:

@@ -151,6 +151,17 @@ def test_a_quantized_cache_is_left_out_with_a_warning(tmp_path):
     assert checkpoint.dense == open_checkpoint(WRITERS / "compressed-tensors").dense
 
 
+def test_old_files_of_compressed_tensors_have_a_compression_config(tmp_path):
+    path = changed(tmp_path, "compressed-tensors") / "config.json"
+    path.write_text(path.read_text().replace("quantization_config", "compression_config"))
+    assert open_checkpoint(tmp_path).format == "compressed-tensors"
+
+
+def test_what_is_said_of_a_config_is_for_gptq_alone(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of awq, .* give the folder alone; got group_size$"):
+        open_checkpoint(WRITERS / "autoawq-gemm", quantization_config={"group_size": 32})
+
+
 AWQ, AUTOROUND, GROUPS = "autoawq-gemm", "autoround-gptq", "compressed-tensors"
 
 

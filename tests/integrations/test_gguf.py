@@ -171,8 +171,25 @@ def test_what_gptq_cannot_hold_is_refused_by_its_tensor(tmp_path, changes, text)
 
 
 def test_a_tensor_that_the_model_has_no_place_for_is_left_out_with_a_warning(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", extra=[("other.weight", (8,))])
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM has no place for other\.weight; left out"):
+        GgufCheckpoint(path)
+
+
+def test_scaled_positions_need_the_config_of_the_model_beside_the_file(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", extra=[("rope_freqs.weight", (8,))])
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM has no place for rope_freqs\.weight; left out"):
+    with pytest.raises(CheckpointError, match=r"tensor rope_freqs\.weight changes .*: put config\.json of the model"):
+        GgufCheckpoint(path)
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS, "vocab_size": VOCABULARY}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=KV_HEADS, num_hidden_layers=1, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no place for rope_freqs"):
+        checkpoint = GgufCheckpoint(path)
+    assert checkpoint.model_config["rope_parameters"] == rope
+    config.hidden_size = 2 * HIDDEN
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight must have shape \(40, 128\), .*; got \(40, 64\)"):
         GgufCheckpoint(path)
 
 
