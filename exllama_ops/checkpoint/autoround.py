@@ -122,7 +122,7 @@ def reasons_against(directory: Path) -> list[str]:
     try:
         _parse(directory, quiet=True)
     except CheckpointError as error:
-        return [str(error)]
+        return list(error.reasons)
     return []
 
 

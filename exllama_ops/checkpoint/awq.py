@@ -20,6 +20,7 @@ from exllama_ops.checkpoint.from_files import (
     check_dtypes,
     check_no_other_weight,
     check_shapes,
+    checked_modules,
     described_module,
     named_modules,
     tensor_error,
@@ -68,7 +69,7 @@ class AwqCheckpoint(FileCheckpoint):
             configs = config.for_modules(named_modules(files, ("qweight", "qzeros")))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        modules = {name: _check_module(files, name, kind) for name, kind in configs.items()}
+        modules = checked_modules(configs, lambda name, kind: _check_module(files, name, kind))
         if not modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
         super().__init__(path, config, quantization, files, modules)
@@ -167,7 +168,7 @@ def reasons_against(directory: Path) -> list[str]:
     try:
         _read(directory, quiet=True)
     except CheckpointError as error:
-        return [str(error)]
+        return list(error.reasons)
     return []
 
 

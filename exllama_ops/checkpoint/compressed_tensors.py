@@ -25,6 +25,7 @@ from exllama_ops.checkpoint.from_files import (
     FileModule,
     check_dtypes,
     check_no_other_weight,
+    checked_modules,
     described_module,
     named_modules,
     tensor_error,
@@ -79,9 +80,9 @@ class CompressedTensorsCheckpoint(FileCheckpoint):
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         shapes = files.read(f"{name}.weight_shape" for name in names if f"{name}.weight_shape" in files.tensors)
-        modules = {
-            name: _check_module(files, name, kind, shapes.get(f"{name}.weight_shape")) for name, kind in configs.items()
-        }
+        modules = checked_modules(
+            configs, lambda name, kind: _check_module(files, name, kind, shapes.get(f"{name}.weight_shape"))
+        )
         if not modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.weight_packed; found none")
         skipped: frozenset[str] = frozenset()
@@ -182,7 +183,7 @@ def reasons_against(directory: Path) -> list[str]:
     try:
         _read(directory, quiet=True)
     except CheckpointError as error:
-        return [str(error)]
+        return list(error.reasons)
     return []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exllama_ops.checkpoint.dynamic import first_matches
-from exllama_ops.checkpoint.errors import CheckpointError, shown
+from exllama_ops.checkpoint.errors import CheckpointError, Reasons, shown
 from exllama_ops.checkpoint.fields import (
     CONFIG_NAME,
     FLAGS,
@@ -134,33 +134,47 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
     method = values.pop("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(f"{source}: quant_method must be 'gptq'; got {shown(method)}")
-    _check_pack_dtype(values.pop("pack_dtype", "int32"), source)
-    checkpoint_format = values.setdefault("checkpoint_format", "gptq")
-    if checkpoint_format not in CHECKPOINT_FORMATS:
-        raise CheckpointError(
-            f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {shown(checkpoint_format)}"
-        )
     if not raw:
         raise IncompleteConfigError(
             f"{source}: not a GPTQ checkpoint: {CONFIG_NAME} must have a quantization_config, or there must be a "
             f"{QUANTIZE_CONFIG_NAME}; found neither"
         )
+    reasons = Reasons()
+    with reasons:
+        _check_pack_dtype(values.pop("pack_dtype", "int32"), source)
+    checkpoint_format = values.setdefault("checkpoint_format", "gptq")
+    with reasons:
+        if checkpoint_format not in CHECKPOINT_FORMATS:
+            raise CheckpointError(
+                f"{source}: checkpoint_format must be one of {CHECKPOINT_FORMATS}; got {shown(checkpoint_format)}"
+            )
+    rules = values.pop("dynamic", {})
+    dynamic: dict[str, dict[str, Any]] = {}
+    with reasons:
+        _check_fields(values, source)
+    with reasons:
+        dynamic = _parse_rules(rules, checkpoint_format, source)
+    reasons.raise_all()
     for name in _REQUIRED:
         if name not in values:
             raise IncompleteConfigError(f"{source}: field {name} is missing")
-    rules = values.pop("dynamic", {})
-    _check_fields(values, source)
+    return GptqConfig(**values, dynamic=dynamic)
+
+
+def _parse_rules(rules: object, checkpoint_format: str, source: str) -> dict[str, dict[str, Any]]:
     if not isinstance(rules, dict):
         raise CheckpointError(f"{source}: dynamic must be a JSON object of rules; got {shown(rules)}")
     try:
         first_matches(rules, ())
     except CheckpointError as error:
         raise CheckpointError(f"{source}: dynamic {error}") from error
-    dynamic = {
-        rule: _overrides(rule, overrides, checkpoint_format, f"{source}: dynamic rule {shown(rule)}")
-        for rule, overrides in rules.items()
-    }
-    return GptqConfig(**values, dynamic=dynamic)
+    dynamic: dict[str, dict[str, Any]] = {}
+    reasons = Reasons()
+    for rule, overrides in rules.items():
+        with reasons:
+            dynamic[rule] = _overrides(rule, overrides, checkpoint_format, f"{source}: dynamic rule {shown(rule)}")
+    reasons.raise_all()
+    return dynamic
 
 
 def _check_pack_dtype(pack_dtype: object, source: str) -> None:
@@ -190,6 +204,7 @@ def _overrides(rule: str, overrides: object, checkpoint_format: str, source: str
 
 
 def _check_fields(values: Mapping[str, Any], source: str) -> None:
+    reasons = Reasons()
     for name, value in values.items():
         if name == "bits":
             valid = type(value) is int and value in SUPPORTED_BITS
@@ -202,5 +217,7 @@ def _check_fields(values: Mapping[str, Any], source: str) -> None:
             rule = "true or false"
         else:
             continue
-        if not valid:
-            raise CheckpointError(f"{source}: {name} must be {rule}; got {shown(value)}")
+        with reasons:
+            if not valid:
+                raise CheckpointError(f"{source}: {name} must be {rule}; got {shown(value)}")
+    reasons.raise_all()

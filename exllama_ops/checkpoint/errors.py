@@ -22,11 +22,28 @@ class CheckpointError(ValueError):
         super().__init__(text)
         self.reasons = tuple(reasons) or (text,)
 
-    @classmethod
-    def of_all(cls, reasons: Sequence[str]) -> CheckpointError:
-        """The error of several reasons."""
-        others = f" ({len(reasons) - 1} more reasons: `exllama-ops inspect` has them)" if len(reasons) > 1 else ""
-        return cls(f"{reasons[0]}{others}", reasons)
+
+class Reasons:
+    """What several checks refuse, for one error: each check runs in a ``with`` block of this object."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, CheckpointError):
+            return False
+        self._texts += error.reasons
+        return True
+
+    def raise_all(self) -> None:
+        """Raise the error, if anything was refused. Its text is the first reason, and counts the others."""
+        if self._texts:
+            others = len(self._texts) - 1
+            more = f" (and {others} more, which `exllama-ops inspect` lists)" if others else ""
+            raise CheckpointError(f"{self._texts[0]}{more}", self._texts)
 
 
 def shown(value: object) -> str:

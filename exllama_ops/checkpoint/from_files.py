@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exllama_ops.checkpoint.base import Checkpoint, ModuleSummary
 from exllama_ops.checkpoint.config import ModuleConfig
-from exllama_ops.checkpoint.errors import CheckpointError, shown
+from exllama_ops.checkpoint.errors import CheckpointError, Reasons, shown
 from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.checkpoint.module import GptqModule, TensorError
 from exllama_ops.layout import GptqWeight
@@ -177,6 +177,23 @@ class FileCheckpoint(Checkpoint):
 def tensor_error(files: TensorFiles, tensor: str, text: str) -> CheckpointError:
     """The error that names a tensor and its file."""
     return CheckpointError(f"{files.tensors[tensor].file}: tensor {tensor} {text}")
+
+
+def checked_modules(
+    configs: Mapping[str, ModuleConfig | None], check: Callable[[str, ModuleConfig | None], FileModule]
+) -> dict[str, FileModule]:
+    """What a format's check makes of each module.
+
+    Raises:
+        CheckpointError: it refuses some; the error has the reasons of all.
+    """
+    modules: dict[str, FileModule] = {}
+    reasons = Reasons()
+    for name, kind in configs.items():
+        with reasons:
+            modules[name] = check(name, kind)
+    reasons.raise_all()
+    return modules
 
 
 def named_modules(files: TensorFiles, kinds: tuple[str, ...]) -> dict[str, None]:

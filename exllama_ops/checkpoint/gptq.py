@@ -21,6 +21,7 @@ from exllama_ops.checkpoint.from_files import (
     check_dtypes,
     check_no_other_weight,
     check_shapes,
+    checked_modules,
     described_module,
     named_modules,
     tensor_error,
@@ -72,7 +73,7 @@ class GptqCheckpoint(FileCheckpoint):
             configs = config.for_modules(named_modules(files, ("qweight", "qzeros", "g_idx")))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        modules = {name: _check_module(files, config, name, kind) for name, kind in configs.items()}
+        modules = checked_modules(configs, lambda name, kind: _check_module(files, config, name, kind))
         if not modules:
             raise CheckpointError(f"{path}: must have quantized modules, tensors NAME.qweight; found none")
         super().__init__(path, config, quantization or {}, files, modules)
@@ -184,7 +185,7 @@ def reasons_against(directory: Path) -> list[str]:
     try:
         read_config(directory, quiet=True)
     except CheckpointError as error:
-        return [str(error)]
+        return list(error.reasons)
     return []
 
 

@@ -11,6 +11,9 @@ from exllama_ops.checkpoint.errors import CheckpointError
 from exllama_ops.checkpoint.files import local_directory
 from exllama_ops.extras import require
 
+# A tensor that has a shape, and no header does.
+_SHAPE = ".weight_shape"
+
 
 def fetch_headers(name: str, revision: str | None, directory: Path) -> Path:
     """Fill a directory with the JSON files of a hub id, and with safetensors files that have a header and no data.
@@ -24,7 +27,8 @@ def fetch_headers(name: str, revision: str | None, directory: Path) -> Path:
         directory: to fill.
 
     Returns:
-        The directory, or that of the hub's cache where it has weights and the hub cannot be asked.
+        The directory. That of the hub's cache where it has weights and the hub cannot be asked, or where the shapes are
+        tensors themselves, as in compressed-tensors: all is downloaded then.
 
     Raises:
         CheckpointError: the hub cannot be asked, and the cache has no weights.
@@ -40,7 +44,10 @@ def fetch_headers(name: str, revision: str | None, directory: Path) -> Path:
             if file.endswith(".json"):
                 shutil.copyfile(cached / file, target)
             elif file.endswith(".safetensors"):
-                _write_hollow(target, api.parse_safetensors_file_metadata(name, file, revision=revision).tensors)
+                tensors = api.parse_safetensors_file_metadata(name, file, revision=revision).tensors
+                if any(tensor.endswith(_SHAPE) for tensor in tensors):
+                    return local_directory(name, revision)
+                _write_hollow(target, tensors)
             else:
                 target.touch()
     except Exception as error:  # the hub's errors share no base class

@@ -69,13 +69,14 @@ def open_checkpoint(
         if not reasons:
             return candidate.open_directory(local_directory(place, revision))
         refusals[candidate.NAME] = reasons
-    raise CheckpointError(f"{directory}: no checkpoint format takes it. {_told(directory, refusals)}")
+    told = _told(directory, refusals)
+    raise CheckpointError(f"{directory}: no checkpoint format takes it. {' | '.join(told)}", told)
 
 
-def _told(directory: Path, refusals: dict[str, list[str]]) -> str:
+def _told(directory: Path, refusals: dict[str, list[str]]) -> list[str]:
     """The reasons of the formats that a directory may be meant to have, and what can be done."""
     if any(name.endswith(GGUF_SUFFIX) for name in list_directory(directory)):
-        return f"It has GGUF files; {GGUF_HINT}"
+        return [f"It has GGUF files; {GGUF_HINT}"]
     try:
         raw, source = read_quantization(directory, quiet=True)
         method = raw.get("quant_method") or gptq.NAME
@@ -90,4 +91,4 @@ def _told(directory: Path, refusals: dict[str, list[str]]) -> str:
     if method not in known:
         names = ", ".join(candidate.NAME for candidate in FORMATS if candidate.METHODS)
         told.insert(0, f"{source}: quant_method must be one of {names}; got {shown(method)}")
-    return " | ".join(told)
+    return told

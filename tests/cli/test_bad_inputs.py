@@ -119,6 +119,10 @@ CASES: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...], str]] = {
         text("generation_config.json", '{"pad_token_id": "z"}'),
         *(("run",), QUICK, "generation_config.json"),
     ),
+    "stop tokens of wrong types": (
+        text("generation_config.json", '{"eos_token_id": [["a"]]}'),
+        *(("run",), QUICK, "eos_token_id must be the number of a token, or a list of them; got [['a']]"),
+    ),
     "prompt too long": (as_is, ("run",), ("--prompt", "a" * 200, "--no-compile"), "128 positions; got 201 tokens"),
     "device": (as_is, GENERATES, ("--device", "no-such-device"), "--device no-such-device: must be a device"),
     "head bits": (as_is, ("run",), ("--lm-head-bits", "5"), "lm_head_bits must be None or one of"),

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 
 from checkpoint.builder import DATA, module, write
+from exllama_ops.checkpoint import CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.cli import main
 from exllama_ops.cli.table import told
@@ -97,6 +98,27 @@ def test_all_that_run_would_refuse_is_told(tmp_path: Path, capsys: pytest.Captur
     assert "needs code of its own repository (auto_map of config.json: code.Config)" in reasons[0]
 
 
+def test_every_module_and_every_field_that_is_refused_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {**module("a"), **module("b"), **module("c")}
+    del broken["a.scales"], broken["c.scales"]
+    write(tmp_path, broken)
+    reasons = inspected(capsys, tmp_path, code=2)["refused"]
+    assert [reason.rpartition(": ")[2] for reason in reasons] == [f"tensor {name}.scales is missing" for name in "ac"]
+    assert main(["inspect", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines() if "is missing" in line] == [f"refused:   {r}" for r in reasons]
+    with pytest.raises(
+        CheckpointError, match=r"a\.scales is missing \(and 1 more, which `exllama-ops inspect` lists\)$"
+    ):
+        open_checkpoint(tmp_path)
+    write(tmp_path, module(), bits=5, sym="maybe", dynamic={"a": {"bits": 6}, "b": {"group_size": 0}})
+    [reason] = inspected(capsys, tmp_path, code=2)["refused"]
+    for part in ("bits must be one of (2, 3, 4, 8); got 5", "sym must be", "'a': bits must be", "'b': group_size must"):
+        assert part in reason
+
+
 def hub(monkeypatch: pytest.MonkeyPatch, source: Path, configs: Path) -> list[str]:
     """A hub that has one model and gives away its JSON files and headers alone."""
     asked = []
@@ -133,6 +155,24 @@ def test_of_a_hub_id_only_json_files_and_headers_are_fetched(
     result = inspected(capsys, "owner/name", "--revision", "a-branch")
     assert asked == ["owner/name@a-branch"]
     assert result == {**want, "path": "owner/name"}
+
+
+def test_a_hub_that_cannot_be_asked_is_the_cache_or_one_line(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    hub(monkeypatch, real, configs)
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    assert main(["inspect", "owner/name"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "exllama-ops: error: owner/name: its headers could not be fetched from the hub: no network"
+    shutil.copy(real / "model.safetensors", configs)
+    assert inspected(capsys, "owner/name")["path"] == str(configs)
 
 
 def test_names_that_differ_in_numbers_are_told_as_one() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exllama_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from exllama_ops.checkpoint.disk import list_directory, read_json
-from exllama_ops.checkpoint.errors import listed
+from exllama_ops.checkpoint.errors import listed, shown
 from exllama_ops.extras import collector_paused, require
 from exllama_ops.integrations.transformers.counter import Counter
 from exllama_ops.integrations.transformers.head import check_head, head_slices, quantize_head
@@ -140,9 +140,16 @@ def _read_config(transformers: Any, path: Path, trust_remote_code: bool) -> Any:
 def _read_generation_config(transformers: Any, path: Path) -> Any:
     values = read_json(path)
     try:
-        return transformers.GenerationConfig.from_dict(values)
+        config = transformers.GenerationConfig.from_dict(values)
     except Exception as error:  # as above
         raise CheckpointError(f"{path}: must describe how to generate: {error}") from error
+    # transformers looks at them when it generates.
+    stop = config.eos_token_id
+    if stop is not None and not all(type(token) is int for token in (stop if isinstance(stop, list) else [stop])):
+        raise CheckpointError(
+            f"{path}: eos_token_id must be the number of a token, or a list of them; got {shown(stop)}"
+        )
+    return config
 
 
 def _model_class(transformers: Any, config: Any, path: Path, trust_remote_code: bool) -> Any:
