@@ -89,7 +89,8 @@ class CompiledGenerator:
         self.max_length = position_limit(model.config)
         self._turning_point = turning_point(model.config)
         self._is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        self._compile, self._mode, self._backend, self._notify = compile, mode, backend, notify
+        self._mode, self._backend, self._notify = mode, backend, notify
+        self._compile = compile
         self._forward: Forward | None = None
         self._cache: Any = None
         self._capacity = 0
@@ -99,6 +100,9 @@ class CompiledGenerator:
         self._check = CacheCheck(model, self.device, self.max_length)
         self._checked = 0
         self._check_cache(self._bucket(max(_FIRST_CHECK, largest_window(model.config) + 1)))
+        if compile and not isinstance(self._forward, EagerForward) and not _is_compileable(model):
+            self._compile = False
+            self._say("runs eagerly, since which of its experts a token takes is read while it runs", stacklevel=3)
 
     @property
     def mode(self) -> str | None:
@@ -303,12 +307,17 @@ class CompiledGenerator:
         how = f"without a cache, since {without}" if without else f"with its own cache: {reason}"
         self._say(f"runs eagerly {how}")
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str, stacklevel: int = 5) -> None:
         line = f"{type(self.model).__name__} {what}"
         if self._notify is ignore:
-            warnings.warn(f"CompiledGenerator: {line}", stacklevel=5)  # where the generator is made
+            warnings.warn(f"CompiledGenerator: {line}", stacklevel=stacklevel)  # where the generator is made
         else:
             self._notify(line)
+
+
+def _is_compileable(model: Any) -> bool:
+    """Whether the quantizer that loaded a model says that its forward can be one graph; True for other models."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "is_compileable", True))
 
 
 def _missing_toolchain(error: BaseException) -> str | None:

@@ -15,6 +15,7 @@ from exllama_ops.nn import ExllamaLinear
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
+from exllama_ops.integrations.generation import CompiledGenerator  # noqa: E402 (as above)
 from exllama_ops.integrations.transformers import load_model, register  # noqa: E402 (as above)
 from integrations import families  # noqa: E402 (it needs transformers)
 
@@ -79,6 +80,17 @@ def test_a_row_of_experts_has_the_same_bits_whatever_is_beside_it(tmp_path: Path
         alone = torch.cat([experts(x[i : i + 1], choices[i : i + 1], weights[i : i + 1]) for i in range(6)])
     assert torch.equal(together, alone)
     assert not experts(x, torch.full_like(choices, 4), weights).any()  # a number past the last expert: no expert
+
+
+def test_experts_generate_eagerly_and_a_line_says_so(tmp_path: Path) -> None:
+    families.write("mixtral", tmp_path)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    with pytest.warns(UserWarning, match="MixtralForCausalLM runs eagerly, since which of its experts") as seen:
+        generator = CompiledGenerator(model)
+    assert seen[0].filename == __file__
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(generator.generate(prompt, 5, stop=())) == expected[0, 3:].tolist()
 
 
 def test_experts_train_what_is_before_them(tmp_path: Path) -> None:
