@@ -71,6 +71,8 @@ def place_of(
         CheckpointError: it is another kind of file.
     """
     path = Path(path_or_id)
+    if not os.fspath(path_or_id):
+        raise CheckpointError("the path must be an existing directory or a hub id (owner/name); got an empty one")
     if file_type(path) != stat.S_IFREG:
         return path_or_id, said
     if path.name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME) or path.name.endswith(".safetensors.index.json"):

@@ -10,8 +10,8 @@ from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.layout import SUPPORTED_BITS
 
 _WAY_OUT = (
-    "pass --bits and --group-size, or quantization_config={'bits': ..., 'group_size': ...}, as the tool that wrote the "
-    "files was told"
+    "if its files are GPTQ's all the same, pass --bits and --group-size, or quantization_config={'bits': ..., "
+    "'group_size': ...}, as the tool that wrote them was told"
 )
 
 
@@ -24,8 +24,10 @@ def what_to_say(directory: Path) -> str:
     except CheckpointError:
         return _WAY_OUT
     modules = [name.removesuffix(".qweight") for name in files.tensors if name.endswith(".qweight")]
+    if not modules:
+        return "its files have no tensor NAME.qweight, so they are not quantized as GPTQ"
     kinds = {name: _bits(files, name) for name in modules}
-    widths = set.intersection(*kinds.values()) if kinds else set()
+    widths = set.intersection(*kinds.values())
     if len(widths) != 1:
         return _WAY_OUT
     bits = widths.pop()

@@ -110,8 +110,10 @@ def _written_by(quantization: Mapping[str, Any]) -> str | None:
     said = (meta if isinstance(meta, dict) else quantization).get("quantizer")
     if said:
         return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
-    version = quantization.get("autoround_version")
-    return None if version is None else f"auto-round:{version}"
+    for tool, field in (("auto-round", "autoround_version"), ("compressed-tensors", "version")):
+        if quantization.get("quant_method") == tool and quantization.get(field):
+            return f"{tool}:{quantization[field]}"
+    return None
 
 
 def _layers(summaries: Mapping[str, ModuleSummary]) -> list[dict[str, Any]]:
@@ -191,15 +193,15 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         "path": result["path"],
         "model": family,
         "format": f"{result['format']}, written by {result['written_by'] or 'a tool that does not say'}",
-        "quantized": f"{result['quantized_modules']} modules, {_megabytes(result['quantized_bytes'])}, "
+        "quantized": f"{result['quantized_modules']} modules, {_told_size(result['quantized_bytes'])}, "
         f"{result['bits_per_weight']} bits a weight",
-        "dense": f"{result['dense_tensors']} tensors, {_megabytes(result['dense_bytes'])}",
-        "all": _megabytes(result["weight_bytes"]),
+        "dense": f"{result['dense_tensors']} tensors, {_told_size(result['dense_bytes'])}",
+        "all": _told_size(result["weight_bytes"]),
         "refused": "; ".join(result["refused"]) or "nothing",
     }
     told_facts = [f"{name + ':':11}{value}" for name, value in facts.items()]
     return [*told_facts, "", *lines_of(layers), "", *lines_of(result["dense"])]
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _told_size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

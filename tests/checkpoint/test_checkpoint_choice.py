@@ -192,11 +192,20 @@ def test_shapes_that_do_not_tell_are_no_guess(tmp_path):
     tensors = {key: value for key, value in module().items() if key.endswith(("qweight", "scales"))}
     write(tmp_path, tensors)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="found neither; pass --bits and --group-size, or quantization_config="):
+    with pytest.raises(CheckpointError, match="found neither; if its files are GPTQ's all the same, pass --bits and"):
         open_checkpoint(tmp_path)
     shutil.rmtree(tmp_path)
     write(tmp_path, module("a", bits=4) | module("b", bits=8), bits=...)
-    with pytest.raises(CheckpointError, match="field bits is missing; pass --bits and --group-size"):
+    with pytest.raises(CheckpointError, match="field bits is missing; if its files are"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_model_that_is_not_quantized_is_told_so(tmp_path):
+    write(tmp_path, {"m.weight": module()["m.q.scales"]})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"found neither; its files have no tensor NAME\.qweight, so they are not"
+    ):
         open_checkpoint(tmp_path)
 
 

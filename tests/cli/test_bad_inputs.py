@@ -166,6 +166,7 @@ def test_what_is_no_checkpoint_at_all_is_one_line(
     assert "found neither" in refused(capsys, command, tmp_path / "empty")
     assert "must be a directory, a hub id" in refused(capsys, command, tmp_path / "README.md")
     assert "it is neither" in refused(capsys, command, tmp_path / "nowhere")
+    assert "got an empty one" in refused(capsys, command, "")
     assert "could not be downloaded from the hub" in refused(capsys, command, "nobody/nothing")
     assert "MODEL: must be given with" in refused(capsys, command, "--bits", "4")
 
