@@ -58,6 +58,7 @@ def test_what_was_converted_is_exact(tmp_path, folder, checkpoint_format):
         assert_equal(converted.read(name), weight)
     for name in source.dense:
         assert torch.equal(converted.read_tensor(name), source.read_tensor(name))
+    assert converted.config.desc_act == any(w.g_idx is not None for w in source.weights().values())
     assert converted.config.sym == all((w.qzeros == w.qzeros[0, 0]).all() for w in source.weights().values())
 
 

@@ -283,6 +283,13 @@ def test_symmetric_weights_of_autoawq_may_lack_zero_points(tmp_path):
     assert (checkpoint.read(UP).qzeros == -2004318072).all()  # 0x88888888
 
 
+def test_zero_points_that_a_file_has_are_read_whatever_its_config_says(tmp_path):
+    stored = load_file(WRITERS / AWQ / "model.safetensors")
+    sevens = torch.full_like(stored[f"{UP}.qzeros"], 0x77777777)  # which symmetric GPTQ files of v1 have for 8
+    weight = open_checkpoint(changed(tmp_path, AWQ, {"zero_point": False}, {f"{UP}.qzeros": sevens})).read(UP)
+    assert torch.equal(weight.qzeros, sevens)
+
+
 @pytest.mark.parametrize("name", ["model.gguf", ""])
 def test_gguf_files_are_sent_to_convert(tmp_path, name):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
