@@ -143,11 +143,12 @@ def _write_shards(
     there = {item for shard in journal.shards for item in shard.items}
     names = [*source.quantized, *source.dense]
     quantized = set(source.quantized)
+    step = f"converting {source.format} to {checkpoint_format}"
     shard = OpenShard()
     for number, name in enumerate(names):
         if name in there:
             continue
-        notify(f"converting {source.format} to {checkpoint_format}", number, len(names), name)
+        notify(step, number, len(names), name)
         weight = source.read(name) if name in quantized else None
         tensors = (
             {name: source.read_tensor(name)} if weight is None else dict(file_tensors(name, weight, checkpoint_format))
@@ -163,6 +164,7 @@ def _write_shards(
             shard.desc_act |= weight.g_idx is not None
     if shard.items:
         journal.add(shard)
+        notify(step, len(names), len(names))
 
 
 def _dense_neighbours(source: Checkpoint) -> list[str]:

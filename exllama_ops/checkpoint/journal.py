@@ -140,16 +140,22 @@ class Journal:
 
     def _go_on(self, notify: Notify) -> None:
         """Take what is there and whole."""
-        found = read_json(self._directory / _JOURNAL)
+        journal = self._directory / _JOURNAL
+        found = read_json(journal)
         if found.get("task") != self._task:
             raise CheckpointError(
                 f"{NAME}: {self._directory}: must have the same conversion that is to go on; the one there was stopped "
                 "with another source or other options. Remove the folder, or name another one"
             )
-        shards = [
-            Shard(**shard | {"layers": {name: tuple(kind) for name, kind in shard["layers"].items()}})
-            for shard in found["shards"]
-        ]
+        try:
+            shards = [
+                Shard(**shard | {"layers": {name: tuple(kind) for name, kind in shard["layers"].items()}})
+                for shard in found["shards"]
+            ]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{journal}: must be as {NAME} wrote it: remove the folder, or name another one"
+            ) from error
         names = shard_names(len(shards))
         for number, shard in enumerate(shards):
             notify("checking the files that are there", number, len(shards))

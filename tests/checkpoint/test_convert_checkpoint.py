@@ -178,6 +178,14 @@ def test_another_source_or_other_options_do_not_go_on(tmp_path):
             convert_checkpoint(open_checkpoint(source), out, max_shard_bytes=SHARD_BYTES, **options)
 
 
+@pytest.mark.parametrize("shards", [None, [1], [{"layers": {}}]])
+def test_a_journal_that_nobody_wrote_is_refused(tmp_path, shards):
+    journal = stopped(tmp_path) / ".convert.json"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"shards": shards}))
+    with pytest.raises(CheckpointError, match=r"\.convert\.json: must be as convert wrote it: remove the folder"):
+        convert_checkpoint(open_checkpoint(SOURCE), tmp_path / "out", max_shard_bytes=SHARD_BYTES)
+
+
 def copy_of_source(tmp_path):
     source = tmp_path / "source"
     return write(source, module())
