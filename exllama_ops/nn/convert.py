@@ -83,14 +83,16 @@ def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"convert: {type(model).__name__} has no module {name!r}, which the weights name") from None
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    # accelerate's hooks are a forward of the instance.
+    if any(hooks) or "forward" in vars(module):
+        raise ValueError(f"convert: {name!r} has hooks, which would be lost; remove them first")
     sizes = linear_sizes(module) if name else None
     if sizes is None:
         raise ValueError(
             f"convert: {name!r} must be a layer inside the model that computes x @ W + bias, as nn.Linear does; "
             f"{type(module).__name__} does not"
         )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise ValueError(f"convert: {name!r} has hooks, which would be lost; remove them first")
     return sizes
 
 

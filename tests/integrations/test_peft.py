@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from exllama_ops import ExllamaLinear, convert, quantize
+from exllama_ops import CompiledGenerator, ExllamaLinear, convert, quantize
 from exllama_ops.integrations import transformers as transformers_integration
 from exllama_ops.integrations.peft import ExllamaLoraLinear, register
 from exllama_ops.nn import linear_sizes
@@ -215,6 +215,13 @@ def test_a_compiled_training_step_is_one_graph_with_the_gradients_of_the_eager_o
     assert len(eager) == 2
     for expected, got in zip(eager, compiled, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_a_compiled_generator_generates_with_the_adapters(model: nn.Module) -> None:
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).eval()
+    expected = adapted.generate(input_ids=TOKENS[1:], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    generator = CompiledGenerator(adapted, mode="whole", backend="eager")
+    assert list(generator.generate(TOKENS[1:], max_new_tokens=4)) == expected[0, TOKENS.shape[1] :].tolist()
 
 
 def test_the_trainer_trains_a_checkpoint_and_its_adapter_loads_bit_for_bit_by_every_way(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 
+import accelerate.hooks
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,9 @@ def test_layers_that_do_more_than_a_linear_are_refused() -> None:
     net[1].register_forward_hook(lambda module, args, out: out / 2)
     with pytest.raises(ValueError, match="'1' has hooks"):
         convert(net, weights(net, "1"))
+    dispatched = accelerate.hooks.add_hook_to_module(nn.Linear(64, 32), accelerate.hooks.ModelHook())
+    with pytest.raises(ValueError, match="'0' has hooks"):
+        convert(nn.Sequential(dispatched), {"0": quantize(dispatched.weight, 4, 32, bias=dispatched.bias)})
 
 
 def test_layers_take_device_and_dtype_of_those_they_replace() -> None:
