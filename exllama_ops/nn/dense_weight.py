@@ -36,9 +36,9 @@ class DenseWeight(Tensor):
 
     @staticmethod
     def __new__(cls: type[DenseWeight], layer: PackedModule) -> DenseWeight:
-        shape = (layer.out_features, layer.in_features)
+        shape, strides = (layer.out_features, layer.in_features), (1, layer.out_features)
         weight: DenseWeight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=layer.weight_dtype, device=layer.qweight.device
+            cls, shape, strides, dtype=layer.weight_dtype, device=layer.qweight.device
         )
         weight._layer = layer
         return weight
@@ -66,6 +66,9 @@ class DenseWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise RuntimeError(f"weight.data = value: the weight is {_PACKED}")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return dense_weight(self._layer).__dlpack__(*args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(f"weight[...] = value: the weight is {_PACKED}")
