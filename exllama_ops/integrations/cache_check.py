@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exllama_ops.backends.cpu.precision import get_cpu_matmul_precision
 from exllama_ops.integrations.eager import EagerForward
-from exllama_ops.integrations.positions import named_numbers
+from exllama_ops.integrations.positions import largest_window, named_numbers
 from exllama_ops.integrations.static_cache import CacheInterface, cache_interface
 from exllama_ops.integrations.whole import WholeForward
 
@@ -25,6 +25,8 @@ _PRODUCT_UNITS = {"highest": 2.0**-18, "high": 2.0**-11, "medium": 2.0**-7}
 # No rounding explains that much of the logits.
 _MOST_NOISE = 0.25
 _LONGEST_REASON = 200
+# Most texts are shorter. A larger cache is checked when it is made.
+_MOST_TEXTS = 1024
 
 
 class CacheCheck:
@@ -44,7 +46,7 @@ class CacheCheck:
     """
 
     def __init__(self, model: Any, device: torch.device, most: int | None) -> None:
-        self._model = model
+        self._model, self._most = model, most
         count = _TOKENS if most is None else max(min(_TOKENS, most), 2)
         self.tokens = torch.tensor([_plain_tokens(model, count)], dtype=torch.long, device=device)
         self.interface: CacheInterface | None = None
@@ -54,6 +56,11 @@ class CacheCheck:
                 self.interface = cache_interface(model, self.tokens)
             except Exception as error:  # of the model's code, which has its own classes
                 self._failure = first_words(error)
+
+    def first_capacity(self) -> int:
+        """Above every window that the config names, and as long as most texts, if the model has so many positions."""
+        capacity = max(_MOST_TEXTS, largest_window(self._model.config) + 1)
+        return capacity if self._most is None else min(capacity, self._most)
 
     def reason_against_static(self, capacity: int) -> str:
         """Why a static cache of so many positions does not serve the model; empty if it does."""

@@ -14,7 +14,7 @@ from exllama_ops.compile.packages import PackageError
 from exllama_ops.integrations.cache_check import CacheCheck, first_words
 from exllama_ops.integrations.eager import EagerForward
 from exllama_ops.integrations.layered import LayeredForward
-from exllama_ops.integrations.positions import largest_window, position_limit, turning_point
+from exllama_ops.integrations.positions import position_limit, turning_point
 from exllama_ops.integrations.sampling import Sampler
 from exllama_ops.integrations.stops import stop_tokens
 from exllama_ops.integrations.whole import WholeForward
@@ -23,8 +23,6 @@ from exllama_ops.progress import Notify, ignore
 MODES = ("layers", "whole")
 
 _SMALLEST_BUCKET = 64
-# The cache is checked with that many positions when the generator is made. Most texts are shorter.
-_FIRST_CHECK = 1024
 
 # Inductor's exceptions for a machine that lacks what its kernels are compiled with. They arrive wrapped, and under
 # names that moved between versions of torch.
@@ -99,7 +97,7 @@ class CompiledGenerator:
         self._generation = 0
         self._check = CacheCheck(model, self.device, self.max_length)
         self._checked = 0
-        self._check_cache(self._bucket(max(_FIRST_CHECK, largest_window(model.config) + 1)))
+        self._check_cache(self._check.first_capacity())
         if compile and not isinstance(self._forward, EagerForward) and not _is_compileable(model):
             self._compile = False
             self._say("runs eagerly, since which of its experts a token takes is read while it runs", stacklevel=3)

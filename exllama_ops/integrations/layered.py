@@ -16,10 +16,12 @@ from exllama_ops.compile import packages
 from exllama_ops.compile.packages import Run
 from exllama_ops.extras import collector_paused
 from exllama_ops.integrations import layer_graphs
+from exllama_ops.integrations.cache_check import CacheCheck
 from exllama_ops.integrations.cpu_forms import fast_forms
 from exllama_ops.integrations.layer_graphs import Plan
 from exllama_ops.integrations.layers import Split, SplitError, Weights, config_text, description, split
-from exllama_ops.integrations.static_cache import CacheInterface, KeysAndValues, cache_interface
+from exllama_ops.integrations.positions import position_limit
+from exllama_ops.integrations.static_cache import CacheInterface, KeysAndValues
 from exllama_ops.progress import Notify, ignore
 
 Backend = str | Callable[..., Any]
@@ -45,13 +47,14 @@ class LayeredForward:
     place are not. One thread at a time may call it.
 
     Args:
-        model: a transformers causal LM in eval mode whose layers have full or sliding-window attention; its Linear
-            layers may be quantized or dense.
+        model: a transformers causal LM in eval mode; its Linear layers may be quantized or dense.
         backend: "exllama" or "inductor". Another backend of torch.compile serves tests; its graphs are not kept.
         notify: takes the steps.
+        interface: how the model takes a static cache that is known to serve it. None learns it, and checks the cache.
 
     Raises:
-        ValueError: the model cannot be split into layers, and the text says why.
+        ValueError: the model computes something else with a static cache, or cannot be split into layers. The text says
+            why.
         exllama_ops.compile.packages.PackageError: a graph does not compile.
 
     Example::
@@ -70,10 +73,14 @@ class LayeredForward:
         interface: CacheInterface | None = None,
     ) -> None:
         device = model.get_input_embeddings().weight.device
+        self._name = type(model).__name__
+        self._check: CacheCheck | None = None
+        self._checked = 0
         if interface is None:
-            interface = cache_interface(model, torch.zeros(1, 2, dtype=torch.long, device=device))
-        if interface.reason:
-            raise ValueError(f"{type(model).__name__} cannot be compiled layer by layer: {interface.reason}")
+            self._check = CacheCheck(model, device, position_limit(model.config))
+            self._check_cache(self._check.first_capacity())
+            interface = self._check.interface
+            assert interface is not None  # else there was a reason against it
         try:
             parts = split(model, interface)
             self._shapes = interface.shapes
@@ -82,7 +89,7 @@ class LayeredForward:
             with torch.no_grad(), fast_forms(model, device), collector_paused():
                 self._runs, self._plan = _compiled(parts, self._around, weights, backend, notify)
         except SplitError as error:
-            raise ValueError(f"{type(model).__name__} cannot be compiled layer by layer: {error}") from error
+            raise ValueError(f"{self._name} cannot be compiled layer by layer: {error}") from error
         self._layers = [
             _Layer(kind, slots, own.tensors) for (kind, slots), own in zip(self._plan.layers, weights, strict=True)
         ]
@@ -107,8 +114,19 @@ class LayeredForward:
         }
 
     def new_cache(self, capacity: int) -> KeysAndValues:
-        """Memory for the keys and values of one sequence of at most ``capacity`` tokens."""
+        """Memory for the keys and values of one sequence of at most ``capacity`` tokens.
+
+        Raises:
+            ValueError: the model computes something else with so large a cache.
+        """
+        if capacity > self._checked:
+            self._check_cache(capacity)
         return KeysAndValues(self._shapes, capacity)
+
+    def _check_cache(self, capacity: int) -> None:
+        if self._check is not None and (reason := self._check.reason_against_static(capacity)):
+            raise ValueError(f"{self._name} cannot be compiled layer by layer: {reason}")
+        self._checked = capacity
 
     def __call__(self, ids: Tensor, cache: KeysAndValues) -> Tensor:
         """Append tokens to a sequence: the logits (vocabulary,) of the token after them.

@@ -90,29 +90,38 @@ def cache_interface(model: Any, tokens: Tensor) -> CacheInterface:
         return CacheInterface("", "it returns no cache", [], calls, logits)
     argument = cache_argument(model, returned)
     layers = getattr(cache, "layers", [])
-    others = sorted({type(layer).__name__ for layer in layers if not _has_keys_and_values(layer)})
-    if others or not layers:
+    others = sorted({type(layer).__name__ for layer in layers if not _has_keys_and_values(layer) and _tensors(layer)})
+    shape = next((_shape(layer) for layer in layers if _has_keys_and_values(layer)), None)
+    if others or shape is None:
         kept = ", ".join(others) or type(cache).__name__
-        return CacheInterface(
-            argument, f"not all of its layers cache keys and values alone ({kept})", [], calls, logits
-        )
-    shapes = [
-        LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        for keys, values in ((layer.keys, layer.values) for layer in layers)
-    ]
+        reason = f"not all of its layers cache keys and values alone ({kept})"
+        return CacheInterface(argument, reason, [], calls, logits)
+    # A layer that shares what another one caches has a place in the cache, and nothing there.
+    nothing = LayerShape(0, 0, 0, shape.dtype, shape.device)
+    shapes = [_shape(layer) if _has_keys_and_values(layer) else nothing for layer in layers]
     return CacheInterface(argument, "", shapes, calls, logits)
 
 
-def _has_keys_and_values(layer: Any) -> bool:
-    """Whether a layer of a cache holds (1, heads, tokens, dim) of each, and no other tensor with more than a number."""
-    pair = [getattr(layer, name, None) for name in ("keys", "values")]
-    if not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in pair):
-        return False
-    return all(
-        name in ("keys", "values") or value.numel() <= 1
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor)
+def _shape(layer: Any) -> LayerShape:
+    return LayerShape(
+        layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype, layer.keys.device
     )
+
+
+def _has_keys_and_values(layer: Any) -> bool:
+    """Whether a layer of a cache holds (1, heads, tokens, dim) of each, and nothing else that grows or changes."""
+    tensors = _tensors(layer)
+    return set(tensors) == {"keys", "values"} and all(tensor.dim() == 4 for tensor in tensors.values())
+
+
+def _tensors(layer: Any) -> dict[str, Any]:
+    """All that a layer of a cache holds but numbers, which may be tensors too."""
+    attributes = {name: value for name, value in vars(layer).items() if isinstance(value, (Tensor, list, tuple, dict))}
+    return {
+        name: value
+        for name, value in attributes.items()
+        if (value.dim() > 0 if isinstance(value, Tensor) else len(value) > 0)
+    }
 
 
 class _Layer(StaticLayer):  # type: ignore[misc]

@@ -63,6 +63,7 @@ class Generator:
     def __init__(self, answers: Sequence[str | tuple[str, BaseException]], tokenizer: Any) -> None:
         self.prompts: list[str] = []
         self.samplers: list[Any] = []
+        self.stops: list[Any] = []
         self.max_length = 128
         self.mode = None
         self.graphs = self.recompiles = 0
@@ -76,6 +77,7 @@ class Generator:
     def generate(self, prompt: list[int], max_new_tokens: int, *, stop: Any, sampler: Any = None) -> Iterator[int]:
         self.prompts.append(self._tokenizer.decode(prompt))
         self.samplers.append(sampler)
+        self.stops.append(stop)
         answer = next(self._answers)
         text, error = answer if isinstance(answer, tuple) else (answer, None)
         yield from self._tokenizer(text, add_special_tokens=False).input_ids[:max_new_tokens]

@@ -197,6 +197,15 @@ def test_the_seconds_until_the_first_token_are_those_of_its_phases(
     assert re.search(r"^first token: +\d+\.\d s \(start \d+\.\d, .*prefill .*\); \d+\.\d CPU s$", captured.err, re.M)
 
 
+def test_a_text_ends_with_the_token_that_only_the_tokenizer_names(
+    checkpoint: Path, answering: Callable[..., Any]
+) -> None:
+    generator = answering("one")
+    assert run(checkpoint, "--prompt", "a") == 0
+    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
+    assert generator.stops == [{vocabulary["</s>"]}]
+
+
 def test_each_prompt_is_answered_in_turn_with_an_object_of_its_own(
     checkpoint: Path, answering: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
 
-from exllama_ops.integrations import cache_check, generation, static_cache  # noqa: E402 (it needs transformers)
+from exllama_ops.integrations import cache_check, static_cache  # noqa: E402 (it needs transformers)
 from exllama_ops.integrations.eager import EagerForward  # noqa: E402
 from exllama_ops.integrations.generation import CompiledGenerator  # noqa: E402
+from exllama_ops.integrations.layered import LayeredForward  # noqa: E402
 from integrations.test_generation import TRACE_ONLY, Renamed, greedy, prompt, random_model  # noqa: E402
 
 
@@ -54,8 +55,8 @@ def test_gpt_neo_that_has_no_more_positions_than_its_window_keeps_the_static_cac
 
 def test_a_cache_that_is_larger_than_the_checked_one_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no name says that there is a window."""
-    monkeypatch.setattr(generation, "_FIRST_CHECK", 64)
-    monkeypatch.setattr(generation, "largest_window", lambda config: 0)
+    monkeypatch.setattr(cache_check, "_MOST_TEXTS", 64)
+    monkeypatch.setattr(cache_check, "largest_window", lambda config: 0)
     model = gpt_neo()
     generator, told = told_generator(model)
     assert list(generator.generate(prompt(120), 8)) == greedy(model, prompt(120), 8)
@@ -232,6 +233,32 @@ def test_graphs_that_compute_something_else_are_not_used() -> None:
     generator.warm_up()
     assert any("with its own cache: its logits with its graphs are 200.0% away" in line for line in told)
     assert list(generator.generate(prompt(9), 12, stop=())) == greedy(model, prompt(9), 12)
+
+
+def test_a_forward_that_cannot_run_eagerly_refuses_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "GPTNeoForCausalLM cannot be compiled layer by layer: its logits with a static cache of"
+    with pytest.raises(ValueError, match=f"{refused} 1024 positions are"):
+        LayeredForward(gpt_neo(), backend=TRACE_ONLY)
+    monkeypatch.setattr(cache_check, "_MOST_TEXTS", 64)
+    forward = LayeredForward(random_model("Llama"), backend=TRACE_ONLY)
+    forward.new_cache(100)
+    monkeypatch.setattr(static_cache._Layer, "update", never_counts(static_cache._Layer.update))
+    forward.new_cache(100)
+    with pytest.raises(ValueError, match="its logits with a static cache of 101 positions are"):
+        forward.new_cache(101)
+
+
+def test_layers_that_share_keys_and_values_have_an_empty_place_in_the_cache() -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_kv_shared_layers": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 100}
+    more = {"vocab_size_per_layer_input": 100, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+    config = transformers.Gemma3nTextConfig(
+        **sizes, **heads, **more, sliding_window=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    generator, told = told_generator(model := made(config))
+    assert list(generator.generate(prompt(9), 12, stop=())) == greedy(model, prompt(9), 12)
+    assert told == []
 
 
 class ReadsItsNumbers(torch.nn.Module):
