@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from exllama_ops.huge_pages import clone_in_huge_pages
+from exllama_ops.layout.fill import fill, permutation_of_all_rows
 from exllama_ops.layout.groups import sorting_order
 from exllama_ops.layout.interning import intern
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
@@ -16,8 +19,9 @@ def prepare(weight: GptqWeight) -> PackedWeight:
 
     Without activation order the rows stay where they are. With it they are sorted by group,
     ``perm = argsort(g_idx, stable=True)``. In a shard of an act-order weight, or with groups of unequal sizes, sorted
-    rows may not fall into groups of group_size. Such a weight stays in checkpoint order and keeps its raw g_idx.
-    Weights with equal orders get one tensor of it between them: never write to a perm or g_idx.
+    rows may not fall into groups of group_size. Then each group is filled up with rows that name no row of x, and the
+    weight has a group_size of its own.
+    Weights with equal orders get one tensor of it between them: never write to a perm.
 
     Args:
         weight: the weight as a checkpoint has it. It is neither changed nor shared.
@@ -28,27 +32,70 @@ def prepare(weight: GptqWeight) -> PackedWeight:
     Raises:
         ValueError: g_idx names a group that has no row of scales.
     """
-    qweight, perm, shuffled = shuffled_copy(
-        weight.qweight, weight.g_idx, weight.bits, weight.group_size, weight.scales.shape[0]
-    )
-    raw = weight.g_idx is not None and not shuffled
+    shuffled = shuffled_copy(weight.qweight, weight.g_idx, weight.bits, weight.group_size, weight.scales.shape[0])
     return PackedWeight(
-        qweight=qweight,
-        qzeros=clone_in_huge_pages(weight.qzeros),
-        scales=clone_in_huge_pages(weight.scales),
-        perm=intern(perm),
-        g_idx=intern(weight.g_idx.clone()) if raw and weight.g_idx is not None else no_order(weight.qweight),
-        shuffled=shuffled,
+        qweight=shuffled.qweight,
+        qzeros=clone_in_huge_pages(shuffled.of_its_groups(weight.qzeros)),
+        scales=clone_in_huge_pages(shuffled.of_its_groups(weight.scales)),
+        perm=intern(shuffled.perm),
+        g_idx=no_order(weight.qweight),
+        shuffled=True,
         bits=weight.bits,
-        group_size=weight.group_size,
+        group_size=shuffled.group_size,
         bias=None if weight.bias is None else weight.bias.clone(),
+        source_groups=shuffled.source_groups,
+        source_group_size=None if shuffled.source_groups is None else weight.group_size,
     )
 
 
-def shuffled_copy(
-    qweight: Tensor, g_idx: Tensor | None, bits: int, group_size: int, G: int
-) -> tuple[Tensor, Tensor, bool]:
-    """Copy a packed weight, its rows sorted by group and its bits in shuffled order if its groups allow it.
+def unprepare(packed: PackedWeight) -> GptqWeight:
+    """What `prepare` was given, bit for bit, in memory of its own."""
+    weight, K, places = packed.weight, packed.in_features, packed.weight.places
+    qweight, qzeros, scales, g_idx = packed.qweight, packed.qzeros, packed.scales, weight.g_idx
+    if packed.shuffled:
+        perm = permutation_of_all_rows(packed.perm, K) if weight.is_filled else packed.perm
+        qweight = torch.ops.exllama.gptq_unshuffle(qweight, perm, packed.bits)[: K * packed.bits // 32]
+        g_idx = None if places is None else weight.row_groups().index_select(0, places)
+    group_size = packed.group_size
+    if packed.source_groups is not None and packed.source_group_size is not None and g_idx is not None:
+        # They are ascending, and none is missing: the first part of each has its scales.
+        groups = packed.source_groups
+        first = torch.searchsorted(groups, torch.arange(int(groups[-1]) + 1, dtype=torch.int32, device=groups.device))
+        qzeros, scales = qzeros.index_select(0, first), scales.index_select(0, first)
+        g_idx, group_size = groups.index_select(0, g_idx), packed.source_group_size
+    return GptqWeight(
+        qweight=qweight.clone(),
+        qzeros=qzeros.clone(),
+        scales=scales.clone(),
+        g_idx=None if g_idx is None else g_idx.clone(),
+        bits=packed.bits,
+        group_size=group_size,
+        bias=None if packed.bias is None else packed.bias.detach().clone(),
+    )
+
+
+class ShuffledCopy(NamedTuple):
+    """A packed weight in shuffled order.
+
+    Args:
+        qweight: contiguous.
+        perm: what gptq_gemm takes as its g_idx.
+        group_size: of its groups.
+        source_groups: the group of the checkpoint that each group is a part of; None if the groups are the same.
+    """
+
+    qweight: Tensor
+    perm: Tensor
+    group_size: int
+    source_groups: Tensor | None
+
+    def of_its_groups(self, table: Tensor) -> Tensor:
+        """Scales or zero points of the checkpoint's groups -> those of the copy's."""
+        return table if self.source_groups is None else table.index_select(0, self.source_groups)
+
+
+def shuffled_copy(qweight: Tensor, g_idx: Tensor | None, bits: int, group_size: int, G: int) -> ShuffledCopy:
+    """Copy a packed weight, its rows sorted by group and its bits in shuffled order.
 
     Args:
         qweight: (K * bits / 32, N) int32 in checkpoint order, any strides.
@@ -58,8 +105,7 @@ def shuffled_copy(
         G: rows of scales.
 
     Returns:
-        The copy, contiguous; the permutation, empty for none; and whether the copy is shuffled. If not, its rows are
-        where they were, and its groups are g_idx.
+        The copy. Where sorted rows do not fall into groups of group_size, it is filled, and has more rows.
 
     Raises:
         ValueError: g_idx names a group that has no row of scales.
@@ -70,9 +116,16 @@ def shuffled_copy(
             raise ValueError(
                 f"g_idx must lie in [0, G) = [0, {G}), the rows of scales; got values from {low} to {high}"
             )
-    order, shuffled = sorting_order(g_idx, group_size, G)
-    perm = no_order(qweight) if order is None else order
-    qweight = clone_in_huge_pages(qweight)
-    if shuffled:
+    order, in_runs = sorting_order(g_idx, group_size, G)
+    if g_idx is None or in_runs:
+        perm = no_order(qweight) if order is None else order
+        qweight = clone_in_huge_pages(qweight)
         torch.ops.exllama.gptq_shuffle(qweight, perm, bits)
-    return qweight, perm, shuffled
+        return ShuffledCopy(qweight, perm, group_size, None)
+    filling = fill(g_idx, G, bits)
+    words, K = qweight.shape[0], g_idx.numel()
+    rows = (filling.row_order.numel() - K) * bits // 32
+    filled = clone_in_huge_pages(qweight.new_zeros(()).expand(rows, qweight.shape[1]))
+    filled[:words] = qweight
+    torch.ops.exllama.gptq_shuffle(filled, permutation_of_all_rows(filling.row_order, K), bits)
+    return ShuffledCopy(filled, filling.row_order, filling.group_size, filling.source_groups)

@@ -17,6 +17,8 @@ struct Shape {
   int64_t K;
   int64_t N;
   int64_t G;
+  int64_t in_features;  // columns of x: K, or fewer if qweight is filled
+  bool filled;
 };
 
 inline layout::DType dtype_of(const Tensor& tensor) {
@@ -83,6 +85,7 @@ struct Options {
     weight.K = shape.K;
     weight.N = shape.N;
     weight.G = shape.G;
+    weight.in_features = shape.in_features;
     weight.group_size = group_size != 0 ? group_size : (groups_of_equal_size ? shape.K / shape.G : 1);
     weight.bits = static_cast<int32_t>(bit);
     weight.shuffled = use_exllama;

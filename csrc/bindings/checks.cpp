@@ -180,10 +180,15 @@ Shape check_weight(const char* op, const WeightTensors& weight, const Options& o
   check_float_tensor(op, {"scales", part}, scales, first);
   check_tensor(op, "g_idx", g_idx, 1, {kInt32}, first);
 
-  const int64_t K = K_of_x ? *K_of_x : check_rows(op, qweight, format);
+  const int64_t entries = g_idx.size(0);
+  const bool may_be_filled = use_exllama && (!K_of_x || entries > *K_of_x);
+  const int64_t rows = !K_of_x || may_be_filled ? check_rows(op, qweight, format) : *K_of_x;
+  const bool filled = may_be_filled && rows < entries && entries <= 2 * rows && (!K_of_x || *K_of_x == entries - rows);
+  const int64_t in_features = K_of_x ? *K_of_x : filled ? entries - rows : rows;
+  const int64_t K = filled ? rows : in_features;
   const int64_t N = N_of_grad ? *N_of_grad : scales.size(1);
   const int64_t G = scales.size(0);
-  check_fills_words(op, "K", K, format);
+  check_fills_words(op, "K", in_features, format);
   check_fills_words(op, {"N", part}, N, format);
   if (qweight.size(0) != K * bits / 32 || qweight.size(1) != N) {
     check_shape(op, {"qweight", part}, qweight, "(K*bits/32, N)", K * bits / 32, N,
@@ -196,14 +201,14 @@ Shape check_weight(const char* op, const WeightTensors& weight, const Options& o
                 "G=" + str(G) + ", N=" + str(N) + ", bits=" + str(bits));
   }
 
-  const int64_t entries = g_idx.size(0);
-  if (entries != 0 && entries != K) {
+  if (entries != 0 && entries != K && !filled) {
     refuse(op, std::string("g_idx (") + (use_exllama ? "the permutation argsort(g_idx)" : "the group of each row") +
                    ", as use_exllama=" + (use_exllama ? "True" : "False") + ") must be empty or have shape (K,) = (" +
-                   str(K) + ",); got (" + str(entries) + ",)");
+                   str(K) + ",)" + (use_exllama ? ", or (rows of qweight + K,) if its groups are filled" : "") +
+                   "; got (" + str(entries) + ",)");
   }
   if (group_size < 0) refuse(op, "group_size must be at least 1, or 0 for K / G; got " + str(group_size));
-  if (!use_exllama && entries != 0) return {K, N, G};
+  if (!use_exllama && entries != 0) return {K, N, G, in_features, filled};
   if (group_size != 0) {
     const int64_t groups = (K - 1) / group_size + 1;
     if (groups != G) {
@@ -214,7 +219,7 @@ Shape check_weight(const char* op, const WeightTensors& weight, const Options& o
     refuse(op, "group_size=0 means K / G, which must be whole; got K=" + str(K) + ", " + Name{"G", part}.str() + "=" +
                    str(G) + " (say the group_size of a weight whose last group is partial)");
   }
-  return {K, N, G};
+  return {K, N, G, in_features, filled};
 }
 
 // What gptq_shuffle and gptq_unshuffle share. Returns K.
@@ -297,6 +302,24 @@ void check_index_range(const char* op, const char* name, const int32_t* index, i
   while (static_cast<uint32_t>(index[at]) < bound) ++at;
   refuse(op, std::string(name) + " must have values in [0, " + str(limit) + "); got " + str(index[at]) + " at index " +
                  str(at));
+}
+
+void check_filled_order(const char* op, const int32_t* named, const int32_t* places, int64_t K, int64_t in_features) {
+  for (int64_t i = 0; i < K; ++i) {
+    if (named[i] >= -1 && named[i] < in_features) continue;
+    refuse(op, "g_idx must have values in [-1, " + str(in_features) + ") for the " + str(K) +
+                   " rows of qweight; got " + str(named[i]) + " at index " + str(i));
+  }
+  for (int64_t row = 0; row < in_features; ++row) {
+    if (places[row] >= 0 && places[row] < K && named[places[row]] == row) continue;
+    refuse(op, "g_idx must say at index " + str(K + row) + " where " + str(row) + " stands among its first " + str(K) +
+                   " values; got " + str(places[row]));
+  }
+  for (int64_t i = 0; i < K; ++i) {
+    if (named[i] < 0 || places[named[i]] == i) continue;
+    refuse(op, "g_idx must name a row of W once; got " + str(named[i]) + " at index " + str(places[named[i]]) +
+                   " and at index " + str(i));
+  }
 }
 
 void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen) {

@@ -25,5 +25,7 @@ int64_t check_gptq_unshuffle(const Tensor& qweight, const Tensor& q_perm, int64_
 // as entries.
 void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit);
 void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen);
+// The two lists in the g_idx of a filled weight: what its K rows name, and the places of the in_features rows of W.
+void check_filled_order(const char* op, const int32_t* named, const int32_t* places, int64_t K, int64_t in_features);
 
 }  // namespace exllama::bindings

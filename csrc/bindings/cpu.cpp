@@ -79,15 +79,17 @@ class CheckedIndex {
  public:
   // `permutation`: no value may come twice.
   CheckedIndex(const char* op, const char* name, const Tensor& index, int64_t limit, bool permutation)
-      : large_(index.size(0) > kSmall ? bytes_of(index) : 0, index) {
+      : CheckedIndex(index, index.size(0)) {
     const int64_t entries = index.size(0);
     if (entries == 0) return;
-    values_ = entries > kSmall ? static_cast<int32_t*>(large_.get()) : small_;
-    std::memcpy(values_, index.data<const void>(), bytes_of(index));
     check_index_range(op, name, values_, entries, limit);
     if (!permutation) return;
     const Workspace seen(static_cast<size_t>(entries), index);
     check_permutation(op, name, values_, entries, static_cast<uint8_t*>(seen.get()));
+  }
+  // Kernels take what the rows name. Where each row of W stands is known by that.
+  CheckedIndex(const char* op, const Tensor& g_idx, const Shape& shape) : CheckedIndex(g_idx, shape.K) {
+    check_filled_order(op, values_, g_idx.data<const int32_t>() + shape.K, shape.K, shape.in_features);
   }
   CheckedIndex(const CheckedIndex&) = delete;
   CheckedIndex& operator=(const CheckedIndex&) = delete;
@@ -97,7 +99,13 @@ class CheckedIndex {
  private:
   static constexpr int64_t kSmall = 4096;
 
-  static size_t bytes_of(const Tensor& index) { return static_cast<size_t>(index.size(0)) * sizeof(int32_t); }
+  // The first `entries` entries, not checked yet.
+  CheckedIndex(const Tensor& index, int64_t entries)
+      : large_(entries > kSmall ? static_cast<size_t>(entries) * sizeof(int32_t) : 0, index) {
+    if (entries == 0) return;
+    values_ = entries > kSmall ? static_cast<int32_t*>(large_.get()) : small_;
+    std::memcpy(values_, index.data<const void>(), static_cast<size_t>(entries) * sizeof(int32_t));
+  }
 
   int32_t small_[kSmall];
   Workspace large_;

@@ -146,11 +146,21 @@ class DeviceIndex {
  public:
   DeviceIndex(const char*, const char*, const Tensor& index, int64_t, bool)
       : values_(index.size(0) != 0 ? index.data<const int32_t>() : nullptr) {}
+  DeviceIndex(const char*, const Tensor& g_idx, const Shape&) : values_(g_idx.data<const int32_t>()) {}
   const int32_t* get() const { return values_; }
 
  private:
   const int32_t* values_;
 };
+
+// Whether some rows of the words name no column of x. If all do, the first list of the order is a permutation.
+bool is_filled(const layout::Weight& weight) { return weight.in_features < weight.K; }
+
+layout::Weight without_order(layout::Weight weight) {
+  weight.row_order = nullptr;
+  weight.in_features = weight.K;
+  return weight;
+}
 
 // What Ops asks of a device.
 struct Cuda {
@@ -161,6 +171,14 @@ struct Cuda {
   static void gemm(const layout::Weight* parts, int64_t count, const Tensor& x, const Tensor& out) {
     const DeviceScope scope(x);
     const int64_t M = x.size(0);
+    if (is_filled(*parts)) {
+      const int64_t sizes[] = {M, parts->K};
+      const Tensor gathered = Tensor::empty(sizes, x.dtype(), x);
+      cuda::gather_x(*parts, x.data<const void>(), dtype_of(x), M, gathered.data<void>(), scope.stream());
+      std::vector<layout::Weight> plain(parts, parts + count);
+      for (layout::Weight& part : plain) part = without_order(part);
+      return gemm(plain.data(), count, gathered, out);
+    }
     const cuda::Problem problem =
         cuda::problem_of(parts, count, dtype_of(x), M, scope.device(), batch_invariant.load(std::memory_order_relaxed));
     const cuda::Config config = choose(problem);
@@ -179,11 +197,24 @@ struct Cuda {
 
   static void gemm_dx(const layout::Weight& weight, const Tensor& grad, const Tensor& dx) {
     const DeviceScope scope(grad);
+    if (is_filled(weight)) {
+      const int64_t sizes[] = {grad.size(0), weight.K};
+      const Tensor of_all_rows = Tensor::empty(sizes, dx.dtype(), dx);
+      gemm_dx(without_order(weight), grad, of_all_rows);
+      return cuda::gather_dx(weight, of_all_rows.data<const void>(), dtype_of(dx), grad.size(0), dx.data<void>(),
+                             scope.stream());
+    }
     cuda::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), grad.size(0), dx.data<void>(), scope.stream());
   }
 
   static void dequantize(const layout::Weight& weight, const Tensor& out) {
     const DeviceScope scope(out);
+    if (is_filled(weight)) {
+      const int64_t sizes[] = {weight.K, weight.N};
+      const Tensor all_rows = Tensor::empty(sizes, out.dtype(), out);
+      dequantize(without_order(weight), all_rows);
+      return cuda::gather_rows_of_w(weight, all_rows.data<const void>(), out.data<void>(), scope.stream());
+    }
     cuda::dequantize(weight, 0, weight.N, out.data<void>(), dtype_of(out), scope.stream());
   }
 

@@ -4,6 +4,7 @@
 //   check(op)                                      throws if it cannot compute anything
 //   Index(op, name, tensor, limit, permutation)    whose get() is where the values of an index lie, checked if the device
 //                                                  can do that; null if it is empty
+//   Index(op, tensor, shape)                       likewise of the g_idx of a filled weight, by its rows
 //   gemm, gemm_dx, dequantize, shuffle, unshuffle  which are called where there is something to compute
 #pragma once
 
@@ -52,7 +53,7 @@ struct Ops {
     Device::check("gptq_gemm_dx");
     const Index order = row_order("gptq_gemm_dx", arguments.options, shape, true);
     const layout::Weight weight = arguments.weight(shape, order.get());
-    const int64_t sizes[] = {grad.size(0), shape.K};
+    const int64_t sizes[] = {grad.size(0), shape.in_features};
     Tensor dx = Tensor::empty(sizes, grad.dtype(), grad);
     if (grad.size(0) > 0) Device::gemm_dx(weight, grad, dx);
     give_back(stack, std::move(dx));
@@ -63,7 +64,7 @@ struct Ops {
     const Shape shape = check_gptq_dequantize(arguments);
     Device::check("gptq_dequantize");
     const Index order = row_order("gptq_dequantize", arguments.options, shape, true);
-    const int64_t sizes[] = {shape.K, shape.N};
+    const int64_t sizes[] = {shape.in_features, shape.N};
     Tensor out = Tensor::empty(sizes, arguments.scales.dtype(), arguments.scales);
     Device::dequantize(arguments.weight(shape, order.get()), out);
     give_back(stack, std::move(out));
@@ -95,6 +96,7 @@ struct Ops {
  private:
   // The permutation or the groups of a weight's rows. An op that writes to the rows of a permutation needs each of them.
   static Index row_order(const char* op, const Options& options, const Shape& shape, bool writes_to_its_rows) {
+    if (shape.filled) return {op, options.g_idx, shape};
     return {op, "g_idx", options.g_idx, options.use_exllama ? shape.K : shape.G,
             options.use_exllama && writes_to_its_rows};
   }

@@ -21,6 +21,7 @@ void dequantize(const Weight& weight, void* out, const Parallel& parallel) {
       unpack_scaled(isa, weight, span.row, span.rows, span.group, column, columns, panel);
       for (int i = 0; i < span.rows; ++i) {
         const int64_t row = perm ? perm[span.row + i] : span.row + i;
+        if (row < 0) continue;
         isa.store(panel + i * kPanelColumns, columns, offset(out, weight.scales_dtype, row * weight.N + column),
                   weight.scales_dtype);
       }

@@ -158,7 +158,7 @@ struct Kernels {
   // Whether this CPU has the ISA.
   bool (*available)() = nullptr;
 
-  // out[i] = x[perm ? perm[i] : i] in float32, for `count` entries from `begin` on.
+  // out[i] = x[perm ? perm[i] : i] in float32, for `count` entries from `begin` on. x[-1] is 0.
   void (*load)(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) = nullptr;
   // Returns whether all values are finite.
   bool (*store)(const float* values, int count, void* out, DType dtype) = nullptr;

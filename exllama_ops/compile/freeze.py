@@ -98,6 +98,9 @@ def _fold(model: nn.Module, trace: Trace) -> tuple[dict[str, tuple[str, ...]], d
         if not layer.shuffled:
             unfolded[name] = "its rows have a raw g_idx, and no permutation"
             continue
+        if layer.source_group_size is not None:
+            unfolded[name] = "its groups are filled up with rows that name no column of x"
+            continue
         try:
             producers = trace.producers(name, layer.in_features)
         except UnprovenError as reason:

@@ -24,7 +24,7 @@ class _Prepared(NamedTuple):
     qzeros: Tensor
     g_idx: Tensor | None
     perm: Tensor
-    shuffled: bool
+    group_size: int
 
 
 class ExllamaLinearKernel:
@@ -94,6 +94,7 @@ class ExllamaLinearKernel:
         self.w_gidx_name = w_gidx_param_name or "g_idx"
         self.w_perm_name = f"{self.w_gidx_name}_perm"
         self._shuffled_name = f"{self.w_q_name}_shuffled"
+        self._group_size_name = f"{self.w_q_name}_group_size"
         self._bits = weight_type.size_bits
         self._bias = weight_type.bias
         self._zero_offset = zero_offset(config)
@@ -112,11 +113,12 @@ class ExllamaLinearKernel:
         g_idx, with one that says ``k // group_size``, and with zeros alone, as some checkpoints have them.
 
         The rows sorted by group may not fall into groups of group_size, as in a row shard of a layer with activation
-        order. Then the weight stays in checkpoint order and runs by its g_idx.
+        order. Then each group is filled up with rows that name no column of x, as `exllama_ops.prepare` does it. The
+        weight, the scales and the zero points get more rows, and the permutation more entries.
 
         Args:
             layer: the module that holds the parameters. It also gets the bool ``<weight name>_shuffled``, the sign
-                that it was processed and how.
+                that it was processed, and the int ``<weight name>_group_size``.
 
         Raises:
             ValueError: the layer was processed before, or a parameter is missing, has another shape, dtype, device or
@@ -134,7 +136,8 @@ class ExllamaLinearKernel:
         if prepared.g_idx is not None:
             set_parameter(layer, self.w_gidx_name, prepared.g_idx, input_dim=0)
         set_parameter(layer, self.w_perm_name, prepared.perm, input_dim=0)
-        setattr(layer, self._shuffled_name, prepared.shuffled)
+        setattr(layer, self._shuffled_name, True)
+        setattr(layer, self._group_size_name, prepared.group_size)
 
     def _prepare(self, layer: nn.Module) -> _Prepared:
         K, N = self.config.partition_weight_shape
@@ -162,9 +165,10 @@ class ExllamaLinearKernel:
             qzeros = pack_columns(stored, bits)
 
         g_idx = self._g_idx(layer, G, device) if has_g_idx(self.config) else None
-        qweight, perm, shuffled = shuffled_copy(qweight, self._meaning(g_idx, G), bits, self._group_size, G)
-        scales = _cast_if_exact(scales, self.config.act_type).contiguous()
-        return _Prepared(qweight, scales, qzeros.contiguous(), g_idx, perm, shuffled)
+        shuffled = shuffled_copy(qweight, self._meaning(g_idx, G), bits, self._group_size, G)
+        scales = shuffled.of_its_groups(_cast_if_exact(scales, self.config.act_type)).contiguous()
+        qzeros = shuffled.of_its_groups(qzeros).contiguous()
+        return _Prepared(shuffled.qweight, scales, qzeros, g_idx, shuffled.perm, shuffled.group_size)
 
     def _g_idx(self, layer: nn.Module, G: int, device: torch.device) -> Tensor:
         name, K = self.w_gidx_name, self.config.partition_weight_shape[0]
@@ -199,25 +203,23 @@ class ExllamaLinearKernel:
             ValueError: the layer was not processed, or x's last size is not K, or x's dtype or device does not fit.
         """
         K, N = self.config.partition_weight_shape
-        shuffled: bool | None = getattr(layer, self._shuffled_name, None)
-        if shuffled is None:
+        if not hasattr(layer, self._shuffled_name):
             raise ValueError(
                 f"ExllamaLinearKernel: the layer's '{self.w_q_name}' must be processed before it is applied: call "
                 "process_weights_after_loading"
             )
         if x.shape[-1] != K:
             raise ValueError(f"ExllamaLinearKernel: x must have shape (*, K) with K={K}; got {tuple(x.shape)}")
-        order_name = self.w_perm_name if shuffled else self.w_gidx_name
         out: Tensor = torch.ops.exllama.gptq_gemm(
             x.reshape(-1, K).contiguous(),
             getattr(layer, self.w_q_name),
             getattr(layer, self.w_zp_name),
             getattr(layer, self.w_s_name),
-            getattr(layer, order_name),
-            shuffled,
+            getattr(layer, self.w_perm_name),
+            True,
             self._bits,
             use_v2_format=self._zero_offset == 0,
-            group_size=self._group_size,
+            group_size=getattr(layer, self._group_size_name),
         )
         out = out.view(*x.shape[:-1], N)
         return out if bias is None else out + bias.to(out.dtype)

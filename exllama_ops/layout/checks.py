@@ -201,10 +201,36 @@ def check_row_order_values(op: str, weight: Weight, *, writes_to_its_rows: bool 
     """`check_index_values` of a weight's row order: a permutation of the K rows, or the group of each row.
 
     A gather from a list that names a row twice has a result. An op that writes to the rows of a permutation would leave
-    those that it does not name as they were in memory.
+    those that it does not name as they were in memory. The two lists of a filled weight must always agree.
     """
+    if weight.is_filled:
+        _check_filled_order(op, weight.row_order, weight.K)
+        return
     limit, permutation = (weight.K, writes_to_its_rows) if weight.shuffled else (weight.G, False)
     check_index_values(op, "g_idx", weight.row_order, limit, permutation=permutation)
+
+
+def _check_filled_order(op: str, row_order: Tensor, K: int) -> None:
+    """That the first K entries name each row of W once, or none (-1), and the others say where."""
+    if row_order.device.type != "cpu" or not _has_memory(row_order):
+        return
+    named, places = row_order[:K].tolist(), row_order[K:].tolist()
+    for i, row in enumerate(named):
+        if not -1 <= row < len(places):
+            raise ValueError(
+                f"{op}: g_idx must have values in [-1, {len(places)}) for the {K} rows of qweight; got {row} at index "
+                f"{i}"
+            )
+    for row, place in enumerate(places):
+        if not 0 <= place < K or named[place] != row:
+            raise ValueError(
+                f"{op}: g_idx must say at index {K + row} where {row} stands among its first {K} values; got {place}"
+            )
+    for i, row in enumerate(named):
+        if row >= 0 and places[row] != i:
+            raise ValueError(
+                f"{op}: g_idx must name a row of W once; got {row} at index {places[row]} and at index {i}"
+            )
 
 
 def check_weight(
@@ -222,7 +248,7 @@ def check_weight(
         op: the name that errors carry.
         weight: as it came.
         device: that of the op's first argument, where there is one before the weight.
-        K: the size that x asks for, if there is an x.
+        K: the size of x, if there is an x: the rows of W, which a filled qweight has more of.
         N: the size that a gradient asks for, if there is one.
         part: the index, "[1]", of a weight in lists of them.
 
@@ -238,10 +264,16 @@ def check_weight(
     _check_tensor(op, f"scales{part}", scales, 2, FLOAT_DTYPES, device)
     _check_tensor(op, "g_idx", row_order, 1, (torch.int32,), device)
 
-    K = _check_rows(op, qweight, bits) if K is None else K
+    entries, in_features = row_order.shape[0], K
+    may_be_filled = weight.shuffled and (in_features is None or entries > in_features)
+    rows = _check_rows(op, qweight, bits) if in_features is None or may_be_filled else in_features
+    filled = may_be_filled and rows < entries <= 2 * rows and in_features in (None, entries - rows)
+    if in_features is None:
+        in_features = entries - rows if filled else rows
+    K = rows if filled else in_features
     N = scales.shape[1] if N is None else N
     G = scales.shape[0]
-    _check_fills_words(op, "K", K, bits)
+    _check_fills_words(op, "K", in_features, bits)
     _check_fills_words(op, f"N{part}", N, bits)
     _check_shape(op, f"qweight{part}", qweight, "(K*bits/32, N)", (K * bits // 32, N), f"K={K}, bits={bits}")
     torch._check_value(
@@ -250,13 +282,13 @@ def check_weight(
     _check_shape(op, f"scales{part}", scales, "(G, N)", (G, N), f"N={N}")
     _check_shape(op, f"qzeros{part}", qzeros, "(G, N*bits/32)", (G, N * bits // 32), f"G={G}, N={N}, bits={bits}")
 
-    entries = row_order.shape[0]
     meaning = "the permutation argsort(g_idx)" if weight.shuffled else "the group of each row"
+    longer = ", or (rows of qweight + K,) if its groups are filled" if weight.shuffled else ""
     torch._check_value(
-        entries in (0, K),
+        filled or entries in (0, K),
         lambda: (
-            f"{op}: g_idx ({meaning}, as use_exllama={weight.shuffled}) must be empty or have shape (K,) = ({K},); "
-            f"got ({entries},)"
+            f"{op}: g_idx ({meaning}, as use_exllama={weight.shuffled}) must be empty or have shape (K,) = ({K},)"
+            f"{longer}; got ({entries},)"
         ),
     )
     torch._check_value(

@@ -52,7 +52,14 @@ def same_format(first: PackedWeight, second: PackedWeight) -> bool:
 
     def form(weight: PackedWeight) -> tuple[object, ...]:
         rows, device = weight.qweight.shape[0], weight.qweight.device
-        options = (weight.shuffled, weight.bits, weight.group_size)
+        options = (weight.shuffled, weight.bits, weight.group_size, weight.source_group_size)
         return (*options, rows, weight.scales.shape[0], weight.scales.dtype, device, weight.row_order.shape)
 
-    return form(first) == form(second) and torch.equal(first.row_order, second.row_order)
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+    return (
+        form(first) == form(second)
+        and torch.equal(first.row_order, second.row_order)
+        and same(first.source_groups, second.source_groups)
+    )

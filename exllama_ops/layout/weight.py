@@ -22,6 +22,7 @@ from exllama_ops.layout.checks import check_weight
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.shard import shard
+from exllama_ops.layout.shuffle import inverse_permutation
 
 R = TypeVar("R")
 
@@ -36,7 +37,9 @@ class Weight:
         qweight: (K * bits / 32, N) int32.
         qzeros: (G, N * bits / 32) int32.
         scales: (G, N) float16, bfloat16 or float32.
-        row_order: int32. If shuffled, the permutation (K,); else the group of each row (K,). Empty for none.
+        row_order: int32. If shuffled, the permutation (K,), or (K + in_features,) of a filled weight, whose K rows name
+            columns of x or none (-1), followed by the row of each column of x. Else the group of each row (K,). Empty
+            for none.
         shuffled: the order of the bits in the words of qweight.
         bits: 2, 3, 4 or 8.
         zero_offset: what is added to a stored zero point: 0 in the v2 format, 1 in v1.
@@ -90,8 +93,18 @@ class Weight:
 
     @property
     def K(self) -> int:
-        """Rows of W."""
+        """Rows of the words."""
         return self.qweight.shape[0] * 32 // self.bits
+
+    @property
+    def in_features(self) -> int:
+        """Rows of W and columns of x: K, or fewer if the weight is filled."""
+        return self.row_order.shape[0] - self.K if self.is_filled else self.K
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether some rows of the words may be no rows of W: they fill groups up to group_size."""
+        return self.shuffled and self.row_order.shape[0] > self.K
 
     @property
     def N(self) -> int:
@@ -105,8 +118,15 @@ class Weight:
 
     @property
     def perm(self) -> Tensor | None:
-        """The row of the checkpoint that each row of the words is; None where that is its own."""
-        return self.row_order if self.shuffled and self.row_order.shape[0] else None
+        """The row of the checkpoint that each row of the words is, -1 for none; None where that is its own."""
+        return self.row_order[: self.K] if self.shuffled and self.row_order.shape[0] else None
+
+    @property
+    def places(self) -> Tensor | None:
+        """The row of the words that each row of the checkpoint is: what undoes `perm`."""
+        if self.perm is None:
+            return None
+        return self.row_order[self.K :] if self.is_filled else inverse_permutation(self.perm)
 
     @property
     def g_idx(self) -> Tensor | None:
@@ -210,6 +230,23 @@ def _check_bias(kind: str, bias: Tensor | None, N: int, device: torch.device) ->
         raise ValueError(f"{kind}: bias must be floating point on {device}; got {bias.dtype} on {bias.device}")
 
 
+def _check_source(packed: PackedWeight) -> None:
+    """That a filled weight says of what it was made, and no other does."""
+    groups, size = packed.source_groups, packed.source_group_size
+    if not packed.weight.is_filled:
+        if groups is not None or size is not None:
+            raise ValueError("PackedWeight: source_groups and source_group_size must be None: the weight is not filled")
+        return
+    G = packed.scales.shape[0]
+    if groups is None or groups.dtype != torch.int32 or tuple(groups.shape) != (G,):
+        got = None if groups is None else (groups.dtype, tuple(groups.shape))
+        raise ValueError(
+            f"PackedWeight: source_groups of a filled weight must be int32 of shape (G,) = ({G},); got {got}"
+        )
+    if size is None or size < 1:
+        raise ValueError(f"PackedWeight: source_group_size of a filled weight must be at least 1; got {size}")
+
+
 @dataclass(frozen=True, eq=False)
 class GptqWeight:
     """A weight in checkpoint order, ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])`` with ``g = g_idx[k]``.
@@ -255,7 +292,7 @@ class GptqWeight:
     @property
     def in_features(self) -> int:
         """K."""
-        return self.qweight.shape[0] * 32 // self.bits
+        return self.weight.in_features
 
     @property
     def out_features(self) -> int:
@@ -284,7 +321,7 @@ class GptqWeight:
             The shard, in memory of its own, with the scales and zero points of its own groups alone. A run of rows that
             starts within a group gets shorter groups, whose scales are repeated. Of a weight with activation order, the
             groups that the rows name are numbered anew; where their sizes differ, only the g_idx says them, and
-            `prepare` leaves the shard in checkpoint order.
+            `prepare` fills them up.
 
         Raises:
             ValueError: a run is empty, leaves the weight, or does not start and stop at whole blocks. These are 16, 32,
@@ -302,12 +339,16 @@ class PackedWeight:
         qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
         scales: (G, N) float16, bfloat16 or float32.
         perm: (K,) int32, ``argsort(g_idx)``: row k of this weight is row ``perm[k]`` of the checkpoint. Empty for none,
-            and always if not shuffled.
+            and always if not shuffled. A filled weight has more rows than K, of which some name -1, and K entries more:
+            where each row of the checkpoint is.
         g_idx: (K,) int32, the group of each row. Empty for ``k // group_size``, and always if shuffled.
         shuffled: whether qweight is in shuffled order; the op's ``use_exllama``.
         bits: 2, 3, 4 or 8.
         group_size: rows of a group, at least 1.
         bias: (N,) or None.
+        source_groups: (G,) int32, ascending: the group of the checkpoint that each group of a filled weight is, or is a
+            part of. None if the weight is not filled.
+        source_group_size: the group_size of the checkpoint, likewise.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together. The data is not read.
@@ -322,6 +363,8 @@ class PackedWeight:
     bits: int
     group_size: int
     bias: Tensor | None = None
+    source_groups: Tensor | None = None
+    source_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -333,6 +376,7 @@ class PackedWeight:
             )
         check_weight("PackedWeight", self.weight)
         _check_bias("PackedWeight", self.bias, self.out_features, self.qweight.device)
+        _check_source(self)
 
     @property
     def weight(self) -> Weight:
@@ -348,7 +392,7 @@ class PackedWeight:
     @property
     def in_features(self) -> int:
         """K."""
-        return self.qweight.shape[0] * 32 // self.bits
+        return self.weight.in_features
 
     @property
     def out_features(self) -> int:

@@ -35,6 +35,8 @@ class ExllamaLinear(PackedModule):
         act_order: whether the rows have an order of their own: a permutation, or a raw g_idx if not shuffled.
         shuffled: whether qweight is in shuffled order. False only for weights whose groups have unequal sizes.
         num_groups: rows of scales, where a raw g_idx needs another number than ceil(K / group_size).
+        rows: of qweight times 32 / bits, if the weight is filled and has more of them than in_features; see `prepare`.
+        source_group_size: that of the checkpoint, if the weight is filled.
         dtype: of the bias; the default dtype if None.
         scales_dtype: float16, bfloat16 or float32.
         device: where the buffers lie; "meta" works.
@@ -49,9 +51,11 @@ class ExllamaLinear(PackedModule):
         qzeros: (G, N * bits / 32) int32, the zero points themselves (v2).
         scales: (G, N); `.to(dtype)` leaves them as they are, and a cast past the module is refused.
         scales_dtype: that of the scales.
-        perm: (K,) or (0,) int32, if shuffled. Layers with equal ones share one tensor; a state_dict has copies.
+        perm: (K,) or (0,) int32, if shuffled. Layers with equal ones share one tensor; a state_dict has copies. If the
+            weight is filled, (rows + K,).
         g_idx: (K,) or (0,) int32, if not shuffled; likewise.
         bias: (N,) or None.
+        source_groups: (G,) int32, if the weight is filled: the group of the checkpoint that each group is part of.
 
     Raises:
         ValueError: an argument is unsupported, x's last size is not K, or the scales are not what they were made as.
@@ -68,6 +72,8 @@ class ExllamaLinear(PackedModule):
         act_order: bool = False,
         shuffled: bool = True,
         num_groups: int | None = None,
+        rows: int | None = None,
+        source_group_size: int | None = None,
         dtype: torch.dtype | None = None,
         scales_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
@@ -76,24 +82,33 @@ class ExllamaLinear(PackedModule):
         _check_construction(in_features, out_features, bits, group_size)
         if num_groups is not None and (shuffled or not act_order):
             raise ValueError("ExllamaLinear: num_groups is for a raw g_idx: shuffled=False and act_order=True")
-        G = _groups(in_features, group_size) if num_groups is None else num_groups
-        row_entries = in_features if act_order else 0
+        _check_filling(in_features, rows, source_group_size, bits, is_permuted=shuffled and act_order)
+        K = in_features if rows is None else rows
+        G = _groups(K, group_size) if num_groups is None else num_groups
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return clone_in_huge_pages(torch.zeros((), dtype=dtype, device=device).expand(shape))
 
-        rows = torch.arange(row_entries, dtype=torch.int32, device=device) if shuffled else zeros(row_entries)
+        order = zeros(0)
+        if act_order and shuffled:
+            order = torch.arange(in_features, dtype=torch.int32, device=device)
+        elif act_order:
+            order = zeros(in_features)
+        if rows is not None:
+            order = torch.cat([order, order.new_full((rows - in_features,), -1), order])
         self.set_packed(
             PackedWeight(
-                qweight=zeros(in_features * bits // 32, out_features),
+                qweight=zeros(K * bits // 32, out_features),
                 qzeros=zeros(G, out_features * bits // 32),
                 scales=zeros(G, out_features, dtype=scales_dtype),
-                perm=rows if shuffled else zeros(0),
-                g_idx=zeros(0) if shuffled else rows,
+                perm=order if shuffled else zeros(0),
+                g_idx=zeros(0) if shuffled else order,
                 shuffled=shuffled,
                 bits=bits,
                 group_size=group_size,
                 bias=torch.zeros(out_features, dtype=dtype, device=device) if bias else None,
+                source_groups=None if rows is None else zeros(G),
+                source_group_size=source_group_size,
             )
         )
 
@@ -155,6 +170,7 @@ class ExllamaLinear(PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}, act_order={self.act_order}, "
             f"shuffled={self.shuffled}, scales_dtype={self.scales.dtype}"
+            + ("" if self.source_group_size is None else f", source_group_size={self.source_group_size}")
         )
 
 
@@ -170,6 +186,19 @@ def _check_construction(in_features: int, out_features: int, bits: int, group_si
             raise ValueError(f"ExllamaLinear: {words_rule(name, size, bits)}")
     if group_size < 1:
         raise ValueError(f"ExllamaLinear: group_size must be at least 1; got {group_size}")
+
+
+def _check_filling(
+    in_features: int, rows: int | None, source_group_size: int | None, bits: int, *, is_permuted: bool
+) -> None:
+    if rows is None and source_group_size is None:
+        return
+    if rows is None or source_group_size is None or not is_permuted:
+        raise ValueError(
+            "ExllamaLinear: rows and source_group_size are both for a filled weight, with shuffled=True, act_order=True"
+        )
+    if not in_features <= rows or not fills_words(rows, bits):
+        raise ValueError(f"ExllamaLinear: {words_rule('rows', rows, bits)}, and be at least in_features={in_features}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

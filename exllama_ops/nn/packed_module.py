@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from exllama_ops.layout.groups import row_groups
 from exllama_ops.layout.interning import intern, intern_copy
-from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import GptqWeight, PackedWeight, no_order
 from exllama_ops.nn.dense_weight import DenseWeight, dense_weight
+from exllama_ops.prepare import unprepare
 
 
 class PackedModule(nn.Module):
@@ -25,6 +24,7 @@ class PackedModule(nn.Module):
         bits: 2, 3, 4 or 8.
         group_size: rows of a group, at least 1.
         shuffled: whether qweight is in shuffled order.
+        source_group_size: that of the checkpoint, if the weight is filled; else None.
         scales_dtype: that of the scales, which are never cast.
         weight_dtype: what ``weight.dtype`` says: the dtype of the dense weight that the packed one stands for. It is
             that of the bias, or else of the scales, until ``.to(dtype)`` or its kin change it.
@@ -36,6 +36,7 @@ class PackedModule(nn.Module):
     perm: Tensor
     g_idx: Tensor
     bias: Tensor | None
+    source_groups: Tensor
 
     def set_packed(self, weight: PackedWeight) -> None:
         """Compute with another weight from now on: the buffers are replaced by those of ``weight``.
@@ -53,6 +54,7 @@ class PackedModule(nn.Module):
         self.bits = weight.bits
         self.group_size = weight.group_size
         self.shuffled = weight.shuffled
+        self.source_group_size = weight.source_group_size
         self.scales_dtype = weight.scales.dtype
         self.weight_dtype = weight.scales.dtype if weight.bias is None else weight.bias.dtype
         buffers = {
@@ -63,7 +65,9 @@ class PackedModule(nn.Module):
             self._order_name: weight.row_order,
             "bias": weight.bias,
         }
-        for name in ("perm", "g_idx", *buffers):
+        if weight.source_groups is not None:
+            buffers["source_groups"] = weight.source_groups
+        for name in ("perm", "g_idx", "source_groups", *buffers):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         for name, buffer in buffers.items():
@@ -97,7 +101,8 @@ class PackedModule(nn.Module):
 
     @property
     def _layout(self) -> list[int]:
-        return [self.bits, self.group_size, int(self.shuffled)]
+        layout = [self.bits, self.group_size, int(self.shuffled)]
+        return layout if self.source_group_size is None else [*layout, self.source_group_size]
 
     @property
     def act_order(self) -> bool:
@@ -149,23 +154,7 @@ class PackedModule(nn.Module):
 
     def to_weight(self) -> GptqWeight:
         """The weight in checkpoint order, in memory of its own: what `from_weight` was given, for `save_gptq`."""
-        packed, bias = self.to_packed(), self.bias
-        if packed.shuffled:
-            qweight = torch.ops.exllama.gptq_unshuffle(packed.qweight, packed.perm, packed.bits)
-            groups = row_groups(packed.in_features, packed.scales.shape[0], packed.group_size, qweight.device)
-            g_idx = groups.index_select(0, inverse_permutation(packed.perm)) if self.act_order else None
-        else:
-            qweight = packed.qweight.clone()
-            g_idx = packed.g_idx.clone() if self.act_order else None
-        return GptqWeight(
-            qweight=qweight,
-            qzeros=packed.qzeros.clone(),
-            scales=packed.scales.clone(),
-            g_idx=g_idx,
-            bits=packed.bits,
-            group_size=packed.group_size,
-            bias=None if bias is None else bias.detach().clone(),
-        )
+        return unprepare(self.to_packed())
 
     def to_packed(self) -> PackedWeight:
         """The weight that the layer computes with; it shares the layer's memory."""
@@ -181,6 +170,8 @@ class PackedModule(nn.Module):
             bits=self.bits,
             group_size=self.group_size,
             bias=self.bias,
+            source_groups=None if self.source_group_size is None else self.source_groups,
+            source_group_size=self.source_group_size,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
@@ -209,7 +200,8 @@ class PackedModule(nn.Module):
         """All state but the bias, by its names in a state_dict: that of a parametrized buffer is held elsewhere."""
         state: dict[str, Tensor] = {}
         parametrizations: Any = self._modules.get("parametrizations", {})
-        for name in ("layout", "qweight", "qzeros", "scales", self._order_name):
+        source = () if self.source_group_size is None else ("source_groups",)
+        for name in ("layout", "qweight", "qzeros", "scales", self._order_name, *source):
             if name in parametrizations:
                 for key, tensor in parametrizations[name].state_dict(keep_vars=True).items():
                     if key.startswith("original"):
@@ -261,5 +253,6 @@ class PackedModule(nn.Module):
         ]
         layout = given.get("layout")
         if layout is not None and not layout.is_meta and layout.tolist() != self._layout:
-            reasons.append(f"layout: bits, group_size, shuffled = {layout.tolist()}; this layer has {self._layout}")
+            names = ("bits", "group_size", "shuffled", "source_group_size")[: max(layout.numel(), len(self._layout))]
+            reasons.append(f"layout: {', '.join(names)} = {layout.tolist()}; this layer has {self._layout}")
         return reasons

@@ -63,7 +63,7 @@ def warmup(
         weight = Weight.of(*arguments)
         with torch.no_grad():
             for M in tokens:
-                calls = [("gptq_gemm", weight.qweight.new_zeros((M, weight.K), dtype=dtype))]
+                calls = [("gptq_gemm", weight.qweight.new_zeros((M, weight.in_features), dtype=dtype))]
                 if gradient:
                     calls.append(("gptq_gemm_dx", weight.qweight.new_zeros((M, weight.N), dtype=dtype)))
                 for op, x in calls:

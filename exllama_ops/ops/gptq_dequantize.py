@@ -52,7 +52,7 @@ def gptq_dequantize(
 @from_op_arguments(Weight)
 def fake_gptq_dequantize(weight: Weight) -> Tensor:
     check_gptq_dequantize(weight)
-    return weight.scales.new_empty((weight.K, weight.N))
+    return weight.scales.new_empty((weight.in_features, weight.N))
 
 
 _library.define_op("gptq_dequantize", WEIGHT_ARGUMENTS, "Tensor", fake=fake_gptq_dequantize)

@@ -54,7 +54,7 @@ def gptq_gemm_dx(
 @from_op_arguments(Weight)
 def fake_gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     check_gptq_gemm_dx(grad, weight)
-    return grad.new_empty((grad.shape[0], weight.K))
+    return grad.new_empty((grad.shape[0], weight.in_features))
 
 
 def _product(grad: Tensor, *weight: Any) -> Tensor:

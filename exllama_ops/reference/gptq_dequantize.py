@@ -5,7 +5,6 @@ from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_dequantize, check_row_order_values
 from exllama_ops.layout.pack import unpack_rows, unpack_zeros
-from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import Weight, from_op_arguments
 
 
@@ -19,8 +18,9 @@ def gptq_dequantize(weight: Weight) -> Tensor:
     check_gptq_dequantize(weight)
     check_row_order_values("gptq_dequantize", weight, writes_to_its_rows=True)
     W = dequantize_rows(weight, torch.float32)
-    if weight.perm is not None:
-        W = W.index_select(0, inverse_permutation(weight.perm))
+    places = weight.places
+    if places is not None:
+        W = W.index_select(0, places)
     return W.to(weight.scales.dtype)
 
 

@@ -19,6 +19,8 @@ def gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
 def product(x: Tensor, weight: Weight) -> Tensor:
     """`gptq_gemm` of arguments that have been checked."""
     W = dequantize_rows(weight, torch.float64)
-    if weight.perm is not None:
+    if weight.is_filled:
+        W = W.index_select(0, weight.row_order[weight.K :])
+    elif weight.perm is not None:
         x = x.index_select(1, weight.perm)
     return (x.to(torch.float64) @ W).to(torch.float32).to(x.dtype)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from exllama_ops.layout.checks import check_gptq_gemm_dx, check_row_order_values
-from exllama_ops.layout.shuffle import inverse_permutation
 from exllama_ops.layout.weight import Weight, from_op_arguments
 from exllama_ops.reference.gptq_dequantize import dequantize_rows
 
@@ -16,6 +15,7 @@ def gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     check_row_order_values("gptq_gemm_dx", weight, writes_to_its_rows=True)
     W = dequantize_rows(weight, torch.float64)
     dx = (grad.to(torch.float64) @ W.t()).to(torch.float32).to(grad.dtype)
-    if weight.perm is not None:
-        dx = dx.index_select(1, inverse_permutation(weight.perm))
+    places = weight.places
+    if places is not None:
+        dx = dx.index_select(1, places)
     return dx

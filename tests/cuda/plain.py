@@ -42,6 +42,7 @@ class _Weight(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("shuffled", ctypes.c_bool),
         ("zero_offset", ctypes.c_int32),
+        ("in_features", ctypes.c_int64),
     ]
 
 
@@ -176,7 +177,8 @@ def _as_weight(part: Mapping[str, Any]) -> _Weight:
     pointers = {name: part[name].ctypes.data if part[name].size else None for name in ARRAYS}
     sizes = {name: int(part[name]) for name in SIZES}
     flags = {name: bool(part[name]) for name in FLAGS}
-    return _Weight(**pointers, scales_dtype=DTYPES.index(part["scales"].dtype), **sizes, **flags)
+    scales_dtype = DTYPES.index(part["scales"].dtype)
+    return _Weight(**pointers, scales_dtype=scales_dtype, **sizes, **flags, in_features=sizes["K"])
 
 
 def _as_c(value: Any) -> Any:

@@ -76,7 +76,9 @@ void ExactRow::multiply(const Weight& weight, int64_t column, int columns, const
       scales_are_finite =
           std::all_of(group.scales, group.scales + group.columns, [](float scale) { return std::isfinite(scale); });
     }
-    const float x = load_float(values_, dtype_, perm_ ? perm_[k] : k);
+    const int64_t from = perm_ ? perm_[k] : k;
+    if (from < 0) continue;
+    const float x = load_float(values_, dtype_, from);
     if (!counts(x, scales_are_finite)) continue;
     int32_t q[kPanelColumns];
     unpack_row(weight.qweight, weight.N, weight.bits, weight.shuffled, k, group.column, group.columns, q);
@@ -113,7 +115,7 @@ void ExactRow::multiply_transposed(const Weight& weight, int64_t row, int rows, 
   for (int i = 0; i < rows; ++i) {
     if (std::isfinite(sums[i])) continue;
     const int64_t k = weight.perm() ? weight.perm()[row + i] : row + i;
-    store_float(static_cast<float>(exact[i]), dx, dtype_, k);
+    if (k >= 0) store_float(static_cast<float>(exact[i]), dx, dtype_, k);
   }
 }
 

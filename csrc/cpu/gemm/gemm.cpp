@@ -35,7 +35,7 @@ class Gemm {
         format_(*parts.begin()),
         columns_(parts.columns()),
         tile_sums_(tile_sums(parts.widest(), M)),
-        source_{x, dtype, M, format_.K, format_.perm()},
+        source_{x, dtype, M, format_.in_features, format_.perm()},
         out_(out),
         plan_(plan_of(isa_, format_, numbers, M)),
         spans_(format_, kSpanRows),

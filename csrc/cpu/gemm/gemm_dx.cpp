@@ -126,13 +126,15 @@ class GemmDx {
     if (!weight_.perm()) return isa_.store(sums, count, offset(dx_at(m), dtype_, row), dtype_);
     bool finite = true;
     for (int i = 0; i < count; ++i) {
-      store_float(sums[i], dx_at(m), dtype_, weight_.perm()[row + i]);
+      const int32_t k = weight_.perm()[row + i];
+      if (k < 0) continue;
+      store_float(sums[i], dx_at(m), dtype_, k);
       finite &= std::isfinite(sums[i]);
     }
     return finite;
   }
 
-  void* dx_at(int64_t m) const { return offset(dx_, dtype_, m * weight_.K); }
+  void* dx_at(int64_t m) const { return offset(dx_, dtype_, m * weight_.in_features); }
 
   const Weight& weight_;
   const void* source_;

@@ -11,7 +11,8 @@
 
 namespace exllama::cpu {
 
-// x as the op takes it. Row k of the words is multiplied with column perm[k], or k.
+// x as the op takes it, with K columns. Row k of the words is multiplied with column perm[k], or k, or zeros where
+// perm[k] is -1.
 struct Source {
   const void* x;
   DType dtype;

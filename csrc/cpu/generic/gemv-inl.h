@@ -53,13 +53,13 @@ struct Vector {
 // Blocks of one span: all of them, or what a batch holds.
 struct Piece {
   int64_t group;
+  int first;  // block of the span
   int blocks;
-  bool begins, ends;  // the span
+  bool ends;  // the span
   const Vector* vectors;
 };
 
-// Rows of words that are read together: a piece of a span, or some whole spans whose rows of x have one limb each. Those
-// of the next batch follow in memory.
+// Rows of words that are read together: pieces of spans, and some whole ones. Those of the next batch follow in memory.
 struct Batch {
   const uint32_t* words;
   int blocks = 0;
@@ -203,7 +203,7 @@ EXLLAMA_VECTOR void add_batch(const Batch& batch, const Columns& columns, int be
       prefetch_to_l2(weight.qzeros + index * bits / 32);
       prefetch_to_l2(offset(weight.scales, weight.scales_dtype, index));
       Sum sums;
-      sums.start(piece->begins ? nullptr : dots, columns.stride);
+      sums.start(piece->first == 0 ? nullptr : dots, columns.stride);
       for (int i = 0; i < piece->blocks; ++i, words += kWords * N, ahead += kWords * N) {
 #pragma GCC unroll 2
         for (int line = 0; line < kColumnsAtOnce; line += 16) {
@@ -240,7 +240,7 @@ void add_vectors(const Batch& batch, const Columns& columns, int count) {
       const Piece& piece = batch.pieces[p];
       const int terms = piece.blocks * layout::block_values(bits) / depth_of(kind);
       for (int m = 0; m < mr; ++m) {
-        const char* from = piece.vectors[first + m].x;
+        const char* from = piece.vectors[first + m].x + piece.first * layout::block_values(bits) * 4 / depth_of(kind);
         for (int t = 0; t < terms; ++t) std::memcpy(to + 4 * (t * mr + m), from + 4 * t, 4);
       }
       to += 4 * terms * mr;
@@ -271,54 +271,39 @@ class Walk {
   explicit Walk(const Gemv& gemv) : gemv_(gemv), spans_(*gemv.weight, kSpanRows) {}
 
   void run() {
-    for (int64_t s = 0; s < spans_.count();) {
-      const int count = vectors_of(s, vectors_), most = batch_words(gemv_.weight->N, count) / kWords;
-      if (blocks_of(s) > most) {
-        add_parts(s++, count, most);
-      } else {
-        s = add_whole(s, count, most);
-      }
-    }
+    for (int64_t s = 0; s < spans_.count(); ++s) add(s);
+    next_batch(vectors_, 0);
   }
 
  private:
   static constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
 
-  int blocks_of(int64_t s) const { return static_cast<int>(spans_[s].rows / kValues); }
-  Batch batch_at(int64_t row) const {
-    Batch batch;
-    batch.words = words_of(*gemv_.weight, row, gemv_.column);
-    return batch;
-  }
-  void add(const Batch& batch, int count) { add_vectors<bits, kind>(batch, columns_, count); }
-
-  // A long span, `most` blocks at a time.
-  void add_parts(int64_t s, int count, int most) {
+  // Puts a span into the batch, and what does not fit into the next ones. A span that would fit into one alone is not
+  // divided. One with second limbs shares no batch.
+  void add(int64_t s) {
     const Span span = spans_[s];
-    const int blocks = blocks_of(s);
-    for (int block = 0; block < blocks; block += most) {
-      Batch batch = batch_at(span.row + block * kValues);
-      batch.blocks = std::min(most, blocks - block);
-      batch.pieces[batch.count++] = {span.group, batch.blocks, block == 0, block + batch.blocks == blocks, vectors_};
-      add(batch, count);
-      for (int m = 0; m < count; ++m) vectors_[m].x += batch.blocks * kValues * 4 / depth_of(kind);
+    Vector* vectors = vectors_ + batch_.count * count_;
+    const int count = vectors_of(s, vectors), most = batch_words(gemv_.weight->N, count) / kWords;
+    const int blocks = static_cast<int>(span.rows / kValues);
+    const bool shares = count == count_ && count == gemv_.rows && (blocks > most || batch_.blocks + blocks <= most);
+    if (!shares) vectors = next_batch(vectors, count);
+    for (int first = 0; first < blocks;) {
+      if (batch_.blocks == most) vectors = next_batch(vectors, count);
+      if (batch_.count == 0) batch_.words = words_of(*gemv_.weight, span.row + first * kValues, gemv_.column);
+      const int together = std::min(blocks - first, most - batch_.blocks);
+      batch_.pieces[batch_.count++] = {span.group, first, together, first + together == blocks, vectors};
+      batch_.blocks += together;
+      first += together;
     }
   }
 
-  // As many spans from s on as `most` blocks have, but a span with second limbs is alone. Returns the next span.
-  int64_t add_whole(int64_t s, int count, int most) {
-    Batch batch = batch_at(spans_[s].row);
-    Vector* vectors = vectors_;
-    do {
-      const int blocks = blocks_of(s);
-      batch.pieces[batch.count++] = {spans_[s].group, blocks, true, true, vectors};
-      batch.blocks += blocks;
-      vectors += count;
-      ++s;
-    } while (count == gemv_.rows && s < spans_.count() && batch.blocks + blocks_of(s) <= most &&
-             vectors_of(s, vectors) == count);
-    add(batch, count);
-    return s;
+  // Multiplies the batch, and begins one with a span of so many vectors.
+  Vector* next_batch(const Vector* vectors, int count) {
+    if (batch_.count > 0) add_vectors<bits, kind>(batch_, columns_, count_);
+    batch_.blocks = batch_.count = 0;
+    std::memmove(vectors_, vectors, static_cast<size_t>(count) * sizeof *vectors);
+    count_ = count;
+    return vectors_;
   }
 
   // The vectors of a span: rows or up to twice as many. Returns how many.
@@ -343,6 +328,8 @@ class Walk {
   // Two limbs for each row at most.
   alignas(64) int32_t dots_[2 * kGemvSums];
   const Columns columns_{*gemv_.weight, gemv_.column, gemv_.columns, dots_, round_up(gemv_.columns, kPanelColumns)};
+  Batch batch_;
+  int count_ = 0;  // vectors of each span in the batch
   // A batch has a span of each of its rows of words at most, and the span after it is looked at.
   Vector vectors_[(kMostBatchWords + 2) * kGemvRows];
 };

@@ -12,13 +12,16 @@ namespace {
 
 constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;
 
-// `count` entries of x from `begin` on, or those that perm has there, zero beyond them.
+// `count` entries of x from `begin` on, or those that perm has there, zero beyond them and for -1.
 EXLLAMA_VECTOR_INLINE Float load_strip(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count) {
   if (!perm) return load_any(x, dtype, begin, count);
   if (dtype == DType::kFloat32) return gather_floats(static_cast<const float*>(x), perm + begin, count);
   alignas(64) uint16_t gathered[kStrip] = {};
   const int there = count < kStrip ? count : kStrip;
-  for (int j = 0; j < there; ++j) gathered[j] = static_cast<const uint16_t*>(x)[perm[begin + j]];
+  for (int j = 0; j < there; ++j) {
+    const int32_t from = perm[begin + j];  // without a branch: -1 clears what x[0] has
+    gathered[j] = static_cast<uint16_t>(static_cast<const uint16_t*>(x)[from < 0 ? 0 : from] & ~(from >> 31));
+  }
   return widen(load_shorts(gathered, kStrip), dtype);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def groups_of(weight: Weight, tile_rows: int) -> str:
     if size == weight.K or size % tile_rows == 0:
         return "tile"
     return "block" if size % FORMATS[weight.bits].block_values == 0 else "row"
+
+
+def without_order(weight: Weight) -> Weight:
+    """The words of a filled weight as a weight of their own, for an x that has a column for each of their rows."""
+    return replace(weight, row_order=weight.row_order[:0])
 
 
 def new_rows(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes
+from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes, without_order
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import check_width
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights
@@ -58,6 +58,12 @@ def gptq_dequantize(weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_dequantize` in Triton."""
     check_gptq_dequantize(weight)
     check_width("gptq_dequantize", weight.bits)
+    if weight.is_filled:
+        return _dequantize(without_order(weight)).index_select(0, weight.row_order[weight.K :])
+    return _dequantize(weight)
+
+
+def _dequantize(weight: Weight) -> Tensor:
     K, N, dtype = weight.K, weight.N, weight.scales.dtype
     out = new_rows(weight, (K, N), kernel_dtype(dtype))
     values = FORMATS[weight.bits].block_values

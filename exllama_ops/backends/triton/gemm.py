@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.arguments import constants, sizes
+from exllama_ops.backends.triton.arguments import constants, sizes, without_order
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import Plan, Tile, check_width, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
@@ -309,6 +309,14 @@ def in_order_of_rows(x: Tensor, plan: Plan, weight: Weight) -> Tensor:
     return x if plan.form == "gemv" or weight.perm is None else x.index_select(1, weight.perm)
 
 
+def without_filling(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, Sequence[Weight]]:
+    """The same product by weights that the kernels take: of filled ones the words, for the columns that they name."""
+    if not weights[0].is_filled:
+        return x, weights
+    with_zeros, named = torch.nn.functional.pad(x, (1, 0)), weights[0].row_order[: weights[0].K]
+    return with_zeros.index_select(1, named + 1), [without_order(weight) for weight in weights]
+
+
 @from_op_arguments(Weight)
 def gptq_gemm(x: Tensor, weight: Weight) -> Tensor:
     """`torch.ops.exllama.gptq_gemm` in Triton."""
@@ -335,6 +343,7 @@ def _products(x: Tensor, weights: Sequence[Weight]) -> Tensor:
 
     A part's plan, and so its bits, are those that it has alone. The tile changes no bit; it is the widest part's.
     """
+    x, weights = without_filling(x, weights)
     M, device = x.shape[0], device_of(x.device)
     plans = [plan_gemm(M, weight, x.dtype, device, is_batch_invariant()) for weight in weights]
     x = in_order_of_rows(x, plans[0], weights[0])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes
+from exllama_ops.backends.triton.arguments import constants, groups_of, new_rows, pointers, sizes, without_order
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import DxPlan, check_width, device_of, plan_dx
 from exllama_ops.backends.triton.tuned_tiles import tuned
@@ -91,6 +91,12 @@ def gptq_gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     check_gptq_gemm_dx(grad, weight)
     check_width("gptq_gemm_dx", weight.bits)
     if grad.shape[0] == 0:
-        return grad.new_empty(0, weight.K)
+        return grad.new_empty(0, weight.in_features)
+    if weight.is_filled:
+        return _gemm_dx(grad, without_order(weight)).index_select(1, weight.row_order[weight.K :])
+    return _gemm_dx(grad, weight)
+
+
+def _gemm_dx(grad: Tensor, weight: Weight) -> Tensor:
     plan = plan_dx(weight.bits, device_of(grad.device))
     return compute_dx(tuned(plan, grad.shape[0], weight, grad.device), grad, weight)

@@ -15,7 +15,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.gemm import compute, in_order_of_rows
+from exllama_ops.backends.triton.arguments import without_order
+from exllama_ops.backends.triton.gemm import compute, in_order_of_rows, without_filling
 from exllama_ops.backends.triton.gemm_dx import compute_dx
 from exllama_ops.backends.triton.launch import is_capturing
 from exllama_ops.backends.triton.tiles import DxPlan, Plan, Tile, device_of, plan_dx, plan_gemm
@@ -40,6 +41,7 @@ def tune_gemm(x: Tensor, weight: Weight) -> None:
         RuntimeError: a CUDA graph is being captured, or the call is traced: nothing can be timed; or no tile fits.
     """
     _refuse_unless_timeable(x)
+    x, (weight,) = without_filling(x, [weight])
     plan = plan_gemm(x.shape[0], weight, x.dtype, device_of(x.device), is_batch_invariant())
     prepared = in_order_of_rows(x, plan, weight)
     _tune(plan, x, weight, lambda tile: compute(tile, [plan], prepared, [weight]))
@@ -48,6 +50,8 @@ def tune_gemm(x: Tensor, weight: Weight) -> None:
 def tune_gemm_dx(grad: Tensor, weight: Weight) -> None:
     """Do what `tune_gemm` does for a gptq_gemm_dx."""
     _refuse_unless_timeable(grad)
+    if weight.is_filled:
+        weight = without_order(weight)
     plan = plan_dx(weight.bits, device_of(grad.device))
     _tune(plan, grad, weight, lambda tile: compute_dx(replace(plan, tile=tile), grad, weight))
 

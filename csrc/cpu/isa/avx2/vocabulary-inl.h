@@ -87,10 +87,10 @@ EXLLAMA_VECTOR_INLINE void store_floats_upto(float* to, Float value, int64_t cou
   if (count >= kStrip) return _mm256_storeu_ps(to, value);
   _mm256_maskstore_ps(to, mask_of(count), value);
 }
-// from[index[i]], zero beyond `count` entries.
+// from[index[i]], zero beyond `count` entries and where the index is negative.
 EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* index, int64_t count) {
   alignas(32) float values[kStrip] = {};
-  for (int i = 0; i < kStrip && i < count; ++i) values[i] = from[index[i]];
+  for (int i = 0; i < kStrip && i < count; ++i) values[i] = index[i] < 0 ? 0.0f : from[index[i]];
   return _mm256_load_ps(values);
 }
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }

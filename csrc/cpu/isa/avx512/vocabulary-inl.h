@@ -78,10 +78,12 @@ EXLLAMA_VECTOR_INLINE void store_floats_masked(float* to, Mask mask, Float value
 EXLLAMA_VECTOR_INLINE void store_floats_upto(float* to, Float value, int64_t count) {
   _mm512_mask_storeu_ps(to, mask_of(count), value);
 }
-// from[index[i]], zero beyond `count` entries.
+// from[index[i]], zero beyond `count` entries and where the index is negative.
 EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* index, int64_t count) {
-  const Mask mask = mask_of(count);
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_maskz_loadu_epi32(mask, index), from, 4);
+  const Mask there = mask_of(count);
+  const __m512i indices = _mm512_maskz_loadu_epi32(there, index);
+  const Mask mask = _mm512_mask_cmpge_epi32_mask(there, indices, _mm512_setzero_si512());
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, indices, from, 4);
 }
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
 EXLLAMA_VECTOR_INLINE Int to_nearest_int(Float value) { return _mm512_cvtps_epi32(value); }

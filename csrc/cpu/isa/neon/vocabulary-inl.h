@@ -110,10 +110,10 @@ EXLLAMA_VECTOR_INLINE void store_floats_masked(float* to, Mask mask, Float value
 EXLLAMA_VECTOR_INLINE void store_floats_upto(float* to, Float value, int64_t count) {
   store_floats_masked(to, mask_of(count), value);
 }
-// from[index[i]], zero beyond `count` entries.
+// from[index[i]], zero beyond `count` entries and where the index is negative.
 EXLLAMA_VECTOR_INLINE Float gather_floats(const float* from, const int32_t* index, int64_t count) {
   float values[kStrip] = {};
-  for (int i = 0; i < mask_of(count); ++i) values[i] = from[index[i]];
+  for (int i = 0; i < mask_of(count); ++i) values[i] = index[i] < 0 ? 0.0f : from[index[i]];
   return vld1q_f32(values);
 }
 EXLLAMA_VECTOR_INLINE Float to_float(Int value) { return vcvtq_f32_s32(value); }

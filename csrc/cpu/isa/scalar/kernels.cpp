@@ -13,7 +13,10 @@
 namespace exllama::cpu::scalar {
 
 void load(const void* x, DType dtype, const int32_t* perm, int64_t begin, int count, float* out) {
-  for (int i = 0; i < count; ++i) out[i] = load_float(x, dtype, perm ? perm[begin + i] : begin + i);
+  for (int i = 0; i < count; ++i) {
+    const int64_t from = perm ? perm[begin + i] : begin + i;
+    out[i] = from < 0 ? 0.0f : load_float(x, dtype, from);
+  }
 }
 
 bool store(const float* values, int count, void* out, DType dtype) {
