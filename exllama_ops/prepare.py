@@ -58,10 +58,11 @@ def unprepare(packed: PackedWeight) -> GptqWeight:
         g_idx = None if places is None else weight.row_groups().index_select(0, places)
     group_size = packed.group_size
     if packed.source_groups is not None and packed.source_group_size is not None and g_idx is not None:
-        # They are ascending, and none is missing: the first part of each has its scales.
+        # Every group is among them, and each part of one has its scales.
         groups = packed.source_groups
-        first = torch.searchsorted(groups, torch.arange(int(groups[-1]) + 1, dtype=torch.int32, device=groups.device))
-        qzeros, scales = qzeros.index_select(0, first), scales.index_select(0, first)
+        table = groups.new_zeros(int(groups.max()) + 1, dtype=torch.int64)
+        table[groups.long()] = torch.arange(groups.numel(), device=groups.device)
+        qzeros, scales = qzeros.index_select(0, table), scales.index_select(0, table)
         g_idx, group_size = groups.index_select(0, g_idx), packed.source_group_size
     return GptqWeight(
         qweight=qweight.clone(),

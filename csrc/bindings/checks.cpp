@@ -211,7 +211,7 @@ Shape check_weight(const char* op, const WeightTensors& weight, const Options& o
   if (!use_exllama && entries != 0) return {K, N, G, in_features, filled};
   if (group_size != 0) {
     const int64_t groups = (K - 1) / group_size + 1;
-    if (groups != G) {
+    if (groups != G && !(filled && groups < G)) {
       refuse(op, Name{"scales", part}.str() + " must have G = ceil(K / group_size) = " + str(groups) +
                      " rows for K=" + str(K) + ", group_size=" + str(group_size) + "; got " + str(G));
     }

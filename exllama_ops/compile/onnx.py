@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from exllama_ops.extras import require
 from exllama_ops.layout.groups import row_groups
@@ -40,7 +40,7 @@ def onnx_program(
     * bits: 2, 4 and 8 as they are, 3 in fields of 4; the next width where a v1 zero point is 2**bits.
     * groups: of any multiple of 16 rows, in blocks of the largest power of two that divides it, at most 256. A partial
       last group is padded.
-    * activation order: a Gather of x before the product.
+    * activation order: a Gather of x before the product, of x with a column of zeros if the weight is filled.
 
     MatMulNBits cannot express other group sizes, a raw g_idx, and 8-bit zero points of 256. Such a product is
     ``MatMul(x, (q - zeros[g]) * scales[g])`` in plain ONNX ops, in float32, with a byte for each q in the file.
@@ -95,7 +95,7 @@ def _replace_products(module: GraphModule) -> None:
         with graph.inserting_before(node):
             row_order: Any = weights[0].row_order
             if weights[0].shuffled and constant(row_order).numel():
-                x = graph.call_function(_aten.index_select.default, (x, 1, row_order))
+                x = _gathered(graph, x, row_order, weights[0].map(constant))
             for weight in weights:
                 key = weight.map(attrgetter("target")).arguments
                 if key not in modules:
@@ -106,6 +106,16 @@ def _replace_products(module: GraphModule) -> None:
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     module.recompile()
+
+
+def _gathered(graph: Graph, x: Any, row_order: Node, weight: Weight) -> Node:
+    """The columns of x in the order of the words' rows."""
+    if weight.is_filled:
+        # -1, which names none, becomes the column of zeros.
+        x = graph.call_function(_aten.constant_pad_nd.default, (x, [1, 0]))
+        named = graph.call_function(_aten.slice.Tensor, (row_order, 0, 0, weight.K))
+        row_order = graph.call_function(_aten.add.Tensor, (named, 1))
+    return graph.call_function(_aten.index_select.default, (x, 1, row_order))
 
 
 def _arguments(node: Node) -> list[Any]:

@@ -298,7 +298,7 @@ def check_weight(
         return  # a raw g_idx says the group of every row: its groups may have any number and any sizes
     if group_size:
         torch._check_value(
-            num_groups(K, group_size) == G,
+            num_groups(K, group_size) == G or (filled and num_groups(K, group_size) < G),
             lambda: (
                 f"{op}: scales{part} must have G = ceil(K / group_size) = {num_groups(K, group_size)} rows for K={K}, "
                 f"group_size={group_size}; got {G}"

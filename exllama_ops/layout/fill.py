@@ -22,7 +22,8 @@ class Filling(NamedTuple):
         row_order: (rows + K,) int32. The row of the checkpoint that each row of the filled weight is, or -1; and then
             the row of the filled weight that each row of the checkpoint is.
         group_size: rows of each group.
-        source_groups: (G,) int32, ascending: the group of the checkpoint that each group is, or is a part of.
+        source_groups: (G,) int32, the group of the checkpoint that each group is, or is a part of. After those of the
+            rows come the groups that have none.
     """
 
     row_order: Tensor
@@ -33,8 +34,7 @@ class Filling(NamedTuple):
 def fill(g_idx: Tensor, G: int, bits: int) -> Filling:
     """Sort rows by group, and fill each group up to a multiple of one size. Reads the data.
 
-    A group of more rows than that becomes several. A group without rows becomes one of -1 alone, so that its scales are
-    not lost.
+    A group of more rows than that becomes several.
 
     Args:
         g_idx: (K,) int32 in [0, G), the group of each row.
@@ -46,13 +46,14 @@ def fill(g_idx: Tensor, G: int, bits: int) -> Filling:
     unit = FORMATS[bits].block_values
     group_size = _group_size(sizes, unit if device.type == "cpu" else max(unit, _GPU_ROWS))
     parts = _parts(sizes, group_size)
-    source_groups = torch.arange(G, device=device).repeat_interleave(parts)
+    of_rows = torch.arange(G, device=device).repeat_interleave(parts)
     order = g_idx.argsort(stable=True)
     groups = g_idx.index_select(0, order)
     # Where each group begins: among the sorted rows, and among the filled ones.
     begins, filled_begins = sizes.cumsum(0) - sizes, (parts.cumsum(0) - parts) * group_size
     sorted_places = torch.arange(K, device=device) + (filled_begins - begins).index_select(0, groups)
-    named = torch.full((source_groups.numel() * group_size,), -1, device=device).index_copy(0, sorted_places, order)
+    named = torch.full((of_rows.numel() * group_size,), -1, device=device).index_copy(0, sorted_places, order)
+    source_groups = torch.cat([of_rows, (sizes == 0).nonzero().flatten()])
     places = torch.empty_like(order).index_copy(0, order, sorted_places)
     return Filling(torch.cat([named, places]).to(torch.int32), group_size, source_groups.to(torch.int32))
 
@@ -67,7 +68,7 @@ def _group_size(sizes: Tensor, unit: int) -> int:
 
 def _parts(sizes: Tensor, group_size: int | Tensor) -> Tensor:
     """Filled groups for each group."""
-    return ((sizes + group_size - 1) // group_size).clamp(min=1)
+    return (sizes + group_size - 1) // group_size
 
 
 def permutation_of_all_rows(row_order: Tensor, K: int) -> Tensor:

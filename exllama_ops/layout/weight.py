@@ -119,7 +119,9 @@ class Weight:
     @property
     def perm(self) -> Tensor | None:
         """The row of the checkpoint that each row of the words is, -1 for none; None where that is its own."""
-        return self.row_order[: self.K] if self.shuffled and self.row_order.shape[0] else None
+        if not self.shuffled or not self.row_order.shape[0]:
+            return None
+        return self.row_order[: self.K] if self.is_filled else self.row_order
 
     @property
     def places(self) -> Tensor | None:
@@ -346,8 +348,8 @@ class PackedWeight:
         bits: 2, 3, 4 or 8.
         group_size: rows of a group, at least 1.
         bias: (N,) or None.
-        source_groups: (G,) int32, ascending: the group of the checkpoint that each group of a filled weight is, or is a
-            part of. None if the weight is not filled.
+        source_groups: (G,) int32, the group of the checkpoint that each group of a filled weight is, or is a part of.
+            Groups without rows stand last. None if the weight is not filled.
         source_group_size: the group_size of the checkpoint, likewise.
 
     Raises:

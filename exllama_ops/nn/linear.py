@@ -34,7 +34,7 @@ class ExllamaLinear(PackedModule):
         bias: whether there is a bias.
         act_order: whether the rows have an order of their own: a permutation, or a raw g_idx if not shuffled.
         shuffled: whether qweight is in shuffled order. False only for weights whose groups have unequal sizes.
-        num_groups: rows of scales, where a raw g_idx needs another number than ceil(K / group_size).
+        num_groups: rows of scales, where a raw g_idx or a filled weight has another number than ceil(K / group_size).
         rows: of qweight times 32 / bits, if the weight is filled and has more of them than in_features; see `prepare`.
         source_group_size: that of the checkpoint, if the weight is filled.
         dtype: of the bias; the default dtype if None.
@@ -80,8 +80,10 @@ class ExllamaLinear(PackedModule):
     ) -> None:
         super().__init__()
         _check_construction(in_features, out_features, bits, group_size)
-        if num_groups is not None and (shuffled or not act_order):
-            raise ValueError("ExllamaLinear: num_groups is for a raw g_idx: shuffled=False and act_order=True")
+        if num_groups is not None and ((shuffled and rows is None) or not act_order):
+            raise ValueError(
+                "ExllamaLinear: num_groups is for a raw g_idx, shuffled=False and act_order=True, or for a filled weight"
+            )
         _check_filling(in_features, rows, source_group_size, bits, is_permuted=shuffled and act_order)
         K = in_features if rows is None else rows
         G = _groups(K, group_size) if num_groups is None else num_groups

@@ -362,17 +362,17 @@ def test_an_error_leaves_the_numbers_of_the_model(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(model(x), expected)
 
 
-def test_a_raw_g_idx_fuses_but_has_nothing_to_fold() -> None:
+def test_filled_weights_fuse_but_have_no_order_to_fold() -> None:
     model = MLP()
     raw = torch.randint(0, 3, (K,), generator=torch.Generator().manual_seed(0))
     model.gate_proj, model.up_proj = linear(1, N, K, g_idx=raw), linear(2, N, K, g_idx=raw)
-    assert not model.gate_proj.shuffled
+    assert model.gate_proj.source_group_size is not None
     assert_same_bits(
         model,
         torch.randn(2, K),
         fused=(("gate_proj", "up_proj"),),
         folded={"down_proj": ("gate_proj", "up_proj")},
-        unfolded=dict.fromkeys(["gate_proj", "up_proj"], "its rows have a raw g_idx, and no permutation"),
+        unfolded=dict.fromkeys(["gate_proj", "up_proj"], "its groups are filled up with rows that name no column of x"),
     )
 
 

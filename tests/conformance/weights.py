@@ -19,7 +19,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Case:
-    """One weight. order: "sorted" (no g_idx), "perm" (act-order, shuffled) or "raw" (a g_idx of any content)."""
+    """One weight.
+
+    order: "sorted" (no g_idx), "perm" (act-order, shuffled), "raw" (a g_idx of any content) or "filled" (groups of any
+    sizes up to group_size, shuffled and filled up).
+    """
 
     bits: int
     K: int
@@ -45,10 +49,15 @@ class Weight:
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
-    row_order: Tensor  # perm, raw g_idx or empty
+    row_order: Tensor  # perm, raw g_idx, the two lists of a filled weight, or empty
     q: Tensor  # (K, N), in the rows of the checkpoint
     z: Tensor  # (G, N)
     groups: Tensor  # (K,)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the words: K, or more in a filled weight."""
+        return self.qweight.shape[0] * 32 // self.case.bits
 
     @property
     def dense(self) -> Tensor:
@@ -95,6 +104,26 @@ def _shuffled_words(values: np.ndarray, bits: int) -> np.ndarray:
     return out.reshape(-1, *values.shape[1:]).view(np.int32)
 
 
+def _unequal_groups(case: Case, rng: torch.Generator) -> tuple[Tensor, int]:
+    """Groups of random sizes from 0 to group_size, whose rows lie scattered; G * group_size fills whole words."""
+    sizes: list[int] = []
+    while sum(sizes) < case.K or len(sizes) * case.group_size % BLOCK_VALUES[case.bits]:
+        size = int(torch.randint(0, case.group_size + 1, (1,), generator=rng))
+        sizes.append(min(size, case.K - sum(sizes)))
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return groups[torch.randperm(case.K, generator=rng)], len(sizes)
+
+
+def _filled(groups: Tensor, G: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """What the rows of a filled weight name, and both lists as the ops take them."""
+    named: list[int] = []
+    for group in range(G):
+        rows = [k for k, of_row in enumerate(groups.tolist()) if of_row == group]
+        named += rows + [-1] * (group_size - len(rows))
+    places = [named.index(k) for k in range(len(groups))]
+    return torch.tensor(named), torch.tensor([*named, *places], dtype=torch.int32)
+
+
 def build_parts(case: Case, columns: Sequence[int]) -> list[Weight]:
     """Weights of several N that have their rows' order in common, which is drawn before N counts."""
     return [build(replace(case, N=N)) for N in columns]
@@ -117,6 +146,8 @@ def build(case: Case, q: Tensor | None = None) -> Weight:
     elif case.order == "raw":
         G += 3  # as in a shard of a wider weight: global group ids, some of which no row has
         groups = torch.randint(0, G, (K,), generator=rng)
+    elif case.order == "filled":
+        groups, G = _unequal_groups(case, rng)
     drawn = torch.randint(0, 2**bits, (K, N), generator=rng)  # drawn always, so that z does not depend on q
     q = drawn if q is None else q
     stored = torch.randint(0, 2**bits, (G, N), generator=rng)
@@ -124,9 +155,14 @@ def build(case: Case, q: Tensor | None = None) -> Weight:
 
     perm = groups.argsort(stable=True)
     in_order = q[perm] if case.order == "perm" and case.shuffled else q
-    words = _shuffled_words(in_order.numpy(), bits) if case.shuffled else _stream_words(q.numpy(), bits)
     row_order = torch.empty(0, dtype=torch.int32)
-    if case.order != "sorted":
+    if case.order == "filled":
+        named, row_order = _filled(groups, G, case.group_size)
+        # Whatever the other rows hold.
+        others = torch.randint(0, 2**bits, (len(named), N), generator=rng)
+        in_order = torch.where((named < 0)[:, None], others, q[named.clamp(min=0)])
+    words = _shuffled_words(in_order.numpy(), bits) if case.shuffled else _stream_words(q.numpy(), bits)
+    if case.order not in ("sorted", "filled"):
         row_order = (perm if case.shuffled else groups).to(torch.int32)
     return Weight(
         case=case,

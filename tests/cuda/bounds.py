@@ -11,7 +11,7 @@ from exllama_ops.testing.errors import cuda_dx_error, cuda_gemm_error
 def gemm_error(algorithm: str, weight: Weight, dtype: torch.dtype) -> float:
     """The relative error of gptq_gemm by an algorithm."""
     G = int(weight.groups.max()) + 1
-    return cuda_gemm_error(algorithm, dtype, K=weight.case.K, G=G, by_row=weight.case.order == "raw").relative
+    return cuda_gemm_error(algorithm, dtype, K=weight.rows, G=G, by_row=weight.case.order == "raw").relative
 
 
 def dx_error(N: int) -> float:

@@ -182,6 +182,47 @@ def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
         check_dx(ops, weight, 5, dtype)
 
 
+@pytest.mark.parametrize(("ops", "bits"), [on(80, bits, quick=bits == 4) for bits in SHAPES], indirect=["ops"])
+def test_a_filled_weight_is_multiplied_by_every_algorithm(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x has fewer columns than the words have rows; where inf meets a row that only fills its group, it meets 0."""
+    K = 7 * BLOCK_VALUES[bits]
+    parts = build_parts(Case(bits, K, 96, 32, "filled"), [96, 32])
+    weight = parts[0]
+    assert weight.rows > K
+    x = torch.zeros(3, K, dtype=torch.float16)
+    x[0, 0], x[1, K - 1], x[2, 7] = torch.inf, torch.inf, 1
+    for algorithm in ALGORITHMS:
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        for dtype in DTYPES:
+            if can(algorithm, ops.arch, weight.case, dtype):
+                check_gemm(ops, algorithm, weight, 9, dtype)
+        check_parts(ops, algorithm, parts, 1)
+        infinite, also, row = ops.gptq_gemm(x, *weight.args)
+        for out, k in (infinite, 0), (also, K - 1):
+            assert torch.equal(out.isnan(), weight.dense[k] == 0)
+        torch.testing.assert_close(row.double(), weight.dense[7], rtol=1e-3, atol=0)
+    check_dx(ops, weight, 5)
+    for scales_dtype in DTYPES:
+        weight = build(replace(weight.case, scales_dtype=scales_dtype))
+        assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(scales_dtype))
+
+
+@pytest.mark.parametrize(
+    ("ops", "at", "wrong"), [on(80, at, wrong, quick=True) for at, wrong in ((3, -2), (3, 552), (-1, -1), (-1, 10**6))],
+    indirect=["ops"],
+)  # fmt: skip
+def test_a_wrong_entry_of_a_filled_order_stops_the_kernel(ops: emulated.EmulatedOps, at: int, wrong: int) -> None:
+    weight = build(Case(4, *SHAPES[4], 32, "filled"))
+    weight.row_order[at] = wrong
+    with pytest.raises(EmulationError, match="trap"):
+        if at >= 0:
+            ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args)
+        else:
+            ops.gptq_dequantize(*weight.args)
+
+
 @pytest.mark.parametrize(
     ("ops", "bits", "order", "truncates"),
     [

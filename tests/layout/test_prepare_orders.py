@@ -91,25 +91,6 @@ def test_the_argsort_is_stable_where_an_unstable_one_would_differ():
 
 
 @every_width
-@pytest.mark.parametrize(
-    ("claim", "g_idx", "G"),
-    [
-        ("unequal groups", [0] * 30 + [1] * 34 + [2] * 32, 3),
-        ("a partial group that is not the last", [0] * 16 + [1] * 32 + [2] * 32 + [3] * 16, 4),
-        ("global ids of the second shard of two", [3 + k % 3 for k in range(96)], 6),
-        ("every other group of the whole weight", [2 * (k // 32) for k in range(96)], 6),
-    ],
-)
-def test_rows_that_do_not_fall_into_groups_keep_checkpoint_order_and_their_raw_g_idx(bits, claim, g_idx, G):
-    weight = weight_of(bits, 96, 32, g_idx, G)
-    packed = prepare(weight)
-    assert packed.shuffled is False, claim
-    assert packed.perm.numel() == 0
-    assert packed.g_idx.tolist() == g_idx
-    assert torch.equal(packed.qweight, weight.qweight)
-
-
-@every_width
 @pytest.mark.parametrize("order", ["none", "trivial", "act order", "raw"])
 def test_the_weight_stays_as_it_was_and_qweight_is_not_shared(bits, order):
     g_idx = {
@@ -140,18 +121,6 @@ def test_zeros_scales_bias_and_sizes_pass_through():
     for name in ("qzeros", "scales", "bias"):
         assert torch.equal(getattr(packed, name), getattr(weight, name)), name
     assert (packed.bits, packed.group_size, packed.in_features, packed.out_features) == (4, 40, 96, 24)
-
-
-@every_width
-@pytest.mark.parametrize("order", ["sequential", "scattered"])
-def test_the_shard_that_holds_the_first_groups_of_a_wider_weight_keeps_its_raw_g_idx(bits, order):
-    """Its rows do fall into groups of group_size, but they are not all the rows that the scales have."""
-    g_idx = sequential(96, 32) if order == "sequential" else scattered(96, 32)
-    weight = weight_of(bits, 96, 32, g_idx, G=6)
-    packed = prepare(weight)
-    assert packed.shuffled is False
-    assert packed.g_idx.tolist() == g_idx.tolist()
-    assert torch.equal(packed.qweight, weight.qweight)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])

@@ -103,7 +103,23 @@ PACKED_ONLY = [
     (
         {"perm": int32(31)},
         "PackedWeight: g_idx (the permutation argsort(g_idx), as use_exllama=True) must be empty or have shape "
-        "(K,) = (32,); got (31,)",
+        "(K,) = (32,), or (rows of qweight + K,) if its groups are filled; got (31,)",
+    ),
+    (
+        {"source_group_size": 32},
+        "PackedWeight: source_groups and source_group_size must be None: the weight is not filled",
+    ),
+    (
+        {"perm": int32(56), "source_group_size": 32},
+        "PackedWeight: source_groups of a filled weight must be int32 of shape (G,) = (2,); got None",
+    ),
+    (
+        {"perm": int32(56), "source_groups": int32(3), "source_group_size": 32},
+        "PackedWeight: source_groups of a filled weight must be int32 of shape (G,) = (2,); got (torch.int32, (3,))",
+    ),
+    (
+        {"perm": int32(56), "source_groups": int32(2)},
+        "PackedWeight: source_group_size of a filled weight must be at least 1; got None",
     ),
     (
         {"shuffled": False, "g_idx": int32(31)},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from conformance.weights import DTYPES
-from exllama_ops import ExllamaLinear, GptqWeight, quantize
+from exllama_ops import ExllamaLinear, GptqWeight, PackedWeight, quantize
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import error_bound, gamma, half_ulp
 
@@ -28,18 +28,24 @@ def weight(bits: int = 4, order: str = "sorted", bias: bool = True) -> GptqWeigh
     g_idx = None
     if order == "perm":
         g_idx = (torch.arange(K) // 40)[torch.randperm(K)]
-    elif order == "raw":
+    elif order == "unequal":
         g_idx = torch.randint(0, 3, (K,))
     return quantize(torch.randn(N, K), bits, 40, g_idx=g_idx, bias=torch.randn(N) if bias else None)
 
 
-@pytest.fixture(params=["sorted", "perm", "raw"])
+@pytest.fixture(params=["sorted", "perm", "unequal", "raw"])
 def layer(request: pytest.FixtureRequest) -> ExllamaLinear:
-    return ExllamaLinear.from_weight(weight(order=request.param))
+    if request.param != "raw":
+        return ExllamaLinear.from_weight(weight(order=request.param))
+    # prepare makes none like it, but who has one packed may keep its raw g_idx.
+    w = weight(order="unequal")
+    none = torch.empty(0, dtype=torch.int32)
+    assert w.g_idx is not None
+    return ExllamaLinear.from_packed(PackedWeight(w.qweight, w.qzeros, w.scales, none, w.g_idx, False, 4, 40, w.bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
+@pytest.mark.parametrize("order", ["sorted", "perm", "unequal"])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_forward_is_x_times_W_plus_bias(bits: int, order: str, dtype: torch.dtype) -> None:
     layer = ExllamaLinear.from_weight(weight(bits, order)).to(dtype)
@@ -75,18 +81,22 @@ def test_x_that_would_only_reshape_to_K_is_refused(layer: ExllamaLinear, shape: 
 
 def test_state_dict_round_trip(layer: ExllamaLinear) -> None:
     options = {"act_order": layer.act_order, "shuffled": layer.shuffled}
-    fresh = ExllamaLinear(K, N, 4, 40, **options)
+    if layer.source_group_size is not None:
+        options |= {"rows": layer.qweight.shape[0] * 8, "source_group_size": 40}
+    size = layer.group_size
+    fresh = ExllamaLinear(K, N, 4, size, **options)
     fresh.load_state_dict(layer.state_dict())
-    on_meta = ExllamaLinear(K, N, 4, 40, **options, device="meta")
+    on_meta = ExllamaLinear(K, N, 4, size, **options, device="meta")
     on_meta.load_state_dict(layer.state_dict(), assign=True)
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
-    from_file = ExllamaLinear(K, N, 4, 40, **options)
+    from_file = ExllamaLinear(K, N, 4, size, **options)
     from_file.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(3, K)
     for other in (fresh, on_meta, from_file):
         assert torch.equal(other(x), layer(x))
+        assert torch.equal(other.to_weight().qweight, layer.to_weight().qweight)
 
 
 def test_copies_are_equal_and_independent(layer: ExllamaLinear) -> None:
@@ -130,8 +140,8 @@ def test_forward_works_on_the_meta_device(layer: ExllamaLinear) -> None:
 
 def test_only_buffers_hold_state(layer: ExllamaLinear) -> None:
     assert list(layer.parameters()) == []
-    rows = "perm" if layer.shuffled else "g_idx"
-    assert set(layer.state_dict()) == {"layout", "qweight", "qzeros", "scales", rows, "bias"}
+    of_rows = {"perm" if layer.shuffled else "g_idx"} | ({"source_groups"} if layer.source_group_size else set())
+    assert set(layer.state_dict()) == {"layout", "qweight", "qzeros", "scales", "bias"} | of_rows
 
 
 def test_a_checkpoint_in_gptq_order_is_not_loaded_as_if_it_were_shuffled() -> None:
@@ -154,10 +164,9 @@ def test_scales_of_another_dtype_are_not_cast_while_loading(layer: ExllamaLinear
 
 def test_a_state_dict_of_another_layout_is_refused_though_its_shapes_fit(layer: ExllamaLinear) -> None:
     other = ExllamaLinear(K, N, 4, 33, act_order=layer.act_order, shuffled=layer.shuffled)
-    assert other.scales.shape == layer.scales.shape
-    with pytest.raises(
-        RuntimeError, match=r"layout: bits, group_size, shuffled = \[4, 40, [01]\]; this layer has \[4, 33"
-    ):
+    assert layer.source_group_size or other.scales.shape == layer.scales.shape
+    names = r"bits, group_size, shuffled(, source_group_size)?"
+    with pytest.raises(RuntimeError, match=rf"layout: {names} = \[4, 40, [01].*\]; this layer has \[4, 33, [01]\]"):
         other.load_state_dict(layer.state_dict())
 
 
@@ -169,7 +178,7 @@ def test_a_weight_of_another_dtype_is_not_cast_while_loading(layer: ExllamaLinea
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-@pytest.mark.parametrize("order", ["sorted", "perm", "raw"])
+@pytest.mark.parametrize("order", ["sorted", "perm", "unequal"])
 def test_to_weight_gives_back_what_from_weight_took(bits: int, order: str) -> None:
     w = weight(bits, order)
     back = ExllamaLinear.from_weight(w).to_weight()
@@ -180,7 +189,7 @@ def test_to_weight_gives_back_what_from_weight_took(bits: int, order: str) -> No
 
 
 def test_layers_of_one_weight_share_nothing_with_it_or_each_other() -> None:
-    w = weight(order="raw")
+    w = weight(order="unequal")
     one, two = ExllamaLinear.from_weight(w), ExllamaLinear.from_weight(w)
     x = torch.randn(3, K)
     before = two(x)
@@ -368,7 +377,7 @@ def test_what_was_deleted_is_named(plain: ExllamaLinear) -> None:
 
 
 def test_set_packed_leaves_nothing_of_another_order(plain: ExllamaLinear) -> None:
-    raw = ExllamaLinear.from_weight(weight(order="raw"))
+    raw = ExllamaLinear.from_weight(weight(order="unequal"))
     plain.set_packed(raw.to_packed())
     assert list(plain.state_dict()) == list(raw.state_dict())
 

@@ -40,11 +40,11 @@ def test_equal_permutations_are_one_tensor_and_others_are_not() -> None:
     assert not shares(pair(0, 1))
 
 
-def test_a_raw_g_idx_is_shared_too() -> None:
+def test_the_order_of_a_filled_weight_is_shared_too() -> None:
     raw = torch.randint(0, 3, (K,), generator=torch.Generator().manual_seed(0))
     layers = [ExllamaLinear.from_weight(quantize(torch.randn(64, K), 4, 32, g_idx=raw)) for _ in range(2)]
-    assert not layers[0].shuffled
-    assert layers[0].g_idx is layers[1].g_idx
+    assert layers[0].source_group_size == 32
+    assert layers[0].perm is layers[1].perm
 
 
 def test_converted_layers_share_theirs() -> None:

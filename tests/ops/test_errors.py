@@ -115,7 +115,16 @@ BAD_GEMM = [
     Bad(
         {"g_idx": empty(63)},
         "gptq_gemm: g_idx (the permutation argsort(g_idx), as use_exllama=True) must be empty or have shape "
-        "(K,) = (64,); got (63,)",
+        "(K,) = (64,), or (rows of qweight + K,) if its groups are filled; got (63,)",
+    ),
+    Bad(
+        {"g_idx": empty(129)},  # more than a filled weight of 64 rows could have
+        "gptq_gemm: g_idx (the permutation argsort(g_idx), as use_exllama=True) must be empty or have shape "
+        "(K,) = (64,), or (rows of qweight + K,) if its groups are filled; got (129,)",
+    ),
+    Bad(
+        {"g_idx": empty(144), "qweight": empty(10, 32), "scales": empty(4, 32, dtype=HALF), "group_size": 16},
+        "gptq_gemm: scales must have G = ceil(K / group_size) = 5 rows for K=80, group_size=16; got 4",
     ),
     Bad(
         {"g_idx": empty(65), "use_exllama": False},

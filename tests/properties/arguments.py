@@ -87,7 +87,7 @@ def right_arguments(call: Call, choose: random.Random) -> Arguments:
         if call.op == "gptq_gemm_dx":
             first = {"grad": _activations(call, call.columns[0], generator)}
         elif call.op != "gptq_dequantize":
-            first = {"x": _activations(call, K, generator)}
+            first = {"x": _activations(call, call.in_features, generator)}
         qzeros = [words(G, N * bits // 32) for N in call.columns]
         scales = [
             numbers(call.scale_values, (G, N), dtype, generator)
@@ -119,6 +119,9 @@ def _order(call: Call, generator: torch.Generator) -> Tensor:
         order = torch.arange(call.K)
     elif call.order == "permutation":
         order = torch.randperm(call.K, generator=generator)
+    elif call.order == "filled":
+        rows = torch.randperm(call.K, generator=generator)
+        order = torch.cat([rows.where(rows < call.in_features, -1), rows.argsort()[: call.in_features]])
     else:
         order = torch.randint(0, call.groups, (call.K,), generator=generator)
         if call.order == "sorted":
@@ -187,7 +190,7 @@ def _put_into_one_another(made: Arguments, choose: random.Random) -> None:
     words = words[0] if isinstance(words, list) else words
     activations = made.by_name.get("x", made.by_name.get("grad"))
     order = made.by_name[made.order_name]
-    if order.numel():
+    if 0 < order.numel() <= words.numel():
         start = choose.randint(0, words.numel() - order.numel())
         made.by_name[made.order_name] = words.view(-1)[start : start + order.numel()].copy_(order)
     for name, index, tensor in made.tensors():

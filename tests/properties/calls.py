@@ -13,8 +13,13 @@ from conformance.weights import BLOCK_VALUES, DTYPES
 
 OPS = ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi")
 CONTEXTS = ("plain", "no_grad", "inference_mode", "function", "requires_grad")
-# The order of rows: none at all, a permutation of a shuffled weight, or the group of each row of one that is not.
-ORDERS = {True: ("none", "identity", "permutation"), False: ("none", "sorted", "random", "one group")}
+# The order of rows: none at all, a permutation of a shuffled weight, the two lists of a filled one, or the group of each
+# row of one that is not shuffled.
+ORDERS = {
+    True: ("none", "identity", "permutation", "filled"),
+    False: ("none", "sorted", "random", "one group"),
+}
+PERMUTATIONS = ("none", "identity", "permutation")
 
 # Kinds of numbers: those whose products stay in the range of float32, and others.
 MODERATE_X = ("normal", "subnormals", "zeros", "outliers", "one-hot", "not finite")
@@ -41,6 +46,7 @@ class Call:
     """A call of an op.
 
     Args:
+        K: rows of the words.
         columns: N of each part; gptq_gemm_multi alone has several.
         group_size: what the op is told.
         groups: G.
@@ -73,6 +79,12 @@ class Call:
     seed: int
 
     @property
+    def in_features(self) -> int:
+        """Rows of W: all of those of the words, or some of a filled weight."""
+        unit = BLOCK_VALUES[self.bits]
+        return unit * (1 + self.seed % (self.K // unit)) if self.order == "filled" else self.K
+
+    @property
     def is_raw(self) -> bool:
         """Whether g_idx gives the group of every row."""
         return not self.shuffled and self.order != "none"
@@ -93,6 +105,7 @@ _SEED = st.integers(0, 2**32 - 1)
 _OP = st.sampled_from(OPS)
 _BITS = st.sampled_from(list(BLOCK_VALUES))
 _ORDER = {shuffled: st.sampled_from(orders) for shuffled, orders in ORDERS.items()}
+_PERMUTATION = st.sampled_from(PERMUTATIONS)
 _GROUP_SIZE = st.sampled_from((1, 2, 3, 5, 8, 16, 24, 32, 48, 96, 128, 160, 2**31, 2**40, 2**63 - 1))
 _TOKENS = st.sampled_from((*range(2, 10), *range(2, 10), 16, 17, 31, 33, 64, 70, 300, 1, 1, 0))
 _DTYPE = st.sampled_from(DTYPES)
@@ -148,7 +161,7 @@ def _calls(
     widest = size // 6 if parts > 2 else size // 2 if draw(_UP_TO[31]) else 3 * size
     columns = tuple(multiple(widest) for _ in range(parts))
     shuffled = op in ("gptq_shuffle", "gptq_unshuffle") or draw(_FLAG)
-    order = draw(_ORDER[shuffled])
+    order = draw(_PERMUTATION if op in ("gptq_shuffle", "gptq_unshuffle") else _ORDER[shuffled])
     if not shuffled and order != "none":
         groups, group_size = 1 + draw(_UP_TO[11]), draw(_GROUP_SIZE)
     else:

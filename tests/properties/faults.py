@@ -136,14 +136,18 @@ def _in_the_order(change: Callable[[Tensor, Call, random.Random], bool]) -> Faul
 
 def _out_of_range(order: Tensor, call: Call, choose: random.Random) -> bool:
     limit = call.groups if call.is_raw else call.K
+    none = -2 if call.order == "filled" else -1  # where -1 is in range
     for _ in range(choose.choice((1, 1, 3))):
-        order[choose.randrange(len(order))] = choose.choice((-1, limit, limit + 7, 2**31 - 1, -(2**31)))
+        order[choose.randrange(len(order))] = choose.choice((none, limit, limit + 7, 2**31 - 1, -(2**31)))
     return True
 
 
 def _duplicate(order: Tensor, call: Call, choose: random.Random) -> bool:
     source, target = choose.sample(range(len(order)), 2)
-    order[target] = order[source].clone()
+    before, after = order[target].item(), order[source].item()
+    order[target] = after
+    if call.order == "filled":  # whose two lists agree in one way alone
+        return before != after
     return call.shuffled and call.op not in GATHERS
 
 

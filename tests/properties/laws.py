@@ -168,22 +168,28 @@ def stored_weight(
     K, N, G = qweight.shape[0] * 32 // bits, scales.shape[1], scales.shape[0]
     size = group_size or -(-K // G)
     is_raw = not shuffled and row_order.numel() > 0
+    rows = torch.arange(K)
+    if shuffled and row_order.numel() > K:  # those that are rows of W
+        rows = rows[row_order[:K] >= 0]
     return Weight(
         case=Case(bits, K, N, size, "raw" if is_raw else "sorted", shuffled, v2, scales.dtype),
         qweight=qweight,
         qzeros=qzeros,
         scales=scales,
         row_order=row_order,
-        q=unpack_rows(qweight, bits, "shuffled" if shuffled else "checkpoint"),
+        q=unpack_rows(qweight, bits, "shuffled" if shuffled else "checkpoint")[rows],
         z=unpack_zeros(qzeros, bits, zero_offset=0 if v2 else 1),
-        groups=row_order.long() if is_raw else torch.arange(K) // size,
+        groups=row_order.long() if is_raw else rows // size,
     )
 
 
 def check_product(call: Call, backend: BackendUnderTest, first: Tensor, weight: Weight, result: Tensor) -> None:
     """Each element lies where its bound allows, and is inf or NaN where the exact one is."""
     first, W = first.detach(), weight.dense
-    perm = weight.row_order.long() if weight.case.shuffled and weight.row_order.numel() else None
+    perm = None
+    if weight.case.shuffled and weight.row_order.numel():
+        perm = weight.row_order[: weight.rows].long()
+        perm = perm[perm >= 0]
     if call.op == "gptq_gemm_dx":
         W = W.t()
         error = backend.dx_error(W.shape[0])
