@@ -82,7 +82,8 @@ class ExllamaLinear(PackedModule):
         _check_construction(in_features, out_features, bits, group_size)
         if num_groups is not None and ((shuffled and rows is None) or not act_order):
             raise ValueError(
-                "ExllamaLinear: num_groups is for a raw g_idx, shuffled=False and act_order=True, or for a filled weight"
+                "ExllamaLinear: num_groups is for a raw g_idx, shuffled=False and act_order=True, and for a filled "
+                "weight"
             )
         _check_filling(in_features, rows, source_group_size, bits, is_permuted=shuffled and act_order)
         K = in_features if rows is None else rows

@@ -216,11 +216,10 @@ def test_a_filled_weight_is_multiplied_by_every_algorithm(
 def test_a_wrong_entry_of_a_filled_order_stops_the_kernel(ops: emulated.EmulatedOps, at: int, wrong: int) -> None:
     weight = build(Case(4, *SHAPES[4], 32, "filled"))
     weight.row_order[at] = wrong
+    x = activations(1, weight.case.K, torch.float16)
+    op, first = (ops.gptq_gemm, [x]) if at >= 0 else (ops.gptq_dequantize, [])
     with pytest.raises(EmulationError, match="trap"):
-        if at >= 0:
-            ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args)
-        else:
-            ops.gptq_dequantize(*weight.args)
+        op(*first, *weight.args)
 
 
 @pytest.mark.parametrize(

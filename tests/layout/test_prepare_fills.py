@@ -1,5 +1,7 @@
 """prepare of groups of unequal sizes: each is filled up, and nothing is lost."""
 
+import itertools
+
 import pytest
 import slow_words
 import torch
@@ -100,7 +102,7 @@ def test_the_shards_of_an_act_order_weight_have_its_rows(bits: int, ways: int) -
     scales = torch.rand(3, 32, generator=generator)
     whole = GptqWeight(words, zeros, scales, g_idx.to(torch.int32), bits, 128)
     cuts = [rows * i // ways // block * block for i in range(ways + 1)]
-    shards = [whole.shard(slice(*cut)) for cut in zip(cuts, cuts[1:], strict=False)]
+    shards = [whole.shard(slice(*cut)) for cut in itertools.pairwise(cuts)]
     packed = [prepare(shard) for shard in shards]
     assert any(part.weight.is_filled for part in packed)
     W = torch.cat([torch.ops.exllama.gptq_dequantize(*part.weight.arguments) for part in packed])

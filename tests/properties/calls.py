@@ -13,8 +13,8 @@ from conformance.weights import BLOCK_VALUES, DTYPES
 
 OPS = ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi")
 CONTEXTS = ("plain", "no_grad", "inference_mode", "function", "requires_grad")
-# The order of rows: none at all, a permutation of a shuffled weight, the two lists of a filled one, or the group of each
-# row of one that is not shuffled.
+# The order of rows: none at all, a permutation of a shuffled weight, the two lists of a filled one, or the group of
+# each row of one that is not shuffled.
 ORDERS = {
     True: ("none", "identity", "permutation", "filled"),
     False: ("none", "sorted", "random", "one group"),
