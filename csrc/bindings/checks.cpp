@@ -304,7 +304,29 @@ void check_index_range(const char* op, const char* name, const int32_t* index, i
                  str(at));
 }
 
+namespace {
+
+// Whether the two lists of a filled weight agree, as fast as a call needs it: the first loop becomes vectors.
+bool lists_agree(const int32_t* named, const int32_t* places, int64_t K, int64_t in_features) {
+  uint32_t outside = 0;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    outside |= static_cast<uint32_t>(named[i]) + 1 > static_cast<uint32_t>(in_features);
+    rows += named[i] >= 0;
+  }
+  // Where each row has a place, so many name one each.
+  bool agree = !outside && rows == in_features;
+  for (int64_t row = 0; row < in_features; ++row) {
+    const bool inside = static_cast<uint32_t>(places[row]) < static_cast<uint32_t>(K);
+    agree &= inside && named[inside ? places[row] : 0] == row;
+  }
+  return agree;
+}
+
+}  // namespace
+
 void check_filled_order(const char* op, const int32_t* named, const int32_t* places, int64_t K, int64_t in_features) {
+  if (lists_agree(named, places, K, in_features)) return;
   for (int64_t i = 0; i < K; ++i) {
     if (named[i] >= -1 && named[i] < in_features) continue;
     refuse(op, "g_idx must have values in [-1, " + str(in_features) + ") for the " + str(K) +

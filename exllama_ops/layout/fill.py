@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exllama_ops.layout.formats import FORMATS
 
-# The time that a group takes beside its rows, counted in rows: benchmarks/results/act-order-shards.md.
+# The time that a group takes beside its rows, counted in rows: docs/decisions/filled-groups.md.
 _ROWS_OF_A_GROUP = 12
 # GPUs multiply the rows of a group in steps of so many at least.
 _GPU_ROWS = 32

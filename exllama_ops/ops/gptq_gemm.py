@@ -26,8 +26,8 @@ def gptq_gemm(
     """``out = x @ W`` with ``W[k, n] = scales[g, n] * (q[k, n] - z[g, n])``: sums in at least float32, one rounding.
 
     Differentiable with respect to x (by `gptq_gemm_dx`); the weight gets no gradient. NaN and inf in x propagate.
-    The values of g_idx must lie in [0, G), or be a permutation of the rows. On a CPU one outside is refused; on a GPU,
-    where the host reads none, it stops the kernel.
+    The values of g_idx must lie in [0, G), or be a permutation of the rows, or the two lists of a filled weight. On a
+    CPU one outside is refused; on a GPU, where the host reads none, it stops the kernel.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, contiguous, M >= 0.
@@ -37,12 +37,15 @@ def gptq_gemm(
             into ``bit`` bits.
         scales: (G, N) float16, bfloat16 or float32, whatever x is; taken exactly.
         g_idx: int32. If use_exllama, the permutation that the weight was shuffled with, (K,); else the group of each
-            row, (K,), of any content. Empty for no permutation, or for the groups ``k // group_size``.
+            row, (K,), of any content. Empty for no permutation, or for the groups ``k // group_size``. A filled weight
+            has more rows of values, R, and (R + K,) entries. The first R say which column of x each row multiplies, or
+            -1 for none. The others say where each column's row is.
         use_exllama: whether qweight is shuffled.
         bit: 2, 3, 4 or 8.
         use_v2_format: whether qzeros stores zero points, not zero points minus one.
         group_size: rows of a group. 0 for K / G, which must be whole; a weight with a partial last group,
-            G = ceil(K / group_size), must say it. Not looked at where a raw g_idx gives the groups.
+            G = ceil(K / group_size), must say it, and a filled one has ceil(R / group_size) or more. Not
+            looked at where a raw g_idx gives the groups.
 
     Returns:
         (M, N) in x's dtype, contiguous, new memory. A float16 result beyond 65504 is inf. On a CPU nothing overflows
