@@ -61,7 +61,7 @@ def unprepare(packed: PackedWeight) -> GptqWeight:
         # Every group is among them, and each part of one has its scales.
         groups = packed.source_groups
         table = groups.new_zeros(int(groups.max()) + 1, dtype=torch.int64)
-        table[groups.long()] = torch.arange(groups.numel(), device=groups.device)
+        table[groups.long()] = torch.arange(groups.numel(), dtype=torch.int64, device=groups.device)
         qzeros, scales = qzeros.index_select(0, table), scales.index_select(0, table)
         g_idx, group_size = groups.index_select(0, g_idx), packed.source_group_size
     return GptqWeight(

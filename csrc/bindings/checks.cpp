@@ -329,8 +329,8 @@ void check_filled_order(const char* op, const int32_t* named, const int32_t* pla
   if (lists_agree(named, places, K, in_features)) return;
   for (int64_t i = 0; i < K; ++i) {
     if (named[i] >= -1 && named[i] < in_features) continue;
-    refuse(op, "g_idx must have values in [-1, " + str(in_features) + ") for the " + str(K) +
-                   " rows of qweight; got " + str(named[i]) + " at index " + str(i));
+    refuse(op, "g_idx must have values in [-1, " + str(in_features) + ") for the " + str(K) + " rows of qweight; got " +
+                   str(named[i]) + " at index " + str(i));
   }
   for (int64_t row = 0; row < in_features; ++row) {
     if (places[row] >= 0 && places[row] < K && named[places[row]] == row) continue;

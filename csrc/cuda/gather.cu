@@ -29,9 +29,9 @@ void gather_dx(const Weight& filled, const void* dx, DType dtype, int64_t M, voi
   const unsigned grid = grid_of(divide_up(elements, kGatherThreads), "gather_dx");
   with_integers(dtype, [&](auto integer) {
     using T = decltype(integer);
-    gather_columns<T, false><<<grid, kGatherThreads, 0, to_cuda(stream)>>>(
-        static_cast<const T*>(dx), filled.K, filled.row_order + filled.K, filled.in_features, elements,
-        static_cast<T*>(out));
+    gather_columns<T, false>
+        <<<grid, kGatherThreads, 0, to_cuda(stream)>>>(static_cast<const T*>(dx), filled.K, filled.row_order + filled.K,
+                                                       filled.in_features, elements, static_cast<T*>(out));
   });
   check(cudaGetLastError(), "gather_dx");
 }
@@ -42,9 +42,8 @@ void gather_rows_of_w(const Weight& filled, const void* W, void* out, Stream str
   const unsigned grid = grid_of(divide_up(elements, kGatherThreads), "gather_rows_of_w");
   with_integers(filled.scales_dtype, [&](auto integer) {
     using T = decltype(integer);
-    gather_rows<<<grid, kGatherThreads, 0, to_cuda(stream)>>>(static_cast<const T*>(W), filled.K,
-                                                              filled.row_order + filled.K, filled.N, elements,
-                                                              static_cast<T*>(out));
+    gather_rows<<<grid, kGatherThreads, 0, to_cuda(stream)>>>(
+        static_cast<const T*>(W), filled.K, filled.row_order + filled.K, filled.N, elements, static_cast<T*>(out));
   });
   check(cudaGetLastError(), "gather_rows_of_w");
 }

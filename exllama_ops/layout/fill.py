@@ -46,13 +46,15 @@ def fill(g_idx: Tensor, G: int, bits: int) -> Filling:
     unit = FORMATS[bits].block_values
     group_size = _group_size(sizes, unit if device.type == "cpu" else max(unit, _GPU_ROWS))
     parts = _parts(sizes, group_size)
-    of_rows = torch.arange(G, device=device).repeat_interleave(parts)
+    of_rows = torch.arange(G, dtype=torch.int64, device=device).repeat_interleave(parts)
     order = g_idx.argsort(stable=True)
     groups = g_idx.index_select(0, order)
     # Where each group begins: among the sorted rows, and among the filled ones.
     begins, filled_begins = sizes.cumsum(0) - sizes, (parts.cumsum(0) - parts) * group_size
-    sorted_places = torch.arange(K, device=device) + (filled_begins - begins).index_select(0, groups)
-    named = torch.full((of_rows.numel() * group_size,), -1, device=device).index_copy(0, sorted_places, order)
+    sorted_places = torch.arange(K, dtype=torch.int64, device=device) + (filled_begins - begins).index_select(0, groups)
+    named = torch.full((of_rows.numel() * group_size,), -1, dtype=torch.int64, device=device).index_copy(
+        0, sorted_places, order
+    )
     source_groups = torch.cat([of_rows, (sizes == 0).nonzero().flatten()])
     places = torch.empty_like(order).index_copy(0, order, sorted_places)
     return Filling(torch.cat([named, places]).to(torch.int32), group_size, source_groups.to(torch.int32))
@@ -61,7 +63,7 @@ def fill(g_idx: Tensor, G: int, bits: int) -> Filling:
 def _group_size(sizes: Tensor, unit: int) -> int:
     """The multiple of ``unit`` by which groups of these sizes take the least time."""
     most = -(-int(sizes.max()) // unit)
-    candidates = unit * torch.arange(1, most + 1, device=sizes.device)
+    candidates = unit * torch.arange(1, most + 1, dtype=torch.int64, device=sizes.device)
     costs = torch.stack([_parts(sizes, size).sum() * (size + _ROWS_OF_A_GROUP) for size in candidates])
     return int(candidates[costs.argmin()])
 

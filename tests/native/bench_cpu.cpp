@@ -187,7 +187,7 @@ int main(int argc, char** argv) {
     for (uint32_t& word : words[i]) word = next();
     for (uint32_t& word : zeros[i]) word = next();
     weights.push_back({aligned(words[i]), aligned(zeros[i]), aligned(scales[i]), DType::kFloat16, nullptr, K, N,
-                       K / group, group, bits, true, 0});
+                       K / group, group, bits, true, 0, K});
   }
   std::vector<char> memory((512 << 20) + 4096, 1);
   Pool pool(threads);

@@ -136,8 +136,19 @@ struct RandomWeight {
       }
     }
     const bool shuffled = order == Order::kShuffled || order == Order::kPermuted;
-    view = {words.data(), zeros.data(), scales.data(), scales_dtype, rows.empty() ? nullptr : rows.data(), K, N, G,
-            group_size,   bits,         shuffled,      v2 ? 0 : 1,  K};
+    view = {words.data(),
+            zeros.data(),
+            scales.data(),
+            scales_dtype,
+            rows.empty() ? nullptr : rows.data(),
+            K,
+            N,
+            G,
+            group_size,
+            bits,
+            shuffled,
+            v2 ? 0 : 1,
+            K};
     if (shuffled) {
       int threads = 1;
       std::vector<char> copy(shuffle_workspace_bytes(K, bits, threads));

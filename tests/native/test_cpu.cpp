@@ -278,8 +278,8 @@ void test_largest_sums(int bits) {
   for (const bool v2 : {true, false}) {
     const std::vector<uint32_t> zeros(N * bits / 32, v2 ? 0 : ~0u);
     const float centered = v2 ? (1 << bits) - 1 : -1;
-    const Weight weight{words.data(), zeros.data(), scales.data(), DType::kFloat32, nullptr, K, N, 1, K,
-                        bits,         true,         v2 ? 0 : 1,    K};
+    const Weight weight{
+        words.data(), zeros.data(), scales.data(), DType::kFloat32, nullptr, K, N, 1, K, bits, true, v2 ? 0 : 1, K};
     for (const int64_t M : {1, 8, 14}) {
       std::vector<float> x(M * K), out(M * N);
       for (int64_t i = 0; i < M * K; ++i) x[i] = i / K % 2 ? -127 : 127;
