@@ -54,6 +54,23 @@ def test_save_pretrained_writes_the_names_and_the_tensors_of_the_files(family: s
     assert torch.equal(families.logits(again), families.logits(load_model(tmp_path / "a", progress=False)))
 
 
+def test_an_image_is_seen_by_a_model_with_a_vision_tower(tmp_path: Path) -> None:
+    dense = families.write("qwen2_vl", tmp_path)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    grid = torch.tensor([[1, 4, 4]])  # patches of one image: frames, rows, columns
+    prompt = torch.tensor([[5, 90, *[92] * 16, 91, 6]])  # as many image tokens as patches
+    arguments = {"input_ids": prompt, "image_grid_thw": grid, "mm_token_type_ids": (prompt == 92).int()}
+    results = []
+    for pixels in (torch.randn(16, 3 * 14 * 14), torch.randn(16, 3 * 14 * 14)):
+        with torch.inference_mode():
+            got, expected = (each(**arguments, pixel_values=pixels).logits for each in (model, dense))
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        results.append(got)
+    assert not torch.equal(*results)
+    tokens = model.generate(**arguments, pixel_values=pixels, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (1, prompt.shape[1] + 4)
+
+
 def test_dense_experts_are_merged_as_transformers_does(tmp_path: Path) -> None:
     dense = families.write("mixtral", tmp_path, quantizes_experts=False)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,7 @@ def _from_pretrained(
     # transformers notes which of its renamings it used, and undoes those when it saves.
     tensors |= {f"{name}.qweight": _Tensor(checkpoint, name, counter) for name in checkpoint.quantized}
     try:
-        # The caller may have set another default device.
-        with Registration(), _quiet(), collector_paused(), torch.device("cpu"):
+        with Registration(), _quiet(), collector_paused(), _default_device_cpu():
             model, report = model_class.from_pretrained(
                 None,
                 config=config,
@@ -237,6 +236,12 @@ def _from_pretrained(
             f"{checkpoint.path}: transformers cannot load {model_class.__name__}, which config.json describes: {error}"
         ) from error
     return model, report
+
+
+def _default_device_cpu() -> AbstractContextManager[Any]:
+    """transformers refuses any other default device of the caller's. The context costs every call of a function."""
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 @contextmanager
