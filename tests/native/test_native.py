@@ -39,7 +39,13 @@ BUILDS = {
 KERNELS = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDS if name != "aarch64"])
+# Kernels share no memory but through the workers, whose own test runs under the thread sanitizer each time.
+KERNEL_BUILDS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "thread" else []) for name in BUILDS if name != "aarch64"
+]
+
+
+@pytest.mark.parametrize("name", KERNEL_BUILDS)
 def test_kernels_agree_with_double_sums_and_with_themselves(name: str, tmp_path: Path) -> None:
     run(BUILDS[name], "test_cpu.cpp", KERNELS, [BUILDS[name].extent], tmp_path)
 

@@ -35,8 +35,8 @@ from exllama_ops.layout.weight import Weight
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 
-weight = build(Case(4, 488, 96, 32))
-inputs = {"gptq_gemm": torch.randn(9, 488).half(), "gptq_gemm_dx": torch.randn(9, 96).half()}
+weight = build(Case(4, 104, 48, 32))
+inputs = {"gptq_gemm": torch.randn(9, 104).half(), "gptq_gemm_dx": torch.randn(9, 48).half()}
 launched, timed, partials = [], [], []
 unfit = {
     4: OutOfResources(2, 1, "shared memory"),
