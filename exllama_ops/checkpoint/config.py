@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from exllama_ops.checkpoint.choice import MEANT_FIELDS
 from exllama_ops.checkpoint.dynamic import first_matches
 from exllama_ops.checkpoint.errors import CheckpointError, Reasons, shown
 from exllama_ops.checkpoint.fields import (
@@ -112,7 +113,8 @@ def read_config(directory: Path, said: Mapping[str, Any] | None = None, *, quiet
     try:
         return parse_config(*read_quantization(directory, said, quiet=quiet))
     except IncompleteConfigError as error:
-        raise CheckpointError(f"{error}; {what_to_say(directory)}") from error
+        meant = (said or {}).get(MEANT_FIELDS[0])
+        raise CheckpointError(f"{error}; {what_to_say(directory, meant)}") from error
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:

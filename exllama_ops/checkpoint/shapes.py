@@ -15,12 +15,17 @@ _WAY_OUT = (
 )
 
 
-def what_to_say(directory: Path) -> str:
-    """What to pass for files without a config, by the headers of those that are there."""
+def what_to_say(directory: Path, meant: str | None = None) -> str:
+    """What to pass for files without a config, by the headers of those that are there.
+
+    Args:
+        directory: where they are.
+        meant: as in `TensorFiles`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            files = TensorFiles(directory)
+            files = TensorFiles(directory, meant)
     except CheckpointError:
         return _WAY_OUT
     modules = [name.removesuffix(".qweight") for name in files.tensors if name.endswith(".qweight")]

@@ -200,6 +200,15 @@ def test_shapes_that_do_not_tell_are_no_guess(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_the_shapes_are_those_of_the_file_that_is_meant(tmp_path):
+    for name, bits in (("a", 2), ("b", 8)):
+        write(tmp_path, module(bits=bits))
+        (tmp_path / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the shapes allow bits=8, group_size=32"):
+        open_checkpoint(tmp_path / "b.safetensors")
+
+
 def test_a_model_that_is_not_quantized_is_told_so(tmp_path):
     write(tmp_path, {"m.weight": module()["m.q.scales"]})
     (tmp_path / "config.json").write_text("{}")
