@@ -49,6 +49,7 @@ def test_it_says_what_the_headers_have(real: Path, capsys: pytest.CaptureFixture
     data_bytes = (real / "model.safetensors").stat().st_size
     header = 8 + int.from_bytes((real / "model.safetensors").read_bytes()[:8], "little")
     assert result["weight_bytes"] == data_bytes - header == result["quantized_bytes"] + result["dense_bytes"]
+    assert result["quantized_bytes"] == sum(entry["num_bytes"] for entry in result["layers"])
     heads = [entry for entry in result["layers"] if entry["modules"] == "lm_head"]
     # qweight, qzeros, scales and g_idx of 256 x 1024 values of 8 bits in groups of 32
     assert heads == [
