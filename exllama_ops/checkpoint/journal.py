@@ -86,19 +86,13 @@ class Journal:
         self._directory = directory
         self._task = task
         self.shards: list[Shard] = []
+        check_free(directory)
         with writing(NAME, directory):
             directory.mkdir(parents=True, exist_ok=True)
-        names = list_directory(directory)
-        if _JOURNAL in names:
+        if _JOURNAL in list_directory(directory):
             self._go_on(notify)
-            return
-        others = [name for name in names if not name.startswith(_PREFIX)]
-        if others:
-            raise CheckpointError(
-                f"{NAME}: {directory}: must be new or empty, or have a conversion that was stopped; it has {others[0]}"
-                f"{f' and {len(others) - 1} more' if others[1:] else ''}"
-            )
-        self._write()
+        else:
+            self._write()
 
     def add(self, shard: OpenShard) -> None:
         """Write a file, and write down that it is there."""
@@ -179,6 +173,23 @@ class Journal:
         write_json(unfinished, value)
         _sync(unfinished)
         unfinished.replace(self._directory / name)
+
+
+def check_free(directory: Path) -> None:
+    """Check that a directory is new or empty, or has a conversion that was stopped.
+
+    Raises:
+        CheckpointError: it has something else; the text names it.
+    """
+    if not directory.is_dir():
+        return
+    names = list_directory(directory)
+    others = [name for name in names if not name.startswith(_PREFIX)]
+    if others and _JOURNAL not in names:
+        raise CheckpointError(
+            f"{NAME}: {directory}: must be new or empty, or have a conversion that was stopped; it has {others[0]}"
+            f"{f' and {len(others) - 1} more' if others[1:] else ''}"
+        )
 
 
 def _sha256(file: Path) -> str:

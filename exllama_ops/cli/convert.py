@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exllama_ops.checkpoint.convert import FORMATS, Conversion, convert_checkpoint
+from exllama_ops.checkpoint.journal import check_free
 from exllama_ops.checkpoint.opening import GGUF_SUFFIX
 from exllama_ops.cli.model import add_model_arguments, open_model, quantization_config
 from exllama_ops.cli.output import CliError, emit, expected_errors, say
@@ -59,6 +60,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace, screen: Screen) -> Conversion:
+    check_free(Path(args.destination))  # before anything is fetched
     if args.model.endswith(GGUF_SUFFIX):
         return _convert_gguf(args, screen)
     source = open_model(args, screen)

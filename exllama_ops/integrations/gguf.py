@@ -6,7 +6,6 @@ transformers has the tables for their names, configs and tokenizers, and undoes 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,10 +66,9 @@ class GgufCheckpoint(Checkpoint):
             of_file = {} if beside else {"gguf_file": path.name}
             config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **of_file)
             vars(config).pop("quantization_config", None)
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             with torch.device("meta"):
                 self._model = transformers.AutoModelForCausalLM.from_config(config)
-            names, self._processor = _names(path, self._model)
+            names, self._processor = _names(self._reader, self._model)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self._tensors: dict[str, Any] = {}
         for tensor in self._reader.tensors:
@@ -100,6 +98,9 @@ class GgufCheckpoint(Checkpoint):
         members = {f"{name}.{kind}" for name in self.quantized for kind in ("weight", "bias")}
         self.dense: tuple[str, ...] = tuple(name for name in self._tensors if name not in members)
         self.weight_bytes: int = sum(int(tensor.n_bytes) for tensor in self._tensors.values())
+        # It takes as long as all before.
+        with _read_by_others(path):
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         config.architectures = [type(self._model).__name__]
         config.dtype = torch.float16
         self.model_config: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -261,12 +262,11 @@ def _type(tensor: Any) -> str:
     return str(tensor.tensor_type.name)
 
 
-def _names(path: Path, model: Any) -> tuple[dict[str, str], Any]:
+def _names(reader: Any, model: Any) -> tuple[dict[str, str], Any]:
     """The names of the file's tensors in the model, and what undoes llama.cpp's changes to them."""
     tables = require("transformers.modeling_gguf_pytorch_utils")
-    parsed = tables.load_gguf_checkpoint(os.fspath(path), return_tensors=False)["config"]
-    architecture = tables.read_field(require("gguf").GGUFReader(path), "general.architecture")[0]
-    processor = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)(config=parsed)
+    architecture = tables.read_field(reader, "general.architecture")[0]
+    processor = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)(config=model.config.to_dict())
     return tables.get_gguf_hf_weights_map(model, processor), processor
 
 

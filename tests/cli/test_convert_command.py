@@ -38,7 +38,9 @@ def test_json_says_what_was_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([str(SOURCE), str(SOURCE)], "must lie outside of the checkpoint that is read"),
+        ([str(SOURCE), str(SOURCE)], "must be new or empty, or have a conversion that was stopped"),
+        ([str(SOURCE), str(SOURCE / "inner")], "must lie outside of the checkpoint that is read"),
+        (["owner/name", str(SOURCE)], "must be new or empty"),
         (["/no/such/folder", "out"], "must be an existing directory or a hub id"),
         ([str(DATA), "out"], "no checkpoint format takes it"),
         ([str(SOURCE), "out", "--revision", "main"], "revision is for hub ids"),
