@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from exllama_ops.integrations.transformers.pending import PendingLinear
 from exllama_ops.layout import GptqWeight
 from exllama_ops.layout.formats import FORMATS
 from exllama_ops.nn import ExllamaLinear
 
+# Plans name a layer of all layers by a star in place of its number.
+_LAYER = re.compile(r"\.[0-9]+(?=\.|$)")
 _COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
 _ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input")
 # Every process holds the whole layer.
@@ -46,7 +48,7 @@ def cuts(model: Any, pending: Mapping[str, PendingLinear], parameters: Mapping[s
     found: dict[str, Cut] = {}
     for target in pending:
         rule = parameters.get(target, target)
-        style = model.tp_plan.get(replace_layer_number_by_wildcard(rule)) or model.tp_plan.get(rule)
+        style = model.tp_plan.get(_LAYER.sub(".*", rule)) or model.tp_plan.get(rule)
         if style in _ROWS or style in _COLUMNS:
             found[target] = Cut(style in _ROWS, rank, size)
         elif style is not None and style not in _WHOLE:
