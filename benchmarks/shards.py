@@ -74,11 +74,15 @@ def _described(weight: Any) -> dict[str, int]:
 
 
 def _times(weights: Mapping[str, Any], M: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds of each weight, and the ratios to the whole, medians over rounds in which each is timed once."""
+    """Milliseconds of each weight, and the ratios to the whole.
+
+    A time is the least of the rounds, in each of which every weight is timed once. It is one that nothing interrupted,
+    for long calls as for short ones.
+    """
     import torch
 
     from benchmarks.quiet import Watch
-    from benchmarks.timing import HostTimer, Spread, interleave
+    from benchmarks.timing import HostTimer, interleave
 
     runners = [_runner(name, weight, torch.randn(M, weight.in_features).half()) for name, weight in weights.items()]
     timer = HostTimer()
@@ -87,14 +91,10 @@ def _times(weights: Mapping[str, Any], M: int, seconds: float) -> dict[str, Any]
     watch = Watch()
     samples = interleave(runners, dict, tokens=M, seconds=seconds, rounds=5, timer=timer)
     load = watch.look()
-    ratios = {
-        name: [sample.seconds / whole.seconds for sample, whole in zip(samples[name], samples["whole"], strict=True)]
-        for name in samples
-        if name != "whole"
-    }
+    ms = {name: 1000 * min(sample.seconds for sample in found) for name, found in samples.items()}
     return {
-        "ms": {name: Spread.of([1000 * sample.seconds for sample in found]).median for name, found in samples.items()},
-        "of_the_whole": {name: Spread.of(found).median for name, found in ratios.items()},
+        "ms": ms,
+        "of_the_whole": {name: time / ms["whole"] for name, time in ms.items() if name != "whole"},
         "load": load.record(),
     }
 
