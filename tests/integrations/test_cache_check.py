@@ -138,9 +138,13 @@ def test_a_hybrid_whose_first_layer_has_no_keys_is_told_its_positions() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 16}
     config = transformers.BambaConfig(**sizes, **heads, mamba_d_state=8, mamba_n_groups=1, attn_layer_indices=[1])
-    generator, told = told_generator(model := made(config))
+    model = made(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:  # as they come, they are so small that attention looks alike at any position
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    generator, told = told_generator(model)
     assert list(generator.generate(prompt(5), 6, stop=())) == greedy(model, prompt(5), 6)
-    assert "with its own cache" in told[0]
+    assert told[0].startswith("BambaForCausalLM runs eagerly with its own cache: ")
 
 
 def test_a_model_that_returns_no_cache_computes_the_whole_text() -> None:
