@@ -141,8 +141,8 @@ def test_each_layer_costs_the_same_guards_and_ours_few(monkeypatch: pytest.Monke
         del projection["CLOSURE_MATCH"]
         assert projection == {
             "TENSOR_MATCH": 4,  # qweight, qzeros, scales, perm
-            "CONSTANT_MATCH": 7,  # no bias, the sizes and the options, the dtype of the scales
-            "EQUALS_MATCH": 4,
+            "CONSTANT_MATCH": 6,  # no bias, in_features and the options, the dtype of the scales
+            "EQUALS_MATCH": 3,
             "TYPE_MATCH": 3,
             "NOT_PRESENT_IN_GENERIC_DICT": 1,
             "EMPTY_NN_MODULE_HOOKS_DICT": 6,
