@@ -65,7 +65,7 @@ class CompiledGenerator:
         notify: takes the steps of compiling.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or its prompt is sound or anything else but tokens.
         ImportError: the extra "hf" is not installed.
     """
 
@@ -82,6 +82,12 @@ class CompiledGenerator:
             raise ValueError("CompiledGenerator: model must be in eval mode; call model.eval()")
         if mode is not None and mode not in MODES:
             raise ValueError(f"CompiledGenerator: mode must be one of {', '.join(MODES)}, or None; got {mode!r}")
+        prompt = getattr(model, "main_input_name", "input_ids")
+        if prompt != "input_ids":
+            raise ValueError(
+                f"CompiledGenerator: model must take tokens as its prompt; {type(model).__name__} takes {prompt}, for "
+                "which model.generate serves"
+            )
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.max_length = position_limit(model.config)

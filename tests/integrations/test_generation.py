@@ -223,6 +223,12 @@ def test_prompts_may_be_tensors_of_any_mode(model: Any, traced: CompiledGenerato
     assert (traced.graphs, traced.recompiles) == (graphs_of(traced), 0)
 
 
+def test_a_model_whose_prompt_is_no_text_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "main_input_name", "input_features")
+    with pytest.raises(ValueError, match="must take tokens as its prompt; .* takes input_features"):
+        CompiledGenerator(model)
+
+
 def test_errors_name_the_numbers(model: Any) -> None:
     generator = CompiledGenerator(model, compile=False)
     with pytest.raises(ValueError, match=r"at least 1 token.*got 0 and 1"):

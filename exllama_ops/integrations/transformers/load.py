@@ -27,6 +27,15 @@ from exllama_ops.progress import Notify, ignore
 
 _GENERATION_CONFIG = "generation_config.json"
 
+# The classes of transformers that generate text. Where several know a family, config.json says which class it is.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+)
+
 
 def load_model(
     path_or_id: str | os.PathLike[str],
@@ -159,7 +168,7 @@ def _model_class(transformers: Any, config: Any, path: Path, trust_remote_code: 
 
     code = getattr(config, "auto_map", None) or {}
     classes = []
-    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
+    for name in _AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
         if type(config) in mapping:
             classes.append(_get_model_class(config, mapping))
