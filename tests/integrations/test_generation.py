@@ -225,7 +225,7 @@ def test_prompts_may_be_tensors_of_any_mode(model: Any, traced: CompiledGenerato
 
 def test_a_model_whose_prompt_is_no_text_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "main_input_name", "input_features")
-    with pytest.raises(ValueError, match="must take tokens as its prompt; .* takes input_features"):
+    with pytest.raises(ValueError, match=r"must take tokens as its prompt; .* takes input_features"):
         CompiledGenerator(model)
 
 
