@@ -10,7 +10,7 @@ from exllama_ops.checkpoint.awq import AwqCheckpoint
 from exllama_ops.checkpoint.config import GptqConfig, parse_config
 from exllama_ops.checkpoint.dynamic import exact_rule, first_matches
 from exllama_ops.checkpoint.errors import CheckpointError, shown
-from exllama_ops.checkpoint.fields import normalize, read_quantization
+from exllama_ops.checkpoint.fields import normalize, read_method
 from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.checkpoint.from_files import FileCheckpoint
 from exllama_ops.checkpoint.gptq import GptqCheckpoint
@@ -142,8 +142,6 @@ def open_directory(directory: Path) -> FileCheckpoint:
 
 def _parse(directory: Path, *, quiet: bool = False) -> tuple[dict[str, Any], str]:
     """The config of a directory, which was parsed without an error."""
-    raw, source = read_quantization(directory, quiet=quiet)
-    if raw.get("quant_method") not in METHODS:
-        raise CheckpointError(f"{source}: quant_method must be {NAME!r}; got {shown(raw.get('quant_method'))}")
+    raw, source = read_method(directory, METHODS, quiet=quiet)
     parse_autoround(raw, source)
     return raw, source

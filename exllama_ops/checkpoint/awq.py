@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exllama_ops.checkpoint.config import GptqConfig, ModuleConfig, parse_config
 from exllama_ops.checkpoint.errors import CheckpointError, shown
-from exllama_ops.checkpoint.fields import SYNONYMS, read_quantization
+from exllama_ops.checkpoint.fields import SYNONYMS, read_method
 from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.checkpoint.from_files import (
     FileCheckpoint,
@@ -183,7 +183,5 @@ def open_directory(directory: Path) -> AwqCheckpoint:
 
 
 def _read(directory: Path, *, quiet: bool = False) -> tuple[dict[str, Any], GptqConfig]:
-    raw, source = read_quantization(directory, quiet=quiet)
-    if raw.get("quant_method") not in METHODS:
-        raise CheckpointError(f"{source}: quant_method must be {NAME!r}; got {shown(raw.get('quant_method'))}")
+    raw, source = read_method(directory, METHODS, quiet=quiet)
     return raw, parse_awq(raw, source)

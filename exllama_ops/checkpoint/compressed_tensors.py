@@ -17,8 +17,8 @@ from torch import Tensor
 
 from exllama_ops.checkpoint.compressed_tensors_config import CompressedTensorsConfig, parse_compressed_tensors
 from exllama_ops.checkpoint.config import ModuleConfig
-from exllama_ops.checkpoint.errors import CheckpointError, shown
-from exllama_ops.checkpoint.fields import read_quantization
+from exllama_ops.checkpoint.errors import CheckpointError
+from exllama_ops.checkpoint.fields import read_method
 from exllama_ops.checkpoint.files import TensorFiles
 from exllama_ops.checkpoint.from_files import (
     FileCheckpoint,
@@ -198,7 +198,5 @@ def open_directory(directory: Path) -> CompressedTensorsCheckpoint:
 
 
 def _read(directory: Path, *, quiet: bool = False) -> tuple[dict[str, Any], CompressedTensorsConfig]:
-    raw, source = read_quantization(directory, quiet=quiet)
-    if raw.get("quant_method") not in METHODS:
-        raise CheckpointError(f"{source}: quant_method must be {NAME!r}; got {shown(raw.get('quant_method'))}")
+    raw, source = read_method(directory, METHODS, quiet=quiet)
     return raw, parse_compressed_tensors(raw, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ def read_quantization(
         merged |= {name: value for name, value in raw.items() if name not in decided}
         sources.append(source)
     return merged, sources[0] if sources else str(directory)
+
+
+def read_method(directory: Path, methods: Sequence[str], *, quiet: bool = False) -> tuple[dict[str, Any], str]:
+    """`read_quantization` of a directory whose config must name one of some methods; the first is what errors name.
+
+    Raises:
+        CheckpointError: it names another one, or as in `read_quantization`.
+    """
+    raw, source = read_quantization(directory, quiet=quiet)
+    if raw.get("quant_method") not in methods:
+        raise CheckpointError(f"{source}: quant_method must be {methods[0]!r}; got {shown(raw.get('quant_method'))}")
+    return raw, source
 
 
 def normalize(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
