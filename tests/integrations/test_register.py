@@ -71,6 +71,18 @@ def test_save_pretrained_gives_back_the_files(name: str, load: Any, tmp_path: Pa
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
 
 
+def test_dequantize_gives_the_dense_model_which_saves_as_one(tmp_path: Path) -> None:
+    path = families.write("mixtral", tmp_path / "packed") and tmp_path / "packed"
+    model = from_pretrained(path, dtype=torch.float32)
+    expected = families.logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, ExllamaLinear) for module in dense.modules())
+    assert (families.logits(dense) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    llama = from_pretrained(DATA / "tiny-w4g64-lmhead", dtype=torch.float32).dequantize()
+    llama.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(from_pretrained(tmp_path / "dense", dtype=torch.float32)), logits(llama))
+
+
 def test_a_model_with_a_rounded_head_is_saved_with_a_rule_for_it(tmp_path: Path) -> None:
     model = load_model(DATA / "tiny-w3g32-asym-act-v2", progress=False, lm_head_bits=8)
     model.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import modeling_utils
@@ -25,7 +26,8 @@ from exllama_ops.integrations.transformers.names import places
 from exllama_ops.integrations.transformers.offload import offload
 from exllama_ops.integrations.transformers.pending import PendingLinear
 from exllama_ops.integrations.transformers.state import saved_state
-from exllama_ops.nn import linear_sizes
+from exllama_ops.nn import ExllamaLinear, linear_sizes
+from exllama_ops.nn.dense_weight import dense_weight
 
 # Tensors of quantized modules, as the formats that are read name them. The quantizer reads them itself.
 _READ_HERE = r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_zero_point|weight_shape|weight_g_idx)$"
@@ -172,6 +174,12 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config = model.config.quantization_config = GPTQConfig(checkpoint.quantization, checkpoint)
         return model
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in [*model.named_modules()]:
+            if isinstance(layer, ExllamaLinear):
+                model.set_submodule(name, _dense(layer, dtype or layer.weight_dtype))
+        return model
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors of a GPTQ checkpoint, and what else its files say: nothing."""
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -188,6 +196,17 @@ def _opened(checkpoint_files: list[str] | None, argument: Mapping[str, Any] | No
     fields = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
     said = None if argument is None else {name: argument[name] for name in fields if name in argument}
     return open_checkpoint(Path(checkpoint_files[0]).parent, quantization_config=said)
+
+
+def _dense(layer: ExllamaLinear, dtype: torch.dtype) -> nn.Linear:
+    """A dense layer with the weight of a packed one."""
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    with torch.device("meta"):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, dtype=dtype)
+    dense.weight = nn.Parameter(dense_weight(layer).to(dtype).contiguous())
+    if bias is not None:
+        dense.bias = nn.Parameter(bias)
+    return dense.train(layer.training)
 
 
 def _mapped(device_map: Mapping[str, Any], name: str) -> Any:
