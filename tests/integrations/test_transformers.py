@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,14 @@ def test_model_is_whole_frozen_and_keeps_scales(name: str) -> None:
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert all(module.scales.dtype == torch.float16 for module in model.modules() if isinstance(module, ExllamaLinear))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_loaded_model_can_be_copied_and_pickled() -> None:
+    model = load_model(DATA / CHECKPOINTS[0], progress=False)
+    ids = torch.arange(9).reshape(1, 9)
+    with torch.inference_mode():
+        for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copy(ids).logits, model(ids).logits)
 
 
 def test_dtype_defaults_to_the_config(write: Write) -> None:

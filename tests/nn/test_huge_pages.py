@@ -79,7 +79,8 @@ def test_a_clone_is_saved_without_what_lies_beside_it(words: Tensor) -> None:
     assert torch.equal(copy.deepcopy(clone_in_huge_pages(words)), words)
 
 
-def test_memory_goes_back_with_its_last_tensor(words: Tensor) -> None:
+def test_memory_goes_back_with_its_last_tensor(words: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_shared", None)  # the present one may have tensors of other tests
     clones = [clone_in_huge_pages(words) for _ in range(2)]
     assert huge_pages._shared is not None
     shared = huge_pages._shared

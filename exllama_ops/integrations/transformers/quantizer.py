@@ -170,7 +170,7 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
             if self._count is not None:
                 self._count()
         finish_experts(model)
-        self._pending = {}
+        self._pending, self._count = {}, None  # what a copy of the model need not have
         self.quantization_config = model.config.quantization_config = GPTQConfig(checkpoint.quantization, checkpoint)
         return model
 
