@@ -26,7 +26,18 @@ PARTS: dict[str, set[str]] = {
     "kernel": {"prepare", "layout"},
     "nn": {"prepare", "layout", "ops", "backends", "huge_pages"},
     "compile": {"nn", "ops", "backends", "reference", "layout", "extras", "cache", "progress"},
-    "integrations": {"compile", "nn", "backends", "prepare", "checkpoint", "layout", "extras", "cache", "progress"},
+    "integrations": {
+        "compile",
+        "nn",
+        "kernel",
+        "backends",
+        "prepare",
+        "checkpoint",
+        "layout",
+        "extras",
+        "cache",
+        "progress",
+    },
     "cli": {"integrations", "checkpoint", "backends", "extras", "cache", "progress"},
     "testing": {"layout", "backends"},  # which nothing of the package imports
 }
@@ -39,6 +50,7 @@ EXTRAS: dict[str, set[str]] = {
     "accelerate": {"integrations"},
     "peft": {"integrations"},
     "gguf": {"integrations"},
+    "vllm": {"integrations"},
     "filelock": {"compile", "integrations"},
     "triton": {"backends"},
 }
@@ -97,7 +109,7 @@ torch.ops.exllama.gptq_gemm.default
 torch.ops.exllama.gptq_shuffle.default
 assert not torch.cuda.is_initialized()
 heavy = {"transformers", "safetensors", "huggingface_hub", "accelerate", "triton", "torch._dynamo", "torch._inductor"}
-heavy |= {"peft", "exllama_ops.testing"}
+heavy |= {"peft", "vllm", "exllama_ops.testing"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

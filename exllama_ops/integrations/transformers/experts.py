@@ -12,6 +12,7 @@ from transformers.integrations import moe
 
 from exllama_ops.integrations.transformers.names import ExpertPlace
 from exllama_ops.integrations.transformers.pending import initialized
+from exllama_ops.nn.experts import sum_of_experts
 
 # The name by which a config of transformers asks for `experts_forward`.
 IMPLEMENTATION = "exllama"
@@ -23,9 +24,8 @@ _PROJECTIONS = "_exllama_projections"
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The sum over the chosen experts of ``weight * down(act(gate(x)) * up(x))``, for each token.
 
-    Each expert that any token chose makes one product a projection, of its tokens alone. The results of a token are
-    added in the order of its choices, so they do not depend on the tokens beside it. Which experts are chosen is read
-    on the host: it runs eagerly.
+    Each expert that any token chose makes one product a projection, of its tokens alone, by
+    `exllama_ops.nn.experts.sum_of_experts`.
 
     Args:
         self: a module of experts that `take_experts` changed. With other modules transformers' own product runs.
@@ -43,20 +43,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         dense: Tensor = moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return dense
     *into, down = names
-    results = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=top_k_weights.dtype)
-    for index in top_k_index.unique().tolist():
+
+    def expert(index: int, x: Tensor) -> Tensor | None:
         if index >= self.num_experts:
-            continue
-        expert = getattr(self, str(index))
-        token, choice = (top_k_index == index).nonzero(as_tuple=True)
-        x = hidden_states[token]
-        inner = torch.cat([getattr(expert, name)(x) for name in into], -1)
+            return None
+        layers = getattr(self, str(index))
+        inner = torch.cat([getattr(layers, name)(x) for name in into], -1)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y = getattr(expert, down)(inner)
-        if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)
-        results[token, choice] = y * top_k_weights[token, choice].unsqueeze(-1)
-    return results.sum(1).to(hidden_states.dtype)
+        y: Tensor = getattr(layers, down)(inner)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    return sum_of_experts(hidden_states, top_k_index, top_k_weights, expert)
 
 
 def take_experts(

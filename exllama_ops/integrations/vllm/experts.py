@@ -1,0 +1,133 @@
+"""Mixtures of experts in vLLM: one product for each projection of each expert that a token chose."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
+
+from exllama_ops.checkpoint import CheckpointError
+from exllama_ops.integrations.vllm.parts import part_of
+from exllama_ops.nn import ExllamaLinear
+from exllama_ops.nn.experts import sum_of_experts
+
+if TYPE_CHECKING:
+    from exllama_ops.integrations.vllm.config import ExllamaConfig
+
+_EXPERT = re.compile(r"([0-9]+)\.(\w+)")
+
+
+class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The products of all experts of one layer.
+
+    Args:
+        config: of the checkpoint.
+        layer: of vLLM.
+        names: (expert, projection) -> name in the files.
+    """
+
+    def __init__(self, config: ExllamaConfig, layer: RoutedExperts, names: dict[tuple[int, str], str]) -> None:
+        super().__init__(layer.moe_config)
+        self.config = config
+        self.names = names
+
+    @classmethod
+    def of(cls, config: ExllamaConfig, layer: RoutedExperts, prefix: str) -> Any:
+        """The method for a layer of experts: vLLM's own if none of them is quantized.
+
+        Raises:
+            CheckpointError: some are quantized and some are not.
+        """
+        names = {}
+        for rest, stored in config.names_below(prefix):
+            if matched := _EXPERT.fullmatch(rest):
+                names[int(matched[1]), matched[2]] = stored
+        if not names:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        projections = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
+        wanted = {(e, name) for e in range(layer.global_num_experts) for name in projections if name is not None}
+        if wanted != names.keys():
+            raise CheckpointError(
+                f"{config.model}: {prefix} has {layer.global_num_experts} experts with the projections "
+                f"{', '.join(filter(None, projections))}, of which the files quantize {len(names)} of {len(wanted)}; "
+                "exllama_ops needs all of them quantized, or none"
+            )
+        return cls(config, layer, names)
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Nothing is made for vLLM's loaders to fill: the packed tensors are read from the files afterwards."""
+        layer.exllama_device = torch.get_default_device()
+        layer.exllama_part = intermediate_size_per_partition
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
+    ) -> tuple[int, int]:
+        """As they are: no kernel of vLLM runs."""
+        return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: vLLM's own kernels do not run."""
+        return
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Read this process's experts, or its part of each, and pack them.
+
+        Raises:
+            CheckpointError: the files are broken.
+            ValueError: the layer cannot be cut so.
+        """
+        device = layer.exllama_device
+        parallel = layer.moe_config.moe_parallel_config
+        local = range(layer.global_num_experts)
+        if layer.expert_map is not None:  # this process has some of the experts
+            local = layer.expert_map.ge(0).nonzero().flatten().tolist()
+        experts = {}
+        for expert in local:
+            into = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name is not None]
+            products = []
+            for name in (*into, layer.ckpt_down_proj_name):
+                weight = self.config.checkpoint.read(self.names[expert, name])
+                down = name == layer.ckpt_down_proj_name
+                whole = weight.in_features if down else weight.out_features
+                run = part_of(whole, layer.exllama_part, parallel.tp_rank, parallel.tp_size)
+                shard = weight.shard(rows=run, bias=False) if down else weight.shard(columns=run, bias=False)
+                products.append(ExllamaLinear.from_weight(shard).to(device))
+            experts[str(expert)] = nn.ModuleList(products)
+        layer.exllama = nn.ModuleDict(experts)
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """The sum over the chosen experts of ``weight * down(act(gate(x)) * up(x))``, for each token."""
+        if layer.apply_router_weight_on_input:  # of one expert a token
+            x, topk_weights = (x * topk_weights).to(x.dtype), torch.ones_like(topk_weights)
+
+        def expert(index: int, rows: Tensor) -> Tensor | None:
+            if str(index) not in layer.exllama:
+                return None
+            *into, down = layer.exllama[str(index)]
+            inner = torch.cat([product(rows) for product in into], -1)
+            activated = inner.new_empty(inner.shape[0], layer.exllama_part)
+            apply_moe_activation(layer.activation, activated, inner)
+            y: Tensor = down(activated)
+            return y
+
+        return sum_of_experts(x, topk_ids, topk_weights, expert)
