@@ -39,9 +39,12 @@ BUILDS = {
 KERNELS = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 
 
-# Kernels share no memory but through the workers, whose own test runs under the thread sanitizer each time.
+# Kernels share no memory but through the workers, whose own test runs under the thread sanitizer each time. Under the
+# other sanitizers the kernels are compared as they are in a plain build.
 KERNEL_BUILDS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name == "thread" else []) for name in BUILDS if name != "aarch64"
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("thread", "plain") else [])
+    for name in BUILDS
+    if name != "aarch64"
 ]
 
 
