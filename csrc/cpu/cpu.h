@@ -31,8 +31,8 @@ size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, Preci
 size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, int32_t threads);
 size_t shuffle_workspace_bytes(int64_t K, int32_t bits, int32_t threads);
 
-// out (M, N of all parts) = x (M, in_features) @ W of each part, side by side, all of dtype x_dtype. The parts, at least one, have
-// everything but N, their data and the dtype of their scales in common.
+// out (M, N of all parts) = x (M, in_features) @ W of each part, side by side, all of dtype x_dtype. The parts, at least
+// one, have everything but N, their data and the dtype of their scales in common.
 void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel);
 

@@ -72,8 +72,8 @@ def test_save_pretrained_gives_back_the_files(name: str, load: Any, tmp_path: Pa
 
 
 def test_dequantize_gives_the_dense_model_which_saves_as_one(tmp_path: Path) -> None:
-    path = families.write("mixtral", tmp_path / "packed") and tmp_path / "packed"
-    model = from_pretrained(path, dtype=torch.float32)
+    families.write("mixtral", tmp_path / "packed")
+    model = from_pretrained(tmp_path / "packed", dtype=torch.float32)
     expected = families.logits(model)
     dense = model.dequantize()
     assert not any(isinstance(module, ExllamaLinear) for module in dense.modules())
