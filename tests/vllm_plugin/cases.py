@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,5 +101,3 @@ def _quantized(module: nn.Linear, bits: int, kind: Kind, seed: int) -> Any:
 
 
 PROMPTS = [[1, 17, 33, 4], [5, 9, 200, 13, 101, 44], [300, 2]]
-
-Serve = Callable[..., dict[str, Any]]
