@@ -79,12 +79,12 @@ def write_experts(path: Path) -> Path:
             for index in range(4):
                 gate, up = module.gate_up_proj[index].chunk(2)
                 parts = {"gate": gate, "up": up, "down": module.down_proj[index]}
-                for part, dense in parts.items():
-                    linear = nn.Linear(dense.shape[1], dense.shape[0], bias=False)
-                    linear.weight.data = dense.detach()
+                for part, weight in parts.items():
+                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                    linear.weight.data = weight.detach()
                     weights[f"{name}.{index}.{part}_proj"] = _quantized(linear, kind.bits, kind, len(weights))
-    packed = {name.partition(".experts")[0] + ".experts" if ".experts" in name else name for name in weights}
-    tensors = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in packed}
+    dense = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in weights}
+    tensors = {name: p for name, p in dense.items() if ".experts." not in name}
     fields = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["Qwen3MoeForCausalLM"]}
     save_gptq(path, weights, tensors, sym=False, desc_act=True, config=fields | {"dtype": "float16"})
     return path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("vllm", reason="needs vLLM: .ci/vllm builds an environment that has it")
 
@@ -59,11 +61,14 @@ def serve(path: Path, folder: Path, *, environment: dict[str, str] | None = None
 
 
 def assert_tokens_are_those_of_transformers(
-    path: Path, tokens: list[list[int]], dtype: torch.dtype = torch.float16
+    path: Path,
+    tokens: list[list[int]],
+    dtype: torch.dtype = torch.float16,
+    prompts: list[list[int]] = cases.PROMPTS,
 ) -> None:
     model = reference.model(path, dtype)
     sure = 0
-    for prompt, got in zip(cases.PROMPTS, tokens, strict=True):
+    for prompt, got in zip(prompts, tokens, strict=True):
         expected = reference.expected(model, prompt, NEW)
         assert got[: len(expected)] == expected
         sure += len(expected)
@@ -103,23 +108,28 @@ def test_experts_give_the_tokens_of_transformers(processes: int, tmp_path: Path)
     assert_tokens_are_those_of_transformers(path, serve(path, tmp_path, **parallel)["tokens"])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_whole_model_gives_the_tokens_of_transformers(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "dtype"), [(1, "float16"), (1, "bfloat16"), (2, "float16")])
+def test_a_whole_model_gives_the_tokens_of_transformers(processes: int, dtype: str, tmp_path: Path) -> None:
     """The demo: 30 layers, 9 heads and 3 for keys, which two processes cannot share, so they share the layers."""
     pytest.importorskip("gguf", reason="the demo is made of a GGUF file")
     path = demo_checkpoint()
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dtype": dtype}
     if processes == 2:
-        arguments = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
-    assert_tokens_are_those_of_transformers(path, serve(path, tmp_path, **arguments)["tokens"])
+        arguments |= {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+    # Texts that go on in one way alone: random tokens leave a model unsure of the next.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    texts = ["1, 2, 3, 4, 5, 6, 7,", "Monday, Tuesday, Wednesday, Thursday,", "a b c d e f g"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    tokens = serve(path, tmp_path, prompts=prompts, **arguments)["tokens"]
+    assert_tokens_are_those_of_transformers(path, tokens, getattr(torch, dtype), prompts)
 
 
 def test_what_vllm_runs_is_left_to_it_unless_asked_for(tmp_path: Path) -> None:
     path = cases.write(cases.Kind(4, 64, sym=True, checkpoint_format="gptq"), tmp_path / "plain")
     assert serve(path, tmp_path)["quantization"] != "exllama_ops"
-    answer = serve(path, tmp_path, quantization="exllama_ops", dtype="bfloat16")
+    answer = serve(path, tmp_path, quantization="exllama_ops")
     assert answer["quantization"] == "exllama_ops"
-    assert_tokens_are_those_of_transformers(path, answer["tokens"], torch.bfloat16)
+    assert_tokens_are_those_of_transformers(path, answer["tokens"])
 
 
 def test_a_config_of_vllm_can_choose_the_kernel(tmp_path: Path) -> None:
@@ -140,14 +150,16 @@ def test_a_server_answers_an_openai_request(kinds: dict[str, Path], tmp_path: Pa
     log = (tmp_path / "log").open("w")
     options = ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float16", "--max-model-len", "128"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, *options]
-    command += ["--host", "127.0.0.1", "--port", "8127"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
     try:
         body = {"model": str(path), "prompt": cases.PROMPTS[0], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         body |= {"detokenize": False, "return_token_ids": True}
         request = urllib.request.Request(
-            "http://127.0.0.1:8127/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         for _ in range(180):
             assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
@@ -155,11 +167,10 @@ def test_a_server_answers_an_openai_request(kinds: dict[str, Path], tmp_path: Pa
                 with urllib.request.urlopen(request, timeout=60) as response:
                     choice = json.load(response)["choices"][0]
                 break
-            except ConnectionError:
-                time.sleep(1)
-            except urllib.error.URLError:
+            except (ConnectionError, urllib.error.URLError):
                 time.sleep(1)
         expected = reference.expected(reference.model(path, torch.float16), cases.PROMPTS[0], NEW)
+        assert expected
         assert choice["token_ids"][: len(expected)] == expected
     finally:
         server.terminate()
