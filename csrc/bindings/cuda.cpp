@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/blas.h"
 #include "bindings/ops.h"
 #include "bindings/registration.h"
 #include "bindings/workspace.h"
@@ -60,18 +61,22 @@ const char* name_of(layout::DType dtype) {
   return dtype == layout::DType::kFloat16 ? "float16" : dtype == layout::DType::kBFloat16 ? "bfloat16" : "float32";
 }
 
-// What two variables say. They are read when the library is loaded and when a program asks for it. Ops do not read them:
+// What three variables say. They are read when the library is loaded and when a program asks for it. Ops do not read them:
 // getenv does not survive another thread that sets a variable.
 struct Settings {
   std::string algorithm;  // EXLLAMA_OPS_CUDA_ALGORITHM: the one to use, if it is not empty
   bool log;               // EXLLAMA_OPS_CUDA_LOG=1: a line on stderr for every choice
+  bool blas_repeats;      // CUBLAS_WORKSPACE_CONFIG has one of the values with which torch calls BLAS deterministic
 };
 
 // It is never freed: another thread may be reading it.
 const Settings* read_settings() {
   const char* algorithm = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
   const char* log = std::getenv("EXLLAMA_OPS_CUDA_LOG");
-  return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0};
+  const char* workspace = std::getenv("CUBLAS_WORKSPACE_CONFIG");
+  const bool repeats =
+      workspace != nullptr && (std::strcmp(workspace, ":4096:8") == 0 || std::strcmp(workspace, ":16:8") == 0);
+  return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0, repeats};
 }
 
 std::atomic<const Settings*> settings{read_settings()};
@@ -101,7 +106,8 @@ cuda::Config choose(const cuda::Problem& problem) {
     names += (names.empty() ? "" : ", ") + std::string(gemm.name);
     if (given != gemm.name) continue;
     if (gemm.can(problem)) return gemm.config(problem);
-    throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=" + given + " cannot compute these arguments");
+    throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=" + given +
+                                " cannot compute these arguments on this GPU, as torch is set");
   }
   throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of " + names + "; got " + given);
 }
@@ -179,8 +185,10 @@ struct Cuda {
       for (layout::Weight& part : plain) part = without_order(part);
       return gemm(plain.data(), count, gathered, out);
     }
-    const cuda::Problem problem =
+    cuda::Problem problem =
         cuda::problem_of(parts, count, dtype_of(x), M, scope.device(), batch_invariant.load(std::memory_order_relaxed));
+    problem.fp16_accumulation = blas::fp16_accumulation();
+    problem.blas_refused = blas::deterministic() && !settings.load(std::memory_order_acquire)->blas_repeats;
     const cuda::Config config = choose(problem);
     log_choice(problem, config);
     if (config.algorithm == cuda::Algorithm::kDense) {
@@ -251,7 +259,7 @@ EXLLAMA_EXPORT const char* exllama_cuda_op_name(int32_t index) {
   return op_name(kImplementations<Cuda>, index);
 }
 
-// Reads EXLLAMA_OPS_CUDA_ALGORITHM and EXLLAMA_OPS_CUDA_LOG again, for programs that change them.
+// Reads the variables of Settings again, for programs that change them.
 EXLLAMA_EXPORT void exllama_cuda_read_environment() {
   using namespace exllama::bindings;
   settings.store(read_settings(), std::memory_order_release);

@@ -9,9 +9,15 @@ struct GemmDense {
   static constexpr Algorithm kAlgorithm = Algorithm::kDense;
   static constexpr const char* kName = "dense";
 
-  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles. torch's matmul of float32
-  // may run in TF32, as its user set it, and the product is promised in float32.
-  static constexpr bool can(const Problem& p) { return !p.batch_invariant && p.x_dtype != DType::kFloat32; }
+  // What torch's matmul computes with a float32 result. It takes bfloat16 from sm_80 on. That of float32 may run in
+  // TF32, as its user set it, and the product is promised in float32.
+  static constexpr bool blas_takes(const Problem& p) {
+    if (p.x_dtype == DType::kBFloat16) return p.device.arch >= 80;
+    return p.x_dtype == DType::kFloat16 && !p.fp16_accumulation;
+  }
+
+  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles.
+  static constexpr bool can(const Problem& p) { return !p.batch_invariant && !p.blas_refused && blas_takes(p); }
 
   // A chunk of W in x's dtype and its float32 result take no more than 64 MiB and half the L2 together, or else the
   // chunk has 64 columns. The result is no larger than the chunk, or has no more than 64 rows: x is divided for that.
@@ -37,8 +43,7 @@ struct GemmDense {
     const double weights = weights_of(p), sms = p.device.sm_count;
     const double dequantize = overlapped(p, p.device.sm_count, weight_bytes(p), 2 * weights,
                                          weights * dequantize_instructions(p.bits) / rates.issues);
-    const double blas = p.x_dtype == DType::kFloat16 || p.device.arch >= 80 ? rates.blas : rates.floats;
-    const double products = weights * static_cast<double>(p.M) / (blas * sms);
+    const double products = weights * static_cast<double>(p.M) / (rates.blas * sms);
     const double rounding = 10 * static_cast<double>(p.M) * static_cast<double>(p.N) / (kL2BytesPerCycle * sms);
     const auto launches = static_cast<double>(divide_up(p.N, config.chunk) * (1 + 2 * divide_up(p.M, config.rows)));
     return dequantize + products + rounding + kLaunchCycles * launches;

@@ -27,6 +27,8 @@ struct Problem {
   bool raw_g_idx;
   bool aligned;  // qweight to 16 bytes, scales to four numbers
   bool batch_invariant;
+  bool fp16_accumulation;  // torch's BLAS may sum float16 in float16, and refuses a float32 result
+  bool blas_refused;       // torch refuses its BLAS altogether
   Device device;
 };
 

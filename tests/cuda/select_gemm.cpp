@@ -10,13 +10,26 @@ Problem problem_of(const int64_t* in) {
   // clang-format off
   return {in[0],      in[1],      in[2],      static_cast<int32_t>(in[3]), in[4], static_cast<DType>(in[5]),
           static_cast<DType>(in[6]), in[7] != 0, in[8] != 0, in[9] != 0, in[10] != 0, in[11] != 0,
-          {static_cast<int32_t>(in[12]), static_cast<int32_t>(in[13]), in[14]}};
+          in[12] != 0, in[13] != 0, {static_cast<int32_t>(in[14]), static_cast<int32_t>(in[15]), in[16]}};
   // clang-format on
 }
 
 // It is a constant expression: nothing in it can read an environment, a clock or a device.
-constexpr Config kConstant = select_gemm(
-    {1, 4096, 4096, 4, 128, DType::kFloat16, DType::kFloat16, true, false, false, true, false, {80, 108, 40 << 20}});
+constexpr Config kConstant = select_gemm({1,
+                                          4096,
+                                          4096,
+                                          4,
+                                          128,
+                                          DType::kFloat16,
+                                          DType::kFloat16,
+                                          true,
+                                          false,
+                                          false,
+                                          true,
+                                          false,
+                                          false,
+                                          false,
+                                          {80, 108, 40 << 20}});
 static_assert(kConstant.algorithm == Algorithm::kMma);
 
 }  // namespace

@@ -42,9 +42,10 @@ def on(arch: int, *values: Any, quick: bool) -> Any:
 
 
 @pytest.fixture
-def ops(request: pytest.FixtureRequest) -> Iterator[emulated.EmulatedOps]:
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.EmulatedOps]:
     emulated_ops = emulated.ops(request.param)
     torch.use_deterministic_algorithms(True)  # fresh memory is poisoned
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch now refuses its BLAS
     yield emulated_ops
     torch.use_deterministic_algorithms(False)
     emulated_ops.device.set_order("ascending")
@@ -58,7 +59,7 @@ def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
         tensor_cores = arch >= {torch.float16: 75, torch.bfloat16: 80}.get(dtype, math.inf)
         one_group = case.group_size >= case.K
         return tensor_cores and case.shuffled and (case.group_size % MMA_UNIT == 0 or one_group)
-    return algorithm != "dense" or dtype != torch.float32
+    return algorithm != "dense" or dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
 
 
 def cases(bits: int) -> list[Case]:
@@ -161,6 +162,49 @@ def test_dense_goes_by_chunks_of_columns(ops: emulated.EmulatedOps, monkeypatch:
     parts = build_parts(Case(4, 8200, 136, 128), [136, 72])
     kernels = check_parts(ops, "dense", parts, 2)
     assert [("dequantize" in kernel) for kernel in kernels] == [True] * (3 + 2)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    yield
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_dense_is_left_out_where_torch_refuses_its_blas(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch, torch_settings: None
+) -> None:
+    """The settings of torch are those of the call, and CUBLAS_WORKSPACE_CONFIG is that of torch's first use."""
+    weight = build(EVERYWHERE)
+
+    message = "gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=dense cannot compute these arguments on this GPU, as torch is set"
+
+    def takes(dtype: torch.dtype) -> bool:
+        try:
+            check_gemm(ops, "dense", weight, 1, dtype)
+        except ValueError as error:
+            if str(error) != message:
+                raise
+            return False
+        return True
+
+    def taken() -> tuple[bool, bool]:
+        return takes(torch.float16), takes(torch.bfloat16)
+
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    assert taken() == (True, True)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    assert taken() == (False, True)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    for config, is_taken in ((None, False), ("", False), (":8:8", False), (":16:8", True)):
+        if config is None:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        else:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+        assert taken() == (is_taken, is_taken), config
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    torch.use_deterministic_algorithms(False)
+    assert taken() == (True, True)
 
 
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])

@@ -49,6 +49,8 @@ class Problem:
     raw_g_idx: bool = False
     aligned: bool = True
     batch_invariant: bool = False
+    fp16_accumulation: bool = False
+    blas_refused: bool = False
     arch: int = 80
     sm_count: int = DEVICES[80].sms
     l2_bytes: int = DEVICES[80].l2_mib * MIB
@@ -99,7 +101,7 @@ def select(compiled: ctypes.CDLL) -> Callable[[Problem], Config]:
         ("bf16 on Ampere", Problem(x_dtype=BFLOAT16), {"scalar", "mma", "tiled", "dense"}),
         ("scales of another dtype", Problem(scales_dtype=FLOAT32), {"scalar", "mma", "tiled", "dense"}),
         ("fp16 on Turing", Problem().on(75), {"scalar", "mma", "tiled", "dense"}),
-        ("bf16 on Turing", Problem(x_dtype=BFLOAT16).on(75), {"scalar", "tiled", "dense"}),
+        ("bf16 on Turing, which BLAS refuses", Problem(x_dtype=BFLOAT16).on(75), {"scalar", "tiled"}),
         ("Volta has no such mma", Problem().on(70), {"scalar", "tiled", "dense"}),
         ("Pascal", Problem().on(60), {"scalar", "tiled", "dense"}),
         ("float32, which BLAS may run in TF32", Problem(x_dtype=FLOAT32), {"scalar", "tiled"}),
@@ -118,6 +120,10 @@ def select(compiled: ctypes.CDLL) -> Callable[[Problem], Config]:
         ("rows too long for 32 bits", Problem(N=2**29), {"scalar", "tiled", "dense"}),
         ("tokens too many for 32 bits", Problem(M=2**30), {"scalar", "tiled", "dense"}),
         ("batch-invariant", Problem(batch_invariant=True), {"scalar", "mma"}),
+        ("sums in fp16 allowed", Problem(fp16_accumulation=True), {"scalar", "mma", "tiled"}),
+        ("and bf16 has none", Problem(x_dtype=BFLOAT16, fp16_accumulation=True), {"scalar", "mma", "tiled", "dense"}),
+        ("BLAS refused", Problem(blas_refused=True), {"scalar", "mma", "tiled"}),
+        ("BLAS refused for bf16", Problem(x_dtype=BFLOAT16, blas_refused=True), {"scalar", "mma", "tiled"}),
     ],
 )
 def test_rules(select: Callable[[Problem], Config], why: str, problem: Problem, can: set[str]) -> None:
@@ -135,6 +141,10 @@ def test_rules(select: Callable[[Problem], Config], why: str, problem: Problem, 
         (Problem(M=4096, x_dtype=FLOAT32), "tiled"),
         (Problem().on(70), "scalar"),
         (Problem(M=4096, batch_invariant=True), "mma"),
+        (Problem(M=4096, fp16_accumulation=True), "mma"),
+        (Problem(M=4096, blas_refused=True), "mma"),
+        (Problem(M=4096, blas_refused=True, shuffled=False), "tiled"),
+        (Problem(M=4096, x_dtype=BFLOAT16).on(75), "tiled"),
         (Problem(M=4096, batch_invariant=True, x_dtype=FLOAT32), "scalar"),
     ],
 )
@@ -176,7 +186,7 @@ def candidates(p: Problem) -> Iterator[Candidate]:
             blocks = -(-p.N // 64) * -(-p.M // rows)
             yield Candidate("mma", rows, *split(-(-p.K // 128), 128, blocks, 8, p.sm_count), 0)
     yield Candidate("tiled", 64, 1, p.K, 0)
-    if p.x_dtype != FLOAT32:
+    if p.arch >= {FLOAT16: 60, BFLOAT16: 80}.get(p.x_dtype, 1000):
         rows = min(p.M, p.K // 2)
         chunk = min(64 * MIB, p.l2_bytes // 2) // (2 * p.K + 4 * rows) // 64 * 64
         yield Candidate("dense", rows, 1, p.K, min(max(chunk, 64), p.N))
@@ -194,10 +204,9 @@ def modelled_cycles(p: Problem, c: Candidate) -> float:
 
     if c.algorithm == "dense":
         unpacking = (15 + 120 / {2: 16, 3: 32, 4: 8, 8: 4}[p.bits]) / gpu.lanes
-        blas = gpu.blas if p.x_dtype == FLOAT16 or p.arch >= 80 else gpu.floats
         return (
             overlapped(p.sm_count, words, 2 * weights, weights * unpacking)
-            + weights * p.M / blas / p.sm_count
+            + weights * p.M / gpu.blas / p.sm_count
             + 10 * p.M * p.N / 32 / p.sm_count
             + 4000 * -(-p.N // c.chunk) * (1 + 2 * -(-p.M // c.rows))
         )

@@ -36,5 +36,5 @@ class CudaLibrary(Library):
         return value
 
     def read_environment(self) -> None:
-        """Read EXLLAMA_OPS_CUDA_ALGORITHM and EXLLAMA_OPS_CUDA_LOG again, which loading has read once."""
+        """Read EXLLAMA_OPS_CUDA_ALGORITHM, EXLLAMA_OPS_CUDA_LOG and CUBLAS_WORKSPACE_CONFIG again, as loading did."""
         self._read_environment()
