@@ -87,11 +87,11 @@ def _cuda_details(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_or_build(recipe: Recipe, *, force: bool) -> dict[str, Any]:
-    packaged = cache.packaged(recipe)
-    if packaged is not None and not force:
-        built, origin = cache.read(recipe, packaged.parent), "packaged"
+    brought = None if force else cache.given(recipe) or cache.packaged(recipe)
+    if brought is not None:
+        built, origin = cache.read(recipe, brought.parent), cache.origin(recipe, brought)
         if built is None:
-            raise CliError(f"build: {packaged} is damaged; install the package anew")
+            raise CliError(f"build: {brought} is damaged; install the package anew")
     else:
         with Screen() as screen:
             built = cache.find_or_build(recipe, screen, force=force)

@@ -99,7 +99,7 @@ def _library(backend: NativeBackend[Any]) -> dict[str, Any]:
     built = cache.read(backend.recipe, path.parent)
     found: dict[str, Any] = {
         "path": str(path),
-        "origin": "packaged" if path == cache.packaged(backend.recipe) else "cached",
+        "origin": cache.origin(backend.recipe, path),
         "reason": reason,
         "compiler": None if built is None else built.compiler,
     }
@@ -116,9 +116,9 @@ def _path(backend: NativeBackend[Any]) -> Path | None:
         path: Path = backend.library.path
         return path
     try:
-        return cache.packaged(backend.recipe) or cache.find(backend.recipe)
-    except OSError:
-        return None  # a cache that cannot be read is as good as an empty one
+        return cache.given(backend.recipe) or cache.packaged(backend.recipe) or cache.find(backend.recipe)
+    except (OSError, cache.BuildError):
+        return None  # a cache that cannot be read is as good as an empty one, and so is a library that will not do
 
 
 def _size(folder: Path) -> int:

@@ -329,6 +329,8 @@ def test_the_command_builds_once_and_says_what_it_built(sandbox: Sandbox) -> Non
     assert "-std=c++17" in first["flags"]
     assert not [flag for flag in first["flags"] if flag.startswith("-m")]
     assert first["compiler"]
+    folder = Path(first["library"]).parent
+    assert json.loads((folder / compiling.RECORD).read_text())["sources"] == folder.name.partition("-")[0]
     status, out, err = sandbox.run("-m", "exllama_ops", "build")
     assert (status, err) == (0, "")
     assert f"{first['library']} (cached)" in out

@@ -134,12 +134,13 @@ def test_a_wheel_carries_the_cuda_library_beside_the_others_if_nvcc_and_a_torch_
 
 @pytest.mark.slow
 @needs_nvcc
-def test_the_library_builds_and_loads_beside_any_torch(tmp_path: Path) -> None:
+def test_the_library_builds_and_loads_beside_any_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, csrc = compiling.find_compiler(CUDA), cache.csrc()
     assert compiler is not None
     assert csrc is not None
     compiling.compile_library(CUDA, csrc, Path(torch.__file__).parent, compiler, tmp_path, print)
-    assert cache.read(CUDA, tmp_path) is not None
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_LIBRARY", str(tmp_path))
+    assert cache.given(CUDA) == tmp_path / CUDA.library
     library = CudaLibrary(tmp_path / CUDA.library)
     assert not library.batch_invariant()
     library.set_batch_invariant(True)

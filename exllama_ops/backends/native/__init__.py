@@ -1,7 +1,8 @@
 """What the native backends share: a library is found or built, loaded, and serves the ops of one dispatch key.
 
-The library is looked for when the package is imported, in the installed package and in the cache. Neither a compiler
-nor a build is needed for that. If it is there, its kernels are the ops' kernels and no Python runs in a call.
+The library is looked for when the package is imported, in the installed package and in the cache. A variable may name
+another folder, which then is the only one. Neither a compiler nor a build is needed for that. If it is there, its
+kernels are the ops' kernels and no Python runs in a call.
 
 If it is not, an op's one kernel is a Python function. The first op to be called on a tensor of the device builds the
 library into the cache, with a message and progress on stderr. A kernel that torch has cannot be exchanged safely:
@@ -71,8 +72,8 @@ class NativeBackend(Generic[L]):
         """Where the library is and what it uses, or that it will be built."""
         if self.library is None:
             return "its library is built at the first call"
-        origin = "packaged" if self.library.path == cache.packaged(self.recipe) else "cached"
-        return f"{origin} library {self.library.path}{self.settings(self.library)}"
+        path = self.library.path
+        return f"{cache.origin(self.recipe, path)} library {path}{self.settings(self.library)}"
 
     def settings(self, library: L) -> str:
         """What `detail` adds of a library, after a comma."""
@@ -100,16 +101,19 @@ class NativeBackend(Generic[L]):
         self.failure = self.reasons_against_device()
         if self.failure:
             return
-        packaged = cache.packaged(self.recipe)
+        brought = cache.packaged(self.recipe)
         try:
-            path = packaged or cache.find(self.recipe)
+            brought = cache.given(self.recipe) or brought
+            path = brought or cache.find(self.recipe)
             if path is not None:
                 self._load(path)
         except OSError:
             pass  # an unreadable cache is as good as an empty one; building says what is wrong with it
+        except cache.BuildError as error:
+            self.failure = [str(error)]
         except LoadError as error:
-            if packaged is not None:
-                self.failure = [f"its packaged library cannot be loaded: {error}"]
+            if brought is not None:
+                self.failure = [f"its {cache.origin(self.recipe, brought)} library cannot be loaded: {error}"]
         if self.library is None and not self.failure:
             self.failure = cache.reasons_against_building(self.recipe)
 

@@ -1,4 +1,4 @@
-"""Where a native library lies: in the installed package, or in a cache that is built into on first use.
+"""Where a native library lies: in a given folder, in the installed package, or in a cache that is built into.
 
 The cache has a folder for every key of sources, flags, machine and compiler, so that nothing in it ever goes stale.
 A folder appears by one rename, complete. Builds of one key wait for each other at a lock that the system releases
@@ -48,6 +48,33 @@ def packaged(recipe: Recipe) -> Path | None:
     """The library that a wheel brought, or None."""
     path = _PACKAGE / "_native" / recipe.device / recipe.library
     return path if os.path.isfile(path) else None
+
+
+def given(recipe: Recipe) -> Path | None:
+    """The library in the folder that the recipe's variable names, or None if it names none.
+
+    Raises:
+        BuildError: it is not whole, or other sources made it.
+    """
+    name = os.environ.get(recipe.given)
+    if not name:
+        return None
+    built, sources = read(recipe, Path(name)), csrc()
+    if built is None:
+        whole = f"a whole {recipe.library} and its record"
+        raise BuildError(f"{recipe.given} must name a folder with {whole}; got {name!r}")
+    made_of = json.loads((Path(name) / compiling.RECORD).read_text()).get("sources")
+    if sources is not None and made_of != compiling.source_key(recipe, sources):
+        raise BuildError(f"{recipe.given}={name!r} has a library that was built from other sources; build it anew")
+    return built.path
+
+
+def origin(recipe: Recipe, path: Path) -> str:
+    """Where a library came from, in a word: "given", "packaged" or "cached"."""
+    name = os.environ.get(recipe.given)
+    if name and path.parent == Path(name):
+        return "given"
+    return "packaged" if path == packaged(recipe) else "cached"
 
 
 def csrc() -> Path | None:

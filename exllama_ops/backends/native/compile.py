@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
         device_code: of nvcc. The device code has three variants: for the tensor cores of sm_75, for those from sm_80
             on, and for none. Each is machine code for these GPUs, if this nvcc knows them, and for their minor versions
             (sm_80 runs on 8.6 and 8.9). The PTX is for GPUs to come.
+        given: the environment variable that names a folder with a library that was built elsewhere; empty for none.
     """
 
     device: str
@@ -65,6 +66,7 @@ class Recipe(NamedTuple):
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     device_code: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    given: str = ""
 
 
 CPU = Recipe(
@@ -113,6 +115,7 @@ CUDA = Recipe(
         "compute_75": ("sm_75",),
         "compute_80": ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"),
     },
+    given="EXLLAMA_OPS_CUDA_LIBRARY",
 )
 
 
@@ -250,6 +253,7 @@ def compile_library(
         raise CompileError(f"{shlex.join(command)}\n(exit status 0, and no {library.name})")
     record = {
         "sha256": digest(library),
+        "sources": source_key(recipe, csrc),
         "compiler": str(compiler),
         "flags": [*flags, *recipe.link_flags],
         "seconds": round(time.perf_counter() - start, 1),
