@@ -18,14 +18,11 @@
 
 #include "bindings/arguments.h"
 #include "bindings/blas.h"
+#include "bindings/device_scope.h"
 #include "bindings/ops.h"
 #include "bindings/registration.h"
 #include "bindings/workspace.h"
 #include "cuda/cuda.h"
-
-// It is in libtorch_cuda. Weak, so that the library loads beside a torch without CUDA, where no kernel is called.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace exllama::bindings {
 namespace {
@@ -42,20 +39,7 @@ constexpr bool kOnCpu = false;
 
 std::atomic<bool> batch_invariant{false};
 
-// The device of a tensor, made the current one, and torch's current stream on it.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) : index_(kOnCpu ? 0 : tensor.device_index()), guard_(index_) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
-  }
-  cuda::Stream stream() const { return stream_; }
-  const cuda::Device& device() const { return cuda::device_properties(index_); }
-
- private:
-  int32_t index_;
-  cuda::DeviceGuard guard_;
-  cuda::Stream stream_ = nullptr;
-};
+int32_t device_of(const Tensor& tensor) { return kOnCpu ? 0 : tensor.device_index(); }
 
 const char* name_of(layout::DType dtype) {
   return dtype == layout::DType::kFloat16 ? "float16" : dtype == layout::DType::kBFloat16 ? "bfloat16" : "float32";
@@ -175,7 +159,7 @@ struct Cuda {
   static void check(const char*) {}
 
   static void gemm(const layout::Weight* parts, int64_t count, const Tensor& x, const Tensor& out) {
-    const DeviceScope scope(x);
+    const DeviceScope scope(device_of(x));
     const int64_t M = x.size(0);
     if (is_filled(*parts)) {
       const int64_t sizes[] = {M, parts->K};
@@ -204,7 +188,7 @@ struct Cuda {
   }
 
   static void gemm_dx(const layout::Weight& weight, const Tensor& grad, const Tensor& dx) {
-    const DeviceScope scope(grad);
+    const DeviceScope scope(device_of(grad));
     if (is_filled(weight)) {
       const int64_t sizes[] = {grad.size(0), weight.K};
       const Tensor of_all_rows = Tensor::empty(sizes, dx.dtype(), dx);
@@ -216,7 +200,7 @@ struct Cuda {
   }
 
   static void dequantize(const layout::Weight& weight, const Tensor& out) {
-    const DeviceScope scope(out);
+    const DeviceScope scope(device_of(out));
     if (is_filled(weight)) {
       const int64_t sizes[] = {weight.K, weight.N};
       const Tensor all_rows = Tensor::empty(sizes, out.dtype(), out);
@@ -227,14 +211,14 @@ struct Cuda {
   }
 
   static void shuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits) {
-    const DeviceScope scope(qweight);
+    const DeviceScope scope(device_of(qweight));
     const int64_t N = qweight.size(1);
     const Workspace workspace(cuda::shuffle_workspace_bytes(K, N, bits, perm != nullptr), qweight);
     cuda::shuffle(qweight.data<uint32_t>(), perm, K, N, bits, workspace.get(), scope.stream());
   }
 
   static void unshuffle(const Tensor& qweight, const int32_t* perm, int64_t K, int32_t bits, const Tensor& out) {
-    const DeviceScope scope(qweight);
+    const DeviceScope scope(device_of(qweight));
     const Workspace workspace(cuda::unshuffle_workspace_bytes(K, perm != nullptr), qweight);
     cuda::unshuffle(qweight.data<const uint32_t>(), perm, K, qweight.size(1), bits, out.data<uint32_t>(),
                     workspace.get(), scope.stream());

@@ -18,19 +18,6 @@ using Stream = void*;
 // The properties of a CUDA device, which is asked once.
 const Device& device_properties(int32_t index);
 
-// Makes a device the current one until the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t index);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int32_t previous_;
-  bool changed_;
-};
-
 // Device memory that the caller lends until the work is done, aligned to 64 bytes.
 size_t gemm_workspace_bytes(const Problem& problem, const Config& config);
 size_t shuffle_workspace_bytes(int64_t K, int64_t N, int32_t bits, bool permuted);

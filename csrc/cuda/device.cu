@@ -1,4 +1,4 @@
-// The current device and its properties.
+// The properties of the devices.
 #include <array>
 #include <mutex>
 
@@ -9,24 +9,18 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+// Every op calls the runtime here first. The runtime is linked into this library, so an older driver is noticed here.
 int attribute(cudaDeviceAttr attribute, int32_t index) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
-  return value;
-}
-
-// Every op calls the runtime here first. The runtime is linked into this library, so an older driver is noticed here.
-int current_device() {
-  int index = 0;
-  const cudaError_t error = cudaGetDevice(&index);
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
   if (error == cudaErrorInsufficientDriver) {
     throw std::runtime_error("exllama_ops: the CUDA driver is older than CUDA " +
                              std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
                              ", which compiled these kernels: install a newer driver, or compile them by the nvcc of "
                              "its version (EXLLAMA_OPS_NVCC names it; exllama-ops build --cuda --force)");
   }
-  check(error, "cudaGetDevice");
-  return index;
+  check(error, "cudaDeviceGetAttribute");
+  return value;
 }
 
 }  // namespace
@@ -42,16 +36,6 @@ const Device& device_properties(int32_t index) {
     devices[index].l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   });
   return devices[index];
-}
-
-DeviceGuard::DeviceGuard(int32_t index) : previous_(current_device()), changed_(false) {
-  if (previous_ == index) return;
-  check(cudaSetDevice(index), "cudaSetDevice");
-  changed_ = true;
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (changed_) cudaSetDevice(previous_);
 }
 
 }  // namespace exllama::cuda

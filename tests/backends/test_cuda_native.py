@@ -98,6 +98,17 @@ def test_a_driver_older_than_the_toolkit_is_refused_with_both_ways_out(tmp_path:
     assert "EXLLAMA_OPS_NVCC" in message
 
 
+def test_a_torch_without_the_current_stream_is_refused_by_name(tmp_path: Path) -> None:
+    program = tmp_path / "no_stream"
+    include = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
+    source = Path(__file__).parent / "no_stream.cpp"
+    flags = [flag for flag in CUDA.compile_flags if flag.startswith(("-std", "-D"))]
+    subprocess.run(["g++", *flags, *include, str(source), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    assert "need aoti_torch_get_current_cuda_stream of torch, which this torch does not have" in said
+    assert "install a torch that was built for CUDA" in said
+
+
 def build_backend() -> ModuleType:
     specification = importlib.util.spec_from_file_location("build", ROOT / "_build_backend" / "exllama_build.py")
     assert specification is not None

@@ -580,6 +580,16 @@ def test_work_is_on_the_device_of_the_tensors_and_the_current_device_stays(ops: 
         assert ops.device.current_device == 1
 
 
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_an_op_makes_no_context_on_another_device(ops: emulated.EmulatedOps) -> None:
+    """A context takes half a gigabyte of a GPU that the process may never use."""
+    weight = build(EVERYWHERE)
+    ops.device.begin_on_device(1)
+    ops.gptq_gemm(activations(3, weight.case.K, torch.float16), *weight.args)
+    assert ops.device.devices_with_context == {0}
+    assert ops.device.current_device == 1
+
+
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
 def test_the_current_device_stays_where_an_op_fails(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = build(Case(4, *SHAPES[4], 128))

@@ -148,12 +148,20 @@ class Emulator:
         self.library.cudaSetDevice(ctypes.c_int(index))
         self.check()
 
+    def begin_on_device(self, index: int) -> None:
+        """As a process whose current device this is, and which has used no device so far."""
+        self.library.emu_begin_on(ctypes.c_int(index))
+
     @property
     def current_device(self) -> int:
-        """The device that cudaGetDevice names."""
-        index = ctypes.c_int()
-        self.library.cudaGetDevice(ctypes.byref(index))
-        return index.value
+        """Torch's current device, which is that of cudaGetDevice unless torch puts off a device without a context."""
+        index: int = self.library.emu_torch_device()
+        return index
+
+    @property
+    def devices_with_context(self) -> set[int]:
+        """The devices that the process has made a context on: those it made current by cudaSetDevice, or used."""
+        return {index for index in range(2) if self.library.emu_has_context(ctypes.c_int(index))}
 
     @contextmanager
     def only(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:

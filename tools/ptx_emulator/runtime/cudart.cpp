@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <set>
 #include <sstream>
 
 #include "scheduler.h"
@@ -62,6 +64,10 @@ std::mutex one_at_a_time;
 // All are alike: which one is current is all that tells them apart.
 constexpr int kDevices = 2;
 int current_device = 0;
+// The devices that the process has made a context on, which takes memory there.
+std::set<int> contexts;
+// torch's current device, where it has put off making it the runtime's: that would make a context. Else -1.
+int postponed_device = -1;
 
 struct Configuration {
     dim3 grid, block;
@@ -135,6 +141,7 @@ cudaError_t perform(const Call& call) {
 cudaError_t enqueue(Call call) {
     call.device = current_device;
     const std::lock_guard lock(one_at_a_time);
+    contexts.insert(current_device);
     if (is_recording) recordings.back().push_back(call);
     return perform(call);
 }
@@ -284,6 +291,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaSetDevice(int index) {
     if (index < 0 || index >= kDevices) return refuse("cudaSetDevice of a device that is not there");
     current_device = index;
+    contexts.insert(index);
     return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* capturing) {
@@ -374,6 +382,19 @@ int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
     *stream = reinterpret_cast<void*>(device["current_stream"]);
     return 0;
 }
+// Torch's guard of the current device. It goes back to a device that has a context, and puts off the others.
+int32_t aoti_torch_create_device_guard(int32_t index, void** guard) {
+    const int before = postponed_device >= 0 ? postponed_device : current_device;
+    postponed_device = -1;
+    *guard = new int(before);
+    return index == current_device || cudaSetDevice(index) == cudaSuccess ? 0 : 1;
+}
+int32_t aoti_torch_delete_device_guard(void* guard) {
+    const std::unique_ptr<int> before(static_cast<int*>(guard));
+    if (contexts.count(*before)) cudaSetDevice(*before);
+    else if (*before != current_device) postponed_device = *before;
+    return 0;
+}
 
 // --- what may not
 #define EMU_REFUSE(function, ...) \
@@ -425,8 +446,18 @@ void emu_reset() {
     check_ranges = false;
     dynamic_shared_allowed.clear();
     current_device = 0;
+    postponed_device = -1;
+    contexts.clear();
     fault_text = registration_fault;
 }
+// As a host thread that has not touched its current device yet.
+void emu_begin_on(int index) {
+    current_device = index;
+    postponed_device = -1;
+    contexts.clear();
+}
+int emu_torch_device() { return postponed_device >= 0 ? postponed_device : current_device; }
+int emu_has_context(int index) { return contexts.count(index) != 0; }
 void emu_set_ranges(const u64* begin_and_end, u64 count) {
     ranges.clear();
     for (u64 i = 0; i < count; ++i) ranges.push_back({begin_and_end[2 * i], begin_and_end[2 * i + 1]});
