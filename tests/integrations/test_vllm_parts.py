@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from exllama_ops import ExllamaLinear, GptqWeight, quantize
+from exllama_ops import ExllamaLinear, GptqWeight, open_checkpoint, quantize, save_gptq
 from exllama_ops.integrations.vllm.parts import join, part_of, runs
 from exllama_ops.layout.formats import SUPPORTED_BITS
 
-K, N = 192, 128  # 192 rows are one group of 128 and half of one
+# What 2, 3 and 4 processes can share, in words of any width. 384 rows are four groups of 80 and most of a fifth.
+K, N = 384, 384
+SIZES = (2, 3, 4)
 
 
-def weight(bits: int, group_size: int, act_order: bool, seed: int = 0) -> GptqWeight:
-    torch.manual_seed(seed)
+@cache
+def weight(bits: int, group_size: int, act_order: bool, seed: int = 0, columns: int = N) -> GptqWeight:
+    generator = torch.Generator().manual_seed(seed)
     g_idx = None
     if act_order:
-        g_idx = (torch.arange(K) // group_size)[torch.randperm(K)].int()
-    return quantize(torch.randn(N, K), bits, group_size, g_idx=g_idx)
+        g_idx = (torch.arange(K) // group_size)[torch.randperm(K, generator=generator)].int()
+    return quantize(torch.randn(columns, K, generator=generator), bits, group_size, g_idx=g_idx)
 
 
 def dense(part: GptqWeight) -> Tensor:
@@ -26,20 +32,48 @@ def dense(part: GptqWeight) -> Tensor:
     return ExllamaLinear.from_weight(part).dequantize().t()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("group_size", [32, 128, K])
-@pytest.mark.parametrize("bits", SUPPORTED_BITS)
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_cut_of_rows_and_of_columns_is_bit_for_bit_a_part_of_the_whole(
-    bits: int, group_size: int, act_order: bool, size: int
-) -> None:
-    whole = weight(bits, group_size, act_order)
+def assert_parts_make_up_the_whole(whole: GptqWeight, size: int) -> None:
     W = dense(whole)
     rows = [part_of(K, K // size, rank, size) for rank in range(size)]
     assert torch.equal(torch.cat([dense(whole.shard(rows=run)) for run in rows]), W)
-    if size == 2:
-        columns = [part_of(N, N // size, rank, size) for rank in range(size)]
-        assert torch.equal(torch.cat([dense(whole.shard(columns=run)) for run in columns], 1), W)
+    columns = [part_of(N, N // size, rank, size) for rank in range(size)]
+    assert torch.equal(torch.cat([dense(whole.shard(columns=run)) for run in columns], 1), W)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [32, 80, 128, K])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_cut_of_rows_and_of_columns_is_bit_for_bit_a_part_of_the_whole(
+    bits: int, group_size: int, act_order: bool, size: int
+) -> None:
+    assert_parts_make_up_the_whole(weight(bits, group_size, act_order), size)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_the_parts_of_a_file_of_either_zero_format_are_those_of_the_weight(
+    bits: int, checkpoint_format: str, act_order: bool, tmp_path: Path
+) -> None:
+    given = weight(bits, 80, act_order)
+    save_gptq(tmp_path / "saved", {"layer": given}, sym=False, desc_act=act_order, checkpoint_format=checkpoint_format)
+    read = open_checkpoint(tmp_path / "saved").read("layer")
+    assert torch.equal(dense(read), dense(given))
+    for size in SIZES:
+        assert_parts_make_up_the_whole(read, size)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_each_process_joins_is_its_columns_of_each_weight(bits: int, size: int) -> None:
+    """Queries, keys and values of one order, where the queries are twice as many."""
+    parts = [weight(bits, 80, True, columns=columns) for columns in (2 * N, N, N)]
+    for rank in range(size):
+        columns = [part_of(part.out_features, part.out_features // size, rank, size) for part in parts]
+        (joined,) = join([part.shard(columns=run) for part, run in zip(parts, columns, strict=True)])
+        expected = [dense(part)[:, run.start : run.stop] for part, run in zip(parts, columns, strict=True)]
+        assert torch.equal(dense(joined), torch.cat(expected, 1))
 
 
 @pytest.mark.parametrize(
