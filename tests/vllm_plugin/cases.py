@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from exllama_ops import quantize, save_gptq
+from vllm_plugin import formats
 
 DATA = Path(__file__).parents[1] / "data"
 VOCABULARY = 512
@@ -25,6 +26,7 @@ class Kind(NamedTuple):
     act_order: bool = False
     checkpoint_format: str = "gptq_v2"
     head_bits: int | None = None
+    format: str = "gptq"
 
 
 # The names say what each pins down. 192 inputs are one group of 128 and half of one.
@@ -35,6 +37,9 @@ KINDS = {
     "4bit-sym-partial": Kind(4, 128, sym=True, checkpoint_format="gptq"),
     "8bit-act-v1": Kind(8, 32, act_order=True, checkpoint_format="gptq"),
     "4bit-head-of-8": Kind(4, 64, sym=True, checkpoint_format="gptq", head_bits=8),
+    "awq-partial": Kind(4, 128, format="awq"),
+    "autoround-3bit": Kind(3, 32, sym=True, format="auto-round"),
+    "compressed-act": Kind(4, 32, act_order=True, format="compressed-tensors"),
 }
 
 
@@ -53,11 +58,8 @@ def write(kind: Kind, path: Path, **changes: Any) -> Path:
             bits = kind.head_bits if name == "lm_head" else kind.bits
             weights[name] = _quantized(module, bits or kind.bits, kind, len(weights))
     tensors = {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[0] not in weights}
-    fields = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
-    save_gptq(
-        path, weights, tensors, sym=kind.sym, desc_act=kind.act_order, config=fields | {"dtype": "float16"},
-        checkpoint_format=kind.checkpoint_format,
-    )  # fmt: skip
+    fields = json.loads(config.to_json_string(use_diff=False))
+    formats.WRITERS[kind.format](kind, path, weights, tensors, fields | {"architectures": ["LlamaForCausalLM"]})
     return path
 
 

@@ -124,18 +124,35 @@ def test_a_whole_model_gives_the_tokens_of_transformers(processes: int, dtype: s
     assert_tokens_are_those_of_transformers(path, tokens, getattr(torch, dtype), prompts)
 
 
-def test_what_vllm_runs_is_left_to_it_unless_asked_for(tmp_path: Path) -> None:
-    path = cases.write(cases.Kind(4, 64, sym=True, checkpoint_format="gptq"), tmp_path / "plain")
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_what_vllm_runs_is_left_to_it_unless_asked_for(format: str, tmp_path: Path) -> None:
+    kind = cases.Kind(4, 64, sym=format == "gptq", checkpoint_format="gptq", format=format)
+    path = cases.write(kind, tmp_path / "plain")
     assert serve(path, tmp_path)["quantization"] != "exllama_ops"
     answer = serve(path, tmp_path, quantization="exllama_ops")
     assert answer["quantization"] == "exllama_ops"
     assert_tokens_are_those_of_transformers(path, answer["tokens"])
 
 
-def test_a_config_of_vllm_can_choose_the_kernel(tmp_path: Path) -> None:
-    path = cases.write(cases.Kind(4, 64, sym=True, checkpoint_format="gptq"), tmp_path / "plain")
-    disabled = "CPUWNA16LinearKernel,Dynamic4bitLinearKernel,ZentorchWNA16LinearKernel"
+# The kernels of vLLM that run 4 bits on a CPU. No other width has one there, so that ours is what vLLM finds.
+OF_VLLM = "CPUWNA16LinearKernel,Dynamic4bitLinearKernel,ZentorchWNA16LinearKernel"
+
+
+@pytest.mark.parametrize(
+    ("kind", "disabled"),
+    [
+        (cases.Kind(4, 64, sym=True, checkpoint_format="gptq"), OF_VLLM),
+        (cases.Kind(4, 64, format="awq"), OF_VLLM),
+        (cases.Kind(4, 64, format="compressed-tensors"), OF_VLLM),
+        (cases.Kind(8, -1, sym=True, format="compressed-tensors"), ""),
+        (cases.Kind(8, 32, format="compressed-tensors"), ""),
+    ],
+    ids=["gptq", "awq", "compressed-4bit", "compressed-8bit-channel", "compressed-8bit-asym"],
+)
+def test_a_config_of_vllm_can_choose_the_kernel(kind: cases.Kind, disabled: str, tmp_path: Path) -> None:
+    path = cases.write(kind, tmp_path / "plain")
     answer = serve(path, tmp_path, environment={"VLLM_DISABLED_KERNELS": disabled})
+    assert answer["quantization"] != "exllama_ops"
     assert "Using ExllamaOpsLinearKernel" in answer["log"]
     assert_tokens_are_those_of_transformers(path, answer["tokens"])
 
