@@ -1,4 +1,4 @@
-"""The GPUs of each compute capability, by their data sheets. csrc/cuda/cost.h has the same figures for an SM."""
+"""GPUs by their data sheets. Of each compute capability csrc/cuda/rates.h has the figures of the first one here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """One GPU of a compute capability, at its boost clock.
+    """One GPU, at its boost clock.
 
     Attributes:
         lanes: instructions of a lane that an SM issues in a cycle.
@@ -32,6 +32,11 @@ class Gpu(NamedTuple):
         """Bytes for one SM."""
         return self.dram_gb_per_s / (self.sms * self.ghz)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it stands for its compute capability."""
+        return next(gpu for gpu in GPUS if gpu.arch == self.arch) is self
+
 
 GPUS = (
     Gpu(60, "P100", 56, 1.48, 732, 4, 64, 64, 0, 64),
@@ -42,6 +47,19 @@ GPUS = (
     Gpu(86, "RTX 3090", 82, 1.70, 936, 6, 128, 128, 256, 256),
     Gpu(89, "RTX 4090", 128, 2.52, 1008, 72, 128, 128, 256, 256),
     Gpu(90, "H100 SXM", 132, 1.83, 3350, 50, 128, 128, 1024, 2048),
+    Gpu(90, "H200", 132, 1.83, 4800, 50, 128, 128, 1024, 2048),
     Gpu(100, "B200", 148, 1.85, 8000, 126, 128, 128, 1024, 4096),
     Gpu(120, "RTX 5090", 170, 2.41, 1792, 96, 128, 128, 256, 256),
 )
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU with this name, or the first whose name begins so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for gpu in GPUS:
+        if gpu.name.lower().startswith(name.lower()):
+            return gpu
+    raise ValueError(f"no GPU of benchmarks/gpus.py is called {name!r}: it has {', '.join(gpu.name for gpu in GPUS)}")

@@ -1,9 +1,11 @@
-// The cost model: clock cycles from the first thread block to the last, to rank by.
+// The cost model: clock cycles from the first thread block of a gemm to its last result, to rank by.
 //
-// It rests on data sheets and on the instructions in the compiled loops. No GPU has been timed.
+// What it counts is exact: launches, bytes, instructions in the compiled loops. What a GPU makes of them is in rates.h.
 #pragma once
 
-#include "problem.h"
+#include <iterator>
+
+#include "rates.h"
 
 namespace exllama::cuda::cost {
 
@@ -11,28 +13,7 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr double larger(double a, double b) { return a > b ? a : b; }
-
-// What an SM does in a clock cycle, from this compute capability on. benchmarks/gpus.py has the data sheets.
-struct Rates {
-  int32_t arch;
-  double dram_bytes;
-  double issues;  // instructions of a lane: four schedulers of 32 lanes (sm_60: two)
-  double floats;  // multiply-adds and sums of float32
-  double mma;     // multiply-adds of 16 bits with float32 sums, by mma.sync; GeForce has half of a workstation card's
-  double blas;    // the same by a BLAS, with the instructions of its chip
-};
-inline constexpr Rates kRates[] = {
-    {60, 8.8, 64, 64, 0, 64},           // P100
-    {61, 7.5, 128, 128, 0, 128},        // P40
-    {70, 7.4, 128, 64, 0, 512},         // V100
-    {75, 5.0, 128, 64, 512, 512},       // T4
-    {80, 13.4, 128, 64, 1024, 1024},    // A100 80 GB
-    {86, 6.7, 128, 128, 256, 256},      // RTX 3090
-    {89, 3.1, 128, 128, 256, 256},      // RTX 4090
-    {90, 13.9, 128, 128, 1024, 2048},   // H100
-    {100, 29.2, 128, 128, 1024, 4096},  // B200
-    {120, 4.4, 128, 128, 256, 256},     // RTX 5090
-};
+constexpr double smaller(double a, double b) { return a < b ? a : b; }
 
 constexpr Rates rates_of(int32_t arch) {
   Rates rates = kRates[0];
@@ -40,20 +21,49 @@ constexpr Rates rates_of(int32_t arch) {
   return rates;
 }
 
-// Bytes that an SM gets from L2: half of what its port could take.
-inline constexpr double kL2BytesPerCycle = 32;
-// Cycles between two launches: about 2 us.
-inline constexpr double kLaunchCycles = 4000;
+// Cycles in a microsecond.
+constexpr double clock_mhz(const Device& device) {
+  return device.clock_khz > 0 ? static_cast<double>(device.clock_khz) / 1000 : 1000 * rates_of(device.arch).ghz;
+}
 
-// Cycles of the slowest resource, since they overlap, and a tenth of the others', since they do so imperfectly. The
-// memories are the whole device's. An SM without a thread block computes nothing and asks for nothing.
-constexpr double overlapped(const Problem& p, int64_t thread_blocks, double dram_bytes, double l2_bytes,
-                            double sm_cycles) {
-  const auto sms = static_cast<double>(p.device.sm_count);
-  const double busy = larger(1, thread_blocks < p.device.sm_count ? static_cast<double>(thread_blocks) : sms);
-  const double dram = dram_bytes / (rates_of(p.device.arch).dram_bytes * sms);
-  const double l2 = l2_bytes / (kL2BytesPerCycle * busy), compute = sm_cycles / busy;
-  return 0.9 * larger(larger(dram, l2), compute) + 0.1 * (dram + l2 + compute);
+// Bytes that the DRAM brings to all SMs in a cycle, at its nominal rate.
+constexpr double dram_bytes_per_cycle(const Device& device) {
+  if (device.dram_mb_per_s > 0) return static_cast<double>(device.dram_mb_per_s) / clock_mhz(device);
+  return rates_of(device.arch).dram_bytes * static_cast<double>(device.sm_count);
+}
+
+constexpr double launch_cycles(const Device& device) { return kLaunchUs * clock_mhz(device); }
+
+// What a product takes by a config.
+struct Estimate {
+  double cycles;
+  int64_t launches;
+  double dram_bytes;       // read and written
+  double loads_in_flight;  // bytes of W that an SM waits for at a time, in the kernel that multiplies
+};
+
+// What a kernel does.
+struct Work {
+  int64_t thread_blocks;
+  double dram_bytes, l2_bytes;  // of all thread blocks
+  double sm_cycles;             // of all thread blocks, if they had one SM
+  double loads_in_flight = 0;   // bytes that an SM waits for at a time; 0 for as many as it takes
+};
+
+// Cycles of the slowest resource, since they overlap, and a part of the others', since they do so imperfectly. The DRAM
+// is the whole device's. An SM without a thread block computes nothing and asks for nothing, and the last thread blocks
+// may leave SMs without one: all wait for the SM that has most of them.
+constexpr double cycles_of(const Device& device, const Work& work) {
+  const int64_t sms = device.sm_count, thread_blocks = at_least(work.thread_blocks, 1);
+  const double busy = static_cast<double>(thread_blocks) / static_cast<double>(divide_up(thread_blocks, sms));
+  double rate = kDramEfficiency * dram_bytes_per_cycle(device);
+  if (work.loads_in_flight > 0) {
+    const double waiting = work.loads_in_flight * static_cast<double>(at_most(thread_blocks, sms));
+    rate = smaller(rate, waiting / (kDramLatencyUs * clock_mhz(device)));
+  }
+  const double dram = work.dram_bytes / rate;
+  const double l2 = work.l2_bytes / (kL2BytesPerCycle * busy), compute = work.sm_cycles / busy;
+  return (1 - kNotOverlapped) * larger(larger(dram, l2), compute) + kNotOverlapped * (dram + l2 + compute);
 }
 
 constexpr double weights_of(const Problem& p) { return static_cast<double>(p.K) * static_cast<double>(p.N); }
@@ -62,40 +72,114 @@ constexpr double weight_bytes(const Problem& p) {
   return weights_of(p) * p.bits / 8 + groups * static_cast<double>(p.N) * (2 + p.bits / 8.0);
 }
 constexpr double x_element_bytes(const Problem& p) { return p.x_dtype == DType::kFloat32 ? 4 : 2; }
-
-// Cycles of a kernel that goes over W once for every config.rows rows of x, by tiles of `columns` columns. W comes from
-// DRAM once, since the thread blocks of a tile of columns follow one another. x comes from L2 for every tile. What
-// splitting K costs, and gains by more warps on an SM, is left out.
-constexpr double kernel_cycles(const Problem& p, const Config& config, int64_t columns, double weight_cycles) {
-  const int64_t passes = divide_up(p.M, config.rows), tiles = divide_up(p.N, columns);
-  const auto times = static_cast<double>(passes);
-  const double row_bytes = static_cast<double>(p.K) * x_element_bytes(p);
-  const double pass_bytes = weight_bytes(p) + row_bytes * static_cast<double>(config.rows * tiles);
-  return overlapped(p, passes * tiles * config.split_k, weight_bytes(p) + row_bytes * static_cast<double>(p.M),
-                    pass_bytes * times, weights_of(p) * times * weight_cycles) +
-         kLaunchCycles;
+constexpr double x_bytes(const Problem& p) {
+  return static_cast<double>(p.M) * static_cast<double>(p.K) * x_element_bytes(p);
+}
+constexpr double out_bytes(const Problem& p) {
+  return static_cast<double>(p.M) * static_cast<double>(p.N) * x_element_bytes(p);
 }
 
-// Splits a K of `pieces` indivisible pieces, so that the tiles become at least two waves of two thread blocks on each SM,
-// while every split keeps min_pieces. In batch-invariant mode K is split as for one tile of rows, whatever M is.
-constexpr Config split(Config config, const Problem& p, int64_t piece_k, int64_t tile_columns, int64_t min_pieces) {
-  const int64_t row_tiles = p.batch_invariant ? 1 : divide_up(p.M, config.rows);
-  const int64_t tiles = divide_up(p.N, tile_columns) * row_tiles, pieces = at_least(divide_up(p.K, piece_k), 1);
-  const int64_t wanted = divide_up(4 * static_cast<int64_t>(p.device.sm_count), at_least(tiles, 1));
-  const int64_t possible = at_least(pieces / min_pieces, 1);
-  const int64_t pieces_per_split = divide_up(pieces, at_most(at_most(wanted, possible), 65535));
+// How a kernel is made that goes over W once for every config.rows rows of x.
+struct KernelShape {
+  int64_t columns;       // of a tile
+  double weight_cycles;  // of an SM, for a weight and all rows of a tile
+  double block_loads;    // bytes of W that a thread block waits for at a time
+  int64_t resident;      // thread blocks that an SM has registers for
+};
+
+// W comes from DRAM once, since the thread blocks of a tile of columns follow one another. x comes from L2 for every
+// tile of columns, and so does its order, by which each number lies in a sector of its own. Sums of a split K are
+// written, and added up by another kernel.
+constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const KernelShape& shape) {
+  const int64_t passes = divide_up(p.M, config.rows), tiles = divide_up(p.N, shape.columns);
+  const auto times = static_cast<double>(passes), column_tiles = static_cast<double>(tiles);
+  const double words = weight_bytes(p), x = x_bytes(p), out = out_bytes(p);
+  Work work{passes * tiles * config.split_k, words + x + out, words * times + x * column_tiles + out,
+            weights_of(p) * times * shape.weight_cycles};
+  const int64_t blocks_of_sm = divide_up(work.thread_blocks, p.device.sm_count);
+  work.loads_in_flight = shape.block_loads * static_cast<double>(at_most(blocks_of_sm, shape.resident));
+  if (p.has_perm) {
+    work.l2_bytes += 4 * static_cast<double>(p.K) * times * column_tiles;
+    work.sm_cycles += static_cast<double>(p.M) * static_cast<double>(p.K) * column_tiles / kGatheredPerCycle;
+  }
+  Estimate estimate{0, 1, work.dram_bytes, work.loads_in_flight};
+  if (config.split_k > 1) {
+    const double partials =
+        4 * static_cast<double>(config.split_k) * static_cast<double>(p.M) * static_cast<double>(p.N);
+    work.l2_bytes += partials;
+    estimate.cycles += cycles_of(p.device, {p.device.sm_count, 0, partials + out, 0});
+    ++estimate.launches;
+  }
+  estimate.cycles += cycles_of(p.device, work) + launch_cycles(p.device) * static_cast<double>(estimate.launches);
+  return estimate;
+}
+
+// A product of (rows, K) and (K, columns) by a BLAS, which takes the best of its tiles.
+constexpr double blas_cycles(const Problem& p, int64_t rows, int64_t columns) {
+  const double rate = rates_of(p.device.arch).blas;
+  double best = -1;
+  for (const BlasTile& tile : kBlasTiles) {
+    const int64_t tiles = divide_up(rows, tile.rows) * divide_up(columns, tile.columns);
+    const auto tiles_of_sm = static_cast<double>(divide_up(tiles, p.device.sm_count));
+    const double macs = static_cast<double>(tile.rows * tile.columns) * static_cast<double>(p.K);
+    const double cycles = tiles_of_sm * macs / (rate * tile.efficiency);
+    best = best < 0 ? cycles : smaller(best, cycles);
+  }
+  return best;
+}
+
+// Divides a K of `pieces` indivisible pieces into up to so many splits. No more than there are for four thread blocks on
+// each SM, while every split keeps min_pieces.
+constexpr Config split(Config config, const Problem& p, int64_t piece_k, int64_t tile_columns, int64_t min_pieces,
+                       int64_t splits) {
+  const int64_t tiles = at_least(divide_up(p.N, tile_columns) * divide_up(p.M, config.rows), 1);
+  const int64_t pieces = at_least(divide_up(p.K, piece_k), 1), possible = at_least(pieces / min_pieces, 1);
+  const int64_t wanted = at_most(divide_up(4 * static_cast<int64_t>(p.device.sm_count), tiles), splits);
+  const int64_t pieces_per_split = divide_up(pieces, at_most(wanted, possible));
   config.k_per_split = pieces_per_split * piece_k;
   config.split_k = divide_up(pieces, pieces_per_split);
   return config;
 }
 
-// The fastest of some configs of one algorithm; the first of those that are equal.
+// The numbers of splits that the model tries.
+inline constexpr int kSplits[] = {1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512};
+
+// The fastest config of one algorithm, of all sizes of a tile and splits; the first of those that are equal. More rows
+// than there are in x cost time alone. In batch-invariant mode K is split as for one row of x, whatever M is.
 template <typename Gemm, int count>
-constexpr Config fastest(const Problem& p, const int (&candidates)[count]) {
-  Config best = Gemm::config_of(p, candidates[0]);
-  for (const int candidate : candidates) {
-    const Config config = Gemm::config_of(p, candidate);
-    if (Gemm::cycles(p, config) < Gemm::cycles(p, best)) best = config;
+constexpr Config fastest(const Problem& p, const int (&sizes)[count]) {
+  Config best{};
+  double fewest = -1;
+  const auto consider = [&](const Problem& problem, const Config& config) {
+    const double cycles = Gemm::estimate(problem, config).cycles;
+    if (fewest < 0 || cycles < fewest) best = config, fewest = cycles;
+  };
+  const auto consider_splits = [&](const Problem& problem, int size) {
+    const Config most = Gemm::config_of(problem, size, kSplits[std::size(kSplits) - 1]);
+    Config last = most;
+    for (const int splits : kSplits) {
+      if (splits >= most.split_k) break;
+      const Config config = Gemm::config_of(problem, size, splits);
+      if (config.split_k != last.split_k) consider(problem, config);
+      last = config;
+    }
+    consider(problem, most);
+    return most.rows >= problem.M;
+  };
+  if (!p.batch_invariant) {
+    for (const int size : sizes) {
+      if (consider_splits(p, size)) break;
+    }
+    return best;
+  }
+  Problem of_one_row = p;
+  of_one_row.M = 1;
+  consider_splits(of_one_row, sizes[0]);
+  Config config = best;
+  fewest = -1;
+  for (const int size : sizes) {
+    config.rows = Gemm::config_of(p, size, 1).rows;
+    consider(p, config);
   }
   return best;
 }

@@ -9,6 +9,14 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+// 0 if this driver does not tell it.
+int64_t attribute_or_zero(cudaDeviceAttr attribute, int32_t index) {
+  int value = 0;
+  if (cudaDeviceGetAttribute(&value, attribute, index) == cudaSuccess) return value;
+  cudaGetLastError();  // or the next launch would seem to have failed
+  return 0;
+}
+
 // Every op calls the runtime here first. The runtime is linked into this library, so an older driver is noticed here.
 int attribute(cudaDeviceAttr attribute, int32_t index) {
   int value = 0;
@@ -34,6 +42,10 @@ const Device& device_properties(int32_t index) {
         10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
     devices[index].sm_count = attribute(cudaDevAttrMultiProcessorCount, index);
     devices[index].l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+    // CUDA 13 has dropped the clocks from cudaDeviceProp, and kept these attributes. There are two transfers a clock.
+    devices[index].clock_khz = attribute_or_zero(cudaDevAttrClockRate, index);
+    devices[index].dram_mb_per_s = 2 * attribute_or_zero(cudaDevAttrMemoryClockRate, index) *
+                                   attribute_or_zero(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1000;
   });
   return devices[index];
 }

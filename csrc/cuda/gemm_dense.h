@@ -36,17 +36,25 @@ struct GemmDense {
   // Instructions of dequantize for a weight: a thread has a block of words.
   static constexpr double dequantize_instructions(int32_t bits) { return 15 + 120.0 / layout::block_values(bits); }
 
-  // Chunk by chunk, W is dequantized into L2 and multiplied, and the float32 result is rounded into place.
-  static constexpr double cycles(const Problem& p, const Config& config) {
+  // Chunk by chunk, W is dequantized into L2 and multiplied, and the float32 result is rounded into place. By an order of
+  // rows, a chunk is filled with NaN before.
+  static constexpr cost::Estimate estimate(const Problem& p, const Config& config) {
     using namespace cost;
-    const Rates rates = rates_of(p.device.arch);
-    const double weights = weights_of(p), sms = p.device.sm_count;
-    const double dequantize = overlapped(p, p.device.sm_count, weight_bytes(p), 2 * weights,
-                                         weights * dequantize_instructions(p.bits) / rates.issues);
-    const double products = weights * static_cast<double>(p.M) / (rates.blas * sms);
-    const double rounding = 10 * static_cast<double>(p.M) * static_cast<double>(p.N) / (kL2BytesPerCycle * sms);
-    const auto launches = static_cast<double>(divide_up(p.N, config.chunk) * (1 + 2 * divide_up(p.M, config.rows)));
-    return dequantize + products + rounding + kLaunchCycles * launches;
+    const double weights = weights_of(p), words = weight_bytes(p);
+    const double dequantize =
+        cycles_of(p.device, {p.device.sm_count, words, 2 * weights,
+                             weights * dequantize_instructions(p.bits) / rates_of(p.device.arch).issues});
+    const double rounding = cycles_of(p.device, {p.device.sm_count, 0, 10 * out_bytes(p) / x_element_bytes(p), 0});
+    const int64_t chunks = divide_up(p.N, config.chunk), parts = divide_up(p.M, config.rows);
+    const auto products_of = [&](int64_t columns) {
+      const auto whole = static_cast<double>(p.M / config.rows);
+      return whole * blas_cycles(p, config.rows, columns) + blas_cycles(p, p.M % config.rows, columns);
+    };
+    const double products =
+        static_cast<double>(p.N / config.chunk) * products_of(config.chunk) + products_of(p.N % config.chunk);
+    const int64_t launches = chunks * ((p.has_perm ? 2 : 1) + 2 * parts);
+    return {dequantize + products + rounding + launch_cycles(p.device) * static_cast<double>(launches), launches,
+            words + x_bytes(p) + out_bytes(p), 0};
   }
 };
 

@@ -29,9 +29,9 @@ struct GemmMma {
            p.M < (1 << 30) && p.K < (1 << 29) && p.N < (1 << 29);
   }
 
-  // The config for tiles of so many octets.
-  static constexpr Config config_of(const Problem& p, int octets) {
-    return cost::split({kAlgorithm, kOctet * octets, 1, 0, 0}, p, kMmaRunK, kMmaColumns, 2 * kMmaWarpsK);
+  // The config for tiles of so many octets, and up to so many splits of K.
+  static constexpr Config config_of(const Problem& p, int octets, int splits) {
+    return cost::split({kAlgorithm, kOctet * octets, 1, 0, 0}, p, kMmaRunK, kMmaColumns, 2 * kMmaWarpsK, splits);
   }
   static constexpr Config config(const Problem& p) { return cost::fastest<GemmMma>(p, kMmaOctets); }
 
@@ -51,12 +51,21 @@ struct GemmMma {
     return (wide ? 3.0 : p.bits == 3 ? 2.6 : 1.7) + 0.4 * octets;
   }
 
+  // Bytes of words that a thread block loads ahead: each of its warps has 32 columns of some steps.
+  static constexpr int block_loads(const Problem& p, int octets) {
+    const int unit_k = mma_unit_k(p.K, p.group_size), step_rows = mma_step_k(p.bits, unit_k) * p.bits / 32;
+    return mma_steps_ahead(p.bits, unit_k, octets) * step_rows * 128 * kMmaWarpsN * kMmaWarpsK;
+  }
+
   // A warp has unpacked what it multiplies, and an SM has too few warps for one to hide the other.
-  static constexpr double cycles(const Problem& p, const Config& config) {
+  static constexpr cost::Estimate estimate(const Problem& p, const Config& config) {
     const cost::Rates rates = cost::rates_of(p.device.arch);
     const double weight_cycles =
         instructions(p, config.rows) / rates.issues + static_cast<double>(config.rows) / rates.mma;
-    return cost::kernel_cycles(p, config, kMmaColumns, weight_cycles);
+    const auto octets = static_cast<int>(config.rows / kOctet);
+    const auto loads = static_cast<double>(block_loads(p, octets));
+    return cost::kernel_estimate(p, config,
+                                 {kMmaColumns, weight_cycles, loads, mma_thread_blocks_per_sm(p.bits, octets)});
   }
 };
 

@@ -163,7 +163,7 @@ struct ScalarSums {
 // The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and
 // spills.
 template <int bits, bool shuffled, int rows>
-__global__ void __launch_bounds__(kScalarThreads, rows <= 2 ? 4 : 3)
+__global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(rows))
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);

@@ -23,10 +23,12 @@ struct GemmTiled {
   static constexpr int64_t additions(int64_t K, int64_t) { return K + 2; }
 
   // There are two reads of shared memory for 16 multiply-adds, and the tile of W is unpacked for every 64 rows.
-  static constexpr double cycles(const Problem& p, const Config& config) {
+  // All loads of a tile of W are waited for before the next.
+  static constexpr cost::Estimate estimate(const Problem& p, const Config& config) {
     const cost::Rates rates = cost::rates_of(p.device.arch);
     const double weight_cycles = cost::larger((12 + 1.2 * kTiledRows) / rates.issues, kTiledRows / rates.floats);
-    return cost::kernel_cycles(p, config, kTiledColumns, weight_cycles);
+    const double tile_bytes = kTiledTerms * kTiledColumns * p.bits / 8.0;
+    return cost::kernel_estimate(p, config, {kTiledColumns, weight_cycles, tile_bytes, 3});
   }
 };
 

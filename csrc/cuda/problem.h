@@ -14,6 +14,8 @@ struct Device {
   int32_t arch;  // 10 * major + minor of its compute capability
   int32_t sm_count;
   int64_t l2_bytes;
+  int64_t clock_khz;      // the highest of its SMs; 0 if the driver does not tell
+  int64_t dram_mb_per_s;  // the nominal rate of its memory; 0 if the driver does not tell
 };
 
 struct Problem {

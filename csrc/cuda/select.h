@@ -19,14 +19,14 @@ struct Gemm {
   const char* name;  // as EXLLAMA_OPS_CUDA_ALGORITHM has it
   bool (*can)(const Problem&);
   Config (*config)(const Problem&);  // its fastest one by the cost model, if it can
-  double (*cycles)(const Problem&, const Config&);
+  cost::Estimate (*estimate)(const Problem&, const Config&);
   int64_t (*additions)(int64_t K, int64_t groups);  // that a product meets on its way to the result
 };
 
 template <typename... Each>
 struct GemmList {
   static constexpr Gemm kAll[] = {
-      {Each::kAlgorithm, Each::kName, Each::can, Each::config, Each::cycles, Each::additions}...};
+      {Each::kAlgorithm, Each::kName, Each::can, Each::config, Each::estimate, Each::additions}...};
 };
 
 // Every algorithm. Batch-invariant mode takes the first that can.
@@ -47,7 +47,7 @@ constexpr Config select_gemm(const Problem& p) {
     if (!gemm.can(p)) continue;
     const Config config = gemm.config(p);
     if (p.batch_invariant) return config;
-    const double cycles = gemm.cycles(p, config);
+    const double cycles = gemm.estimate(p, config).cycles;
     if (fewest < 0 || cycles < fewest) best = config, fewest = cycles;
   }
   return best;

@@ -22,6 +22,7 @@ from ptx_emulator.emulator import Emulator
 
 # The numbers of the enumerations in csrc. kDense is not one launch: its caller multiplies.
 ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}
+PIECES = {"scalar": 256, "mma": 128}  # rows of W that no split divides
 DTYPES = (np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32))
 
 ARRAYS = ("qweight", "qzeros", "scales", "row_order")
@@ -124,17 +125,20 @@ class PlainOps:
         """The product by an algorithm, with the first `count` parts.
 
         Args:
-            splits: thread blocks that share the rows of W, among which these divide evenly; by default as many as
-                select_gemm says.
-            workspace: for splits that it does not say.
+            splits: up to so many thread blocks share the rows of W; by default as many as select_gemm says.
+            workspace: for the splits.
         """
         config, workspace_bytes = self._config(algorithm, x, count)
-        if splits is not None:
-            config.split_k, config.k_per_split = splits, config.split_k * config.k_per_split // splits
+        columns = sum(weight.N for weight in self.weights[:count])
+        if splits is not None and algorithm in PIECES:
+            pieces = -(-self.weights[0].K // PIECES[algorithm])
+            config.k_per_split = -(-pieces // splits) * PIECES[algorithm]
+            config.split_k = -(-self.weights[0].K // config.k_per_split)
+            workspace_bytes = 0 if config.split_k == 1 else 4 * config.split_k * len(x) * columns
         if workspace is None:
-            workspace = fresh(0 if splits == 1 else workspace_bytes, dtype=np.uint8)
+            workspace = fresh(workspace_bytes, dtype=np.uint8)
         if out is None:
-            out = self.allocate(len(x), sum(weight.N for weight in self.weights[:count]), dtype=x.dtype)
+            out = self.allocate(len(x), columns, dtype=x.dtype)
         self._call("gemm", self.weights, count, x, DTYPES.index(x.dtype), len(x), out, config, workspace)
         return out
 
@@ -189,7 +193,7 @@ def _as_c(value: Any) -> Any:
 
 
 def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tuple[str, str]]) -> dict[str, Array]:
-    """The results of all ops; products for one row of x and for all, of one part and of all.
+    """The results of all ops; products for one row of x and for all, of one part and of all. K is split for all rows.
 
     Args:
         ops: of the weights.
@@ -203,7 +207,8 @@ def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tu
     for (algorithm, dtype), count in itertools.product(products, sorted({1, len(ops.parts)})):
         x = inputs[f"x {dtype}"]
         for M in (1, len(x)):
-            results[f"{algorithm} {dtype} {M} {count}"] = ops.gemm(x[:M], algorithm, count=count)
+            splits = 2 if M > 1 else None
+            results[f"{algorithm} {dtype} {M} {count}"] = ops.gemm(x[:M], algorithm, count=count, splits=splits)
     if ops.weights[0].shuffled:
         results["unshuffle"] = ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["row_order"])
         results["shuffle"] = results["unshuffle"].copy()

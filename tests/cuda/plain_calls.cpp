@@ -24,6 +24,16 @@ const char* error_of(const F& f) {
 
 extern "C" {
 
+// What the driver told of the device.
+void plain_device(int64_t* out) {
+  const Device& device = device_properties(0);
+  out[0] = device.arch;
+  out[1] = device.sm_count;
+  out[2] = device.l2_bytes;
+  out[3] = device.clock_khz;
+  out[4] = device.dram_mb_per_s;
+}
+
 // The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
 int64_t plain_config(const Weight* parts, int64_t count, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
   const Gemm& chosen = gemm_of(static_cast<Algorithm>(algorithm));

@@ -5,6 +5,7 @@ What is slow are other widths, and to compile the kernels again for a sanitizer.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import subprocess
@@ -38,6 +39,14 @@ NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "f
 
 def device(arch: int) -> Emulator:
     return Emulator(emulated.plain_library(arch), DEVICES[arch])
+
+
+def test_the_device_is_asked_for_its_clock_and_its_memory() -> None:
+    for arch, dram_mb_per_s in ((75, 320_064), (80, 2_039_040), (90, 3_352_320)):
+        of_arch = DEVICES[arch]
+        told = (ctypes.c_int64 * 5)()
+        device(arch).library.plain_device(told)
+        assert list(told) == [arch, of_arch.sm_count, of_arch.l2_bytes, of_arch.clock_khz, dram_mb_per_s]
 
 
 def case_of(bits: int, order: str = "perm", seed: int = 0) -> Case:

@@ -6,27 +6,25 @@ import ctypes
 import itertools
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpus import GPUS
+from benchmarks.gpus import GPUS, gpu_named
+from benchmarks.select import ALGORITHMS, Config, Model, Problem, fields_of
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import UNIT_ROUNDOFF_F32, gamma
 from exllama_ops.testing.errors import TENSOR_CORE_UNIT, Error, cuda_gemm_error
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-ALGORITHMS = ("scalar", "mma", "tiled", "dense")
 FLOAT16, BFLOAT16, FLOAT32 = range(3)
 MIB = 1 << 20
-DEVICES = {gpu.arch: gpu for gpu in GPUS}
+DEVICES = {gpu.arch: gpu for gpu in GPUS if gpu.is_first}
 # (K, N) of Llama 3 8B and 70B, Qwen2.5 0.5B and 7B, and a head of 152k tokens.
 SHAPES = [
     (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192), (896, 896), (896, 128),
@@ -35,242 +33,239 @@ SHAPES = [
 TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 128, 256, 257, 512, 2048, 16384)
 
 
-@dataclass(frozen=True)
-class Problem:
-    M: int = 1
-    K: int = 4096
-    N: int = 4096
-    bits: int = 4
-    group_size: int = 128
-    x_dtype: int = FLOAT16
-    scales_dtype: int = FLOAT16
-    shuffled: bool = True
-    has_perm: bool = False
-    raw_g_idx: bool = False
-    aligned: bool = True
-    batch_invariant: bool = False
-    fp16_accumulation: bool = False
-    blas_refused: bool = False
-    arch: int = 80
-    sm_count: int = DEVICES[80].sms
-    l2_bytes: int = DEVICES[80].l2_mib * MIB
-
-    def on(self, arch: int) -> Problem:
-        return replace(self, arch=arch, sm_count=DEVICES[arch].sms, l2_bytes=DEVICES[arch].l2_mib * MIB)
-
-
-@dataclass(frozen=True)
-class Config:
-    algorithm: str
-    rows: int
-    split_k: int
-    k_per_split: int
-    chunk: int
-    cycles: dict[str, float]  # of the algorithms that can
+def on(arch: int, **fields: object) -> Problem:
+    """A problem on the first GPU of a compute capability."""
+    return replace(Problem(), **fields).on(DEVICES[arch])  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("select") / "select.so"
-    source = Path(__file__).parent / "select_gemm.cpp"
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", str(ROOT / "csrc")]
-    subprocess.run([str(COMPILER), *flags, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def as_fields(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
-    fields = [int(field) for field in astuple(problem)]
-    return (ctypes.c_int64 * len(fields))(*fields)
-
-
-@pytest.fixture(scope="module")
-def select(compiled: ctypes.CDLL) -> Callable[[Problem], Config]:
-    def call(problem: Problem) -> Config:
-        config, cycles = (ctypes.c_int64 * 5)(), (ctypes.c_double * 4)()
-        compiled.select(as_fields(problem), config, cycles)
-        modelled = {name: value for name, value in zip(ALGORITHMS, cycles, strict=True) if value >= 0}
-        return Config(ALGORITHMS[config[0]], *config[1:], modelled)
-
-    return call
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("select"))
 
 
 @pytest.mark.parametrize(
     ("why", "problem", "can"),
     [
-        ("fp16 on Ampere", Problem(), {"scalar", "mma", "tiled", "dense"}),
-        ("bf16 on Ampere", Problem(x_dtype=BFLOAT16), {"scalar", "mma", "tiled", "dense"}),
-        ("scales of another dtype", Problem(scales_dtype=FLOAT32), {"scalar", "mma", "tiled", "dense"}),
-        ("fp16 on Turing", Problem().on(75), {"scalar", "mma", "tiled", "dense"}),
-        ("bf16 on Turing, which BLAS refuses", Problem(x_dtype=BFLOAT16).on(75), {"scalar", "tiled"}),
-        ("Volta has no such mma", Problem().on(70), {"scalar", "tiled", "dense"}),
-        ("Pascal", Problem().on(60), {"scalar", "tiled", "dense"}),
-        ("float32, which BLAS may run in TF32", Problem(x_dtype=FLOAT32), {"scalar", "tiled"}),
-        ("checkpoint order", Problem(shuffled=False), {"scalar", "tiled", "dense"}),
-        ("raw g_idx", Problem(shuffled=False, raw_g_idx=True), {"scalar", "tiled", "dense"}),
-        ("no 16-byte loads", Problem(aligned=False), {"scalar", "tiled", "dense"}),
-        ("a permutation", Problem(has_perm=True), {"scalar", "mma", "tiled", "dense"}),
-        ("a group cuts a unit", Problem(group_size=48), {"scalar", "tiled", "dense"}),
-        ("groups of 32", Problem(group_size=32), {"scalar", "mma", "tiled", "dense"}),
-        ("for 2 bits too", Problem(bits=2, group_size=32), {"scalar", "mma", "tiled", "dense"}),
-        ("and for 3", Problem(bits=3, group_size=32), {"scalar", "mma", "tiled", "dense"}),
-        ("runs cross groups of 96", Problem(K=4128, group_size=96), {"scalar", "mma", "tiled", "dense"}),
-        ("one group of any size", Problem(K=4104, group_size=4104), {"scalar", "mma", "tiled", "dense"}),
-        ("a partial last group", Problem(K=576), {"scalar", "mma", "tiled", "dense"}),
-        ("too many units to number", Problem(K=2**24, group_size=2**23), {"scalar", "tiled", "dense"}),
-        ("rows too long for 32 bits", Problem(N=2**29), {"scalar", "tiled", "dense"}),
-        ("tokens too many for 32 bits", Problem(M=2**30), {"scalar", "tiled", "dense"}),
-        ("batch-invariant", Problem(batch_invariant=True), {"scalar", "mma"}),
-        ("sums in fp16 allowed", Problem(fp16_accumulation=True), {"scalar", "mma", "tiled"}),
-        ("and bf16 has none", Problem(x_dtype=BFLOAT16, fp16_accumulation=True), {"scalar", "mma", "tiled", "dense"}),
-        ("BLAS refused", Problem(blas_refused=True), {"scalar", "mma", "tiled"}),
-        ("BLAS refused for bf16", Problem(x_dtype=BFLOAT16, blas_refused=True), {"scalar", "mma", "tiled"}),
+        ("fp16 on Ampere", on(80), {"scalar", "mma", "tiled", "dense"}),
+        ("bf16 on Ampere", on(80, x_dtype=BFLOAT16), {"scalar", "mma", "tiled", "dense"}),
+        ("scales of another dtype", on(80, scales_dtype=FLOAT32), {"scalar", "mma", "tiled", "dense"}),
+        ("fp16 on Turing", on(75), {"scalar", "mma", "tiled", "dense"}),
+        ("bf16 on Turing, which BLAS refuses", on(75, x_dtype=BFLOAT16), {"scalar", "tiled"}),
+        ("Volta has no such mma", on(70), {"scalar", "tiled", "dense"}),
+        ("Pascal", on(60), {"scalar", "tiled", "dense"}),
+        ("float32, which BLAS may run in TF32", on(80, x_dtype=FLOAT32), {"scalar", "tiled"}),
+        ("checkpoint order", on(80, shuffled=False), {"scalar", "tiled", "dense"}),
+        ("raw g_idx", on(80, shuffled=False, raw_g_idx=True), {"scalar", "tiled", "dense"}),
+        ("no 16-byte loads", on(80, aligned=False), {"scalar", "tiled", "dense"}),
+        ("a permutation", on(80, has_perm=True), {"scalar", "mma", "tiled", "dense"}),
+        ("a group cuts a unit", on(80, group_size=48), {"scalar", "tiled", "dense"}),
+        ("groups of 32", on(80, group_size=32), {"scalar", "mma", "tiled", "dense"}),
+        ("for 2 bits too", on(80, bits=2, group_size=32), {"scalar", "mma", "tiled", "dense"}),
+        ("and for 3", on(80, bits=3, group_size=32), {"scalar", "mma", "tiled", "dense"}),
+        ("runs cross groups of 96", on(80, K=4128, group_size=96), {"scalar", "mma", "tiled", "dense"}),
+        ("one group of any size", on(80, K=4104, group_size=4104), {"scalar", "mma", "tiled", "dense"}),
+        ("a partial last group", on(80, K=576), {"scalar", "mma", "tiled", "dense"}),
+        ("too many units to number", on(80, K=2**24, group_size=2**23), {"scalar", "tiled", "dense"}),
+        ("rows too long for 32 bits", on(80, N=2**29), {"scalar", "tiled", "dense"}),
+        ("tokens too many for 32 bits", on(80, M=2**30), {"scalar", "tiled", "dense"}),
+        ("batch-invariant", on(80, batch_invariant=True), {"scalar", "mma"}),
+        ("sums in fp16 allowed", on(80, fp16_accumulation=True), {"scalar", "mma", "tiled"}),
+        ("and bf16 has none", on(80, x_dtype=BFLOAT16, fp16_accumulation=True), {"scalar", "mma", "tiled", "dense"}),
+        ("BLAS refused", on(80, blas_refused=True), {"scalar", "mma", "tiled"}),
+        ("BLAS refused for bf16", on(80, x_dtype=BFLOAT16, blas_refused=True), {"scalar", "mma", "tiled"}),
     ],
 )
-def test_rules(select: Callable[[Problem], Config], why: str, problem: Problem, can: set[str]) -> None:
-    assert set(select(problem).cycles) == can, why
+def test_rules(model: Model, why: str, problem: Problem, can: set[str]) -> None:
+    assert set(model.best(problem)) == can, why
 
 
 @pytest.mark.parametrize(
     ("problem", "algorithm"),
     [
-        (Problem(), "mma"),
-        (Problem(M=64), "mma"),
-        (Problem(M=4096), "dense"),
-        (Problem(M=4096, N=14336).on(90), "dense"),
-        (Problem(x_dtype=FLOAT32), "scalar"),
-        (Problem(M=4096, x_dtype=FLOAT32), "tiled"),
-        (Problem().on(70), "scalar"),
-        (Problem(M=4096, batch_invariant=True), "mma"),
-        (Problem(M=4096, fp16_accumulation=True), "mma"),
-        (Problem(M=4096, blas_refused=True), "mma"),
-        (Problem(M=4096, blas_refused=True, shuffled=False), "tiled"),
-        (Problem(M=4096, x_dtype=BFLOAT16).on(75), "tiled"),
-        (Problem(M=4096, batch_invariant=True, x_dtype=FLOAT32), "scalar"),
+        (on(80), "mma"),
+        (on(80, M=64), "mma"),
+        (on(90, M=4096), "dense"),
+        (on(90, M=4096, N=14336), "dense"),
+        (on(80, x_dtype=FLOAT32), "scalar"),
+        (on(80, M=4096, x_dtype=FLOAT32), "tiled"),
+        (on(70), "scalar"),
+        (on(80, M=4096, batch_invariant=True), "mma"),
+        (on(80, M=4096, fp16_accumulation=True), "mma"),
+        (on(80, M=4096, blas_refused=True), "mma"),
+        (on(80, M=4096, blas_refused=True, shuffled=False), "tiled"),
+        (on(75, M=4096, x_dtype=BFLOAT16), "tiled"),
+        (on(80, M=4096, batch_invariant=True, x_dtype=FLOAT32), "scalar"),
     ],
 )
-def test_every_branch_is_reached(select: Callable[[Problem], Config], problem: Problem, algorithm: str) -> None:
-    assert select(problem).algorithm == algorithm
+def test_every_branch_is_reached(model: Model, problem: Problem, algorithm: str) -> None:
+    assert model.chosen(problem).algorithm == algorithm
 
 
 @pytest.mark.parametrize("arch", DEVICES)
-def test_the_model_has_the_rates_of_the_data_sheets(compiled: ctypes.CDLL, arch: int) -> None:
-    rates = (ctypes.c_double * 5)()
-    compiled.rates(ctypes.c_int64(arch), rates)
+def test_the_model_has_the_rates_of_the_data_sheets(model: Model, arch: int) -> None:
+    rates = (ctypes.c_double * 6)()
+    model.library.rates(ctypes.c_int64(arch), rates)
     gpu = DEVICES[arch]
-    assert tuple(rates) == (round(gpu.dram_bytes_per_cycle, 1), gpu.lanes, gpu.floats, gpu.mma, gpu.blas)
+    assert tuple(rates) == (round(gpu.dram_bytes_per_cycle, 1), gpu.ghz, gpu.lanes, gpu.floats, gpu.mma, gpu.blas)
 
 
-def split(units: int, unit_k: int, blocks: int, min_units: int, sms: int) -> tuple[int, int]:
-    """Splits of K and the rows of each: four thread blocks for every SM, while a split keeps min_units."""
-    wanted = min(-(-4 * sms // blocks), max(units // min_units, 1), 65535)
-    units_per_split = -(-units // wanted)
-    return -(-units // units_per_split), units_per_split * unit_k
+@pytest.mark.parametrize("arch", DEVICES)
+def test_what_the_driver_does_not_tell_is_of_the_data_sheet(model: Model, arch: int) -> None:
+    told = on(arch)
+    us = model.estimate(told, model.chosen(told)).us
+    for untold in (replace(told, clock_khz=0), replace(told, dram_mb_per_s=0)):
+        assert model.chosen(untold) == model.chosen(told)
+        assert model.estimate(untold, model.chosen(untold)).us == pytest.approx(us, rel=0.01)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    algorithm: str
-    rows: int
-    split_k: int
-    k_per_split: int
-    chunk: int
+def test_the_rate_of_the_dram_is_that_of_the_device(model: Model) -> None:
+    """An H200 has the SMs of an H100 and a faster memory. Half of what is on an A100 80 GB is not as fast."""
+    for M in (1, 8):
+        h100, h200 = (Problem(M=M, K=14336).on(gpu_named(name)) for name in ("H100", "H200"))
+        assert model.estimate(h200, model.chosen(h200)).us < 0.85 * model.estimate(h100, model.chosen(h100)).us
+        a100 = on(80, M=M, K=14336)
+        older = replace(a100, dram_mb_per_s=1_555_000)
+        assert model.estimate(older, model.chosen(older)).us > 1.1 * model.estimate(a100, model.chosen(a100)).us
 
 
-def candidates(p: Problem) -> Iterator[Candidate]:
+def splits(units: int, unit_k: int, blocks: int, min_units: int, sms: int) -> Iterator[tuple[int, int]]:
+    """Splits of K and the rows of each: up to four thread blocks for every SM, while a split keeps min_units."""
+    for wanted in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512):
+        units_per_split = -(-units // min(wanted, -(-4 * sms // blocks), max(units // min_units, 1)))
+        yield -(-units // units_per_split), units_per_split * unit_k
+
+
+def candidates(p: Problem) -> Iterator[Config]:
     """Every config that can compute a shuffled weight in groups of 128."""
     for rows in (1, 2, 4, 8):
         blocks = -(-p.N // 128) * -(-p.M // rows)
-        yield Candidate("scalar", rows, *split(-(-p.K // 256), 256, blocks, 1, p.sm_count), 0)
+        for split_k, k_per_split in splits(-(-p.K // 256), 256, blocks, 1, p.sm_count):
+            yield Config("scalar", rows, split_k, k_per_split, 0)
     if p.arch >= {FLOAT16: 75, BFLOAT16: 80}.get(p.x_dtype, 1000):
         for rows in (8, 16, 32):
             blocks = -(-p.N // 64) * -(-p.M // rows)
-            yield Candidate("mma", rows, *split(-(-p.K // 128), 128, blocks, 8, p.sm_count), 0)
-    yield Candidate("tiled", 64, 1, p.K, 0)
+            for split_k, k_per_split in splits(-(-p.K // 128), 128, blocks, 8, p.sm_count):
+                yield Config("mma", rows, split_k, k_per_split, 0)
+    yield Config("tiled", 64, 1, p.K, 0)
     if p.arch >= {FLOAT16: 60, BFLOAT16: 80}.get(p.x_dtype, 1000):
         rows = min(p.M, p.K // 2)
         chunk = min(64 * MIB, p.l2_bytes // 2) // (2 * p.K + 4 * rows) // 64 * 64
-        yield Candidate("dense", rows, 1, p.K, min(max(chunk, 64), p.N))
+        yield Config("dense", rows, 1, p.K, min(max(chunk, 64), p.N))
 
 
-def modelled_cycles(p: Problem, c: Candidate) -> float:
-    """The model of cost.h and gemm_*.h, again: resources overlap but for a tenth, and a launch takes 4000 cycles."""
+def cycles_of(p: Problem, blocks: int, dram: float, l2: float, sm_cycles: float, loads: float = 0) -> float:
+    """A kernel's, of cost.h again: resources overlap but for a tenth; DRAM gives 92%, or what 0.7 us of loads bring."""
+    mhz = p.clock_khz / 1000
+    busy = blocks / -(-blocks // p.sm_count)
+    rate = 0.92 * p.dram_mb_per_s / mhz
+    if loads:
+        rate = min(rate, loads * min(blocks, p.sm_count) / (0.7 * mhz))
+    times = (dram / rate, l2 / 32 / busy, sm_cycles / busy)
+    return 0.9 * max(times) + 0.1 * sum(times)
+
+
+def modelled_us(p: Problem, c: Config) -> float:
+    """The model of cost.h and gemm_*.h, again. A launch takes 2 us."""
     gpu, weights = DEVICES[p.arch], p.K * p.N
     words = weights * p.bits / 8 + p.K / p.group_size * p.N * (2 + p.bits / 8)
-
-    def overlapped(blocks: int, dram: float, l2: float, sm_cycles: float) -> float:
-        busy = min(blocks, p.sm_count)
-        times = (dram / round(gpu.dram_bytes_per_cycle, 1) / p.sm_count, l2 / 32 / busy, sm_cycles / busy)
-        return 0.9 * max(times) + 0.1 * sum(times)
-
+    number = 4 if p.x_dtype == FLOAT32 else 2
+    x, out = p.M * p.K * number, p.M * p.N * number
     if c.algorithm == "dense":
         unpacking = (15 + 120 / {2: 16, 3: 32, 4: 8, 8: 4}[p.bits]) / gpu.lanes
-        return (
-            overlapped(p.sm_count, words, 2 * weights, weights * unpacking)
-            + weights * p.M / gpu.blas / p.sm_count
-            + 10 * p.M * p.N / 32 / p.sm_count
-            + 4000 * -(-p.N // c.chunk) * (1 + 2 * -(-p.M // c.rows))
-        )
+
+        def blas(rows: int, columns: int) -> float:
+            return min(
+                -(-(-(-rows // height) * -(-columns // width)) // p.sm_count) * height * width * p.K / part / gpu.blas
+                for height, width, part in ((128, 256, 0.85), (128, 128, 0.8), (64, 128, 0.65), (64, 64, 0.5))
+            )
+
+        chunks = [min(c.chunk, p.N - first) for first in range(0, p.N, c.chunk)]
+        parts = [min(c.rows, p.M - first) for first in range(0, p.M, c.rows)]
+        launches = len(chunks) * (1 + p.has_perm + 2 * len(parts))
+        cycles = cycles_of(p, p.sm_count, words, 2 * weights, weights * unpacking)
+        cycles += cycles_of(p, p.sm_count, 0, 10 * p.M * p.N, 0)
+        cycles += sum(blas(rows, columns) for rows, columns in itertools.product(parts, chunks))
+        return 2 * launches + cycles / p.clock_khz * 1000
     wide = p.x_dtype == BFLOAT16 and p.bits == 8
-    columns, a_weight = {
-        "scalar": (128, max(((2.6 if p.bits == 3 else 2.4) + 1.1 * c.rows) / gpu.lanes, (1 + c.rows) / gpu.floats)),
-        "mma": (64, ((2.9 if wide else 1.5) + c.rows / 32) / gpu.lanes + c.rows / (gpu.mma or 1)),
-        "tiled": (64, max(88.8 / gpu.lanes, 64 / gpu.floats)),
+    of_octets = {8: 1, 16: 2, 32: 4}.get(c.rows, 0)
+    runs_ahead = 2 if p.bits <= 3 and of_octets <= 2 else 1
+    columns, a_weight, loads, resident = {
+        "scalar": (
+            128,
+            max(((2.6 if p.bits == 3 else 2.4) + 1.1 * c.rows) / gpu.lanes, (1 + c.rows) / gpu.floats),
+            128 * 16 * (3 if p.bits == 3 else 4),
+            4 if c.rows <= 2 else 3,
+        ),
+        "mma": (
+            64,
+            ((2.9 if wide else 1.5) + c.rows / 32) / gpu.lanes + c.rows / (gpu.mma or 1),
+            runs_ahead * 8 * 128 * 32 * p.bits / 8,
+            1 if of_octets == 4 else 3 if (of_octets, p.bits) == (1, 4) else 2,
+        ),
+        "tiled": (64, max(88.8 / gpu.lanes, 64 / gpu.floats), 256 * p.bits, 3),
     }[c.algorithm]
     passes, tiles = -(-p.M // c.rows), -(-p.N // columns)
-    row = p.K * (4 if p.x_dtype == FLOAT32 else 2)
     blocks = passes * tiles * c.split_k
-    return (
-        overlapped(blocks, words + p.M * row, passes * (words + c.rows * tiles * row), weights * passes * a_weight)
-        + 4000
-    )
+    l2, sm_cycles = words * passes + x * tiles + out, weights * passes * a_weight
+    if p.has_perm:
+        l2 += 4 * p.K * passes * tiles
+        sm_cycles += p.M * p.K * tiles / 8
+    us = 2.0
+    if c.split_k > 1:
+        partials = 4 * c.split_k * p.M * p.N
+        l2 += partials
+        us += 2 + cycles_of(p, p.sm_count, 0, partials + out, 0) / p.clock_khz * 1000
+    in_flight = loads * min(resident, -(-blocks // p.sm_count))
+    return us + cycles_of(p, blocks, words + x + out, l2, sm_cycles, in_flight) / p.clock_khz * 1000
 
 
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32])
-def test_no_config_is_faster_by_the_model(select: Callable[[Problem], Config], arch: int, dtype: int) -> None:
+@pytest.mark.parametrize("has_perm", [False, True], ids=["in-order", "perm"])
+def test_no_config_is_faster_by_the_model(model: Model, arch: int, dtype: int, has_perm: bool) -> None:
     """This holds for all algorithms, rows and divisions, every M and real shapes. The model is written twice."""
-    for K, N in SHAPES:
-        for bits in SUPPORTED_BITS:
-            for M in TOKENS:
-                problem = Problem(M, K, N, bits, x_dtype=dtype).on(arch)
-                config = select(problem)
-                chosen = Candidate(config.algorithm, config.rows, config.split_k, config.k_per_split, config.chunk)
-                times = {candidate: modelled_cycles(problem, candidate) for candidate in candidates(problem)}
-                assert times[chosen] == pytest.approx(min(times.values()), rel=1e-9), (problem, config)
+    for (K, N), bits, M in itertools.product(SHAPES[has_perm::2], SUPPORTED_BITS, TOKENS[has_perm::2]):
+        problem = on(arch, M=M, K=K, N=N, bits=bits, x_dtype=dtype, has_perm=has_perm)
+        config = model.chosen(problem)
+        least = min(modelled_us(problem, candidate) for candidate in candidates(problem))
+        assert modelled_us(problem, config) == pytest.approx(least, rel=1e-9), (problem, config)
+        assert model.estimate(problem, config).us == pytest.approx(least, rel=1e-9), (problem, config)
 
 
 # 2**20 weights and more: of fewer, only thousands of tokens pay for the launches of dense.
 LARGE_WEIGHTS = [(K, N, bits) for K, N in SHAPES if K * N >= 1 << 20 for bits in SUPPORTED_BITS]
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_dense_begins_between_128_and_1024_tokens(select: Callable[[Problem], Config], arch: int) -> None:
-    """About 256 where a BLAS has faster instructions than mma.sync (H100, B200), about 500 elsewhere.
+def us_of(model: Model, problem: Problem) -> dict[str, float]:
+    """The time of each algorithm's best."""
+    return {name: model.estimate(problem, config).us for name, config in model.best(problem).items()}
 
-    Elsewhere both multiply at one rate. Dense then saves the unpacking alone, which is an eighth (GeForce) to a third
-    (A100) of a pass of 32 rows. The passes of so many rows pay for dequantizing W and for the launches.
-    """
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_dense_begins_between_128_and_2048_tokens(model: Model, arch: int) -> None:
+    """About 256 to 1024, where a BLAS has faster instructions than mma.sync."""
     for K, N, bits in LARGE_WEIGHTS:
-        at = [select(Problem(M, K, N, bits).on(arch)).algorithm for M in (127, 1025)]
+        at = [model.chosen(on(arch, M=M, K=K, N=N, bits=bits)).algorithm for M in (127, 2048)]
         assert at == ["mma", "dense"], (K, N, bits)
 
 
-@pytest.mark.parametrize("arch", [75, 86])
-def test_dense_gains_little_where_the_l2_is_small(select: Callable[[Problem], Config], arch: int) -> None:
-    """Half of the 4 MiB of a T4 or the 6 of an RTX 3090 holds few columns, so that launches take what dense saves."""
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 120])
+def test_dense_gains_little_where_mma_has_the_rate_of_a_blas(model: Model, arch: int) -> None:
+    """Dense saves the unpacking, which is an eighth (GeForce) to a third (A100) of a pass of 32 rows.
+
+    Where half the L2 holds few columns (T4, RTX 3090), launches and tiles that fill no wave take more than it saves.
+    """
     for K, N, bits in LARGE_WEIGHTS:
-        assert select(Problem(127, K, N, bits).on(arch)).algorithm == "mma"
-        cycles = select(Problem(4096, K, N, bits).on(arch)).cycles
-        assert 0.7 < cycles["dense"] / cycles["mma"] < 1.2, (K, N, bits)
+        assert model.chosen(on(arch, M=127, K=K, N=N, bits=bits)).algorithm == "mma"
+        us = us_of(model, on(arch, M=4096, K=K, N=N, bits=bits))
+        assert us["dense"] > 0.7 * us["mma"], (K, N, bits)
 
 
-def test_dense_scratch_is_half_of_the_l2_or_64_columns(select: Callable[[Problem], Config]) -> None:
+def test_dense_scratch_is_half_of_the_l2_or_64_columns(model: Model) -> None:
     """Of W's chunk and its float32 result together; many rows of x are multiplied in parts."""
     for arch, M, (K, N) in itertools.product(DEVICES, (512, 2048, 16384, 10**6), SHAPES):
-        problem = Problem(M, K, N).on(arch)
-        config = select(problem)
-        if config.algorithm != "dense":
-            continue
+        problem = on(arch, M=M, K=K, N=N)
+        config = model.best(problem)["dense"]
         weight, result = 2 * K * config.chunk, 4 * min(config.rows, M) * config.chunk
         assert 1 <= config.chunk <= N
         assert config.rows >= min(M, 64)
@@ -279,32 +274,29 @@ def test_dense_scratch_is_half_of_the_l2_or_64_columns(select: Callable[[Problem
 
 
 @pytest.mark.parametrize("arch", DEVICES)
-def test_more_rows_never_take_less_time(select: Callable[[Problem], Config], arch: int) -> None:
-    for K, N in SHAPES:
-        times = [min(select(Problem(M, K, N).on(arch)).cycles.values()) for M in range(1, 600, 7)]
-        assert times == sorted(times)
-
-
-@pytest.mark.parametrize("arch", DEVICES)
-def test_batch_invariant_sums_are_divided_without_a_look_at_M(select: Callable[[Problem], Config], arch: int) -> None:
+def test_batch_invariant_sums_are_divided_without_a_look_at_M(model: Model, arch: int) -> None:
     for K, N in SHAPES:
         for dtype in (FLOAT16, FLOAT32):
-            problem = Problem(K=K, N=N, x_dtype=dtype, batch_invariant=True).on(arch)
-            configs = [select(replace(problem, M=M)) for M in TOKENS]
+            problem = on(arch, K=K, N=N, x_dtype=dtype, batch_invariant=True)
+            configs = [model.chosen(replace(problem, M=M)) for M in TOKENS]
             assert len({(c.algorithm, c.split_k, c.k_per_split) for c in configs}) == 1
+            assert len({c.rows for c in configs}) > 1
 
 
-def test_decoding_fills_the_device(select: Callable[[Problem], Config]) -> None:
-    """At one row, K is split until there are two thread blocks on each SM, where it is long enough."""
-    for K, N in SHAPES:
-        config = select(Problem(K=K, N=N))
-        blocks = -(-N // 64) * config.split_k
-        assert blocks >= 2 * 108 or config.k_per_split <= 1024 * 2
+def test_decoding_keeps_the_memory_busy(model: Model) -> None:
+    """At one row, where a weight is large enough for its bytes to take longer than launches."""
+    for gpu, (K, N) in itertools.product(GPUS, SHAPES):
+        problem = Problem(K=K, N=N).on(gpu)
+        estimate = model.estimate(problem, model.chosen(problem))
+        bytes_us = estimate.dram_bytes / gpu.dram_gb_per_s / 1e3
+        if gpu.arch in (80, 89, 90) and bytes_us > 2:
+            assert bytes_us > 0.6 * (estimate.us - 2 * estimate.launches), (gpu, K, N)
 
 
-def test_the_model_has_the_instructions_that_were_counted(compiled: ctypes.CDLL) -> None:
+def test_the_model_has_the_instructions_that_were_counted(model: Model) -> None:
     """Within a fifth, since it is made of few constants."""
-    compiled.instructions.restype = ctypes.c_double
+    instructions = model.library.instructions
+    instructions.restype = ctypes.c_double
     counted = [
         kernel
         for kernel in json.loads((ROOT / "benchmarks" / "results" / "cuda-device-code.json").read_text())["kernels"]
@@ -312,24 +304,26 @@ def test_the_model_has_the_instructions_that_were_counted(compiled: ctypes.CDLL)
     ]
     assert {kernel["kernel"] for kernel in counted} == {"mma", "scalar"}
     for kernel in counted:
-        problem = Problem(
+        problem = on(
+            80,
             bits=kernel["bits"],
             group_size=kernel.get("unit", 128),
             x_dtype=BFLOAT16 if kernel.get("dtype") == "bfloat16" else FLOAT16,
         )
-        modelled = compiled.instructions(
-            as_fields(problem), ctypes.c_int64(ALGORITHMS.index(kernel["kernel"])), ctypes.c_int64(kernel["tokens"])
+        modelled = instructions(
+            fields_of(problem), ctypes.c_int64(ALGORITHMS.index(kernel["kernel"])), ctypes.c_int64(kernel["tokens"])
         )
         assert abs(modelled / kernel["per_weight"] - 1) < 0.2, (kernel, modelled)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_declared_errors_have_the_additions_of_the_kernels(compiled: ctypes.CDLL, algorithm: str) -> None:
+def test_the_declared_errors_have_the_additions_of_the_kernels(model: Model, algorithm: str) -> None:
     """`exllama_ops.testing.errors` counts by the sizes of the kernels, whose headers count by themselves."""
-    compiled.additions.restype = ctypes.c_int64
+    additions = model.library.additions
+    additions.restype = ctypes.c_int64
     unit = TENSOR_CORE_UNIT if algorithm == "mma" else UNIT_ROUNDOFF_F32
     rounding = 2.0**-11 if algorithm == "dense" else 0.0
     for K, G in ((32, 1), (576, 5), (4096, 32), (4104, 4104), (14336, 112)):
-        counted = compiled.additions(*map(ctypes.c_int64, (ALGORITHMS.index(algorithm), K, G)))
+        counted = additions(*map(ctypes.c_int64, (ALGORITHMS.index(algorithm), K, G)))
         declared = cuda_gemm_error(algorithm, torch.float16, K=K, G=G)
         assert declared == Error(rounding + gamma(counted, unit)), (K, G)

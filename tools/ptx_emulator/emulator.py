@@ -40,7 +40,9 @@ class EmulationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Device:
-    """What the CUDA runtime says of the device. Source: CUDA programming guide, table of compute capabilities."""
+    """What the CUDA runtime says of the device. Sources: CUDA programming guide, table of compute capabilities; data
+    sheets for the clocks.
+    """
 
     cc_major: int
     cc_minor: int
@@ -50,15 +52,18 @@ class Device:
     l2_bytes: int
     threads_per_sm: int
     blocks_per_sm: int
+    clock_khz: int
+    memory_khz: int
+    memory_bits: int
     shared_per_block: int = 48 << 10
     registers_per_sm: int = 65536
 
 
 DEVICES = {
-    75: Device(7, 5, 40, 64 << 10, 64 << 10, 4 << 20, 1024, 16),  # T4
-    80: Device(8, 0, 108, 163 << 10, 164 << 10, 40 << 20, 2048, 32),  # A100
-    89: Device(8, 9, 128, 99 << 10, 100 << 10, 72 << 20, 1536, 24),  # RTX 4090
-    90: Device(9, 0, 132, 227 << 10, 228 << 10, 50 << 20, 2048, 32),  # H100
+    75: Device(7, 5, 40, 64 << 10, 64 << 10, 4 << 20, 1024, 16, 1590000, 5001000, 256),  # T4
+    80: Device(8, 0, 108, 163 << 10, 164 << 10, 40 << 20, 2048, 32, 1410000, 1593000, 5120),  # A100
+    89: Device(8, 9, 128, 99 << 10, 100 << 10, 72 << 20, 1536, 24, 2520000, 10501000, 384),  # RTX 4090
+    90: Device(9, 0, 132, 227 << 10, 228 << 10, 50 << 20, 2048, 32, 1980000, 2619000, 5120),  # H100
 }
 
 

@@ -27,6 +27,9 @@ std::map<std::string, s64> device = {
     {"threads_per_sm", 2048},
     {"blocks_per_sm", 32},
     {"registers_per_sm", 65536},
+    {"clock_khz", 1410000},
+    {"memory_khz", 1593000},
+    {"memory_bits", 5120},
     {"is_capturing", 0},
     {"current_stream", 0},
 };
@@ -351,6 +354,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
         {cudaDevAttrMaxThreadsPerMultiProcessor, "threads_per_sm"},
         {cudaDevAttrMaxBlocksPerMultiprocessor, "blocks_per_sm"},
         {cudaDevAttrMaxRegistersPerMultiprocessor, "registers_per_sm"},
+        {cudaDevAttrClockRate, "clock_khz"},
+        {cudaDevAttrMemoryClockRate, "memory_khz"},
+        {cudaDevAttrGlobalMemoryBusWidth, "memory_bits"},
     };
     if (attribute == cudaDevAttrWarpSize) *value = kWarp;
     else if (attribute == cudaDevAttrMaxThreadsPerBlock) *value = 1024;
