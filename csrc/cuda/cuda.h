@@ -39,10 +39,12 @@ void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M
 // out (K, columns) = the columns of W from first_column on, in out_dtype, with rows in the order of the checkpoint.
 void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype, Stream stream);
 
+// out (M, K) = the columns of x that the rows of the words name. Weights without an order multiply it.
+void gather_x(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Stream stream);
+
 // The kernels above take no filled weight, in which some rows name no column of x. They take the same words without an
-// order, for an x with a column for each row of the words, which these make; and these take rows of W from results.
-// row_order has (K + in_features,) entries here: after what the rows name, the row of each column of x.
-void gather_x(const Weight& filled, const void* x, DType dtype, int64_t M, void* out, Stream stream);
+// order, for an x that was gathered. These take from their results what belongs to a column of x. row_order has
+// (K + in_features,) entries here: after what the rows name, the row of each column of x.
 void gather_dx(const Weight& filled, const void* dx, DType dtype, int64_t M, void* out, Stream stream);
 void gather_rows_of_w(const Weight& filled, const void* W, void* out, Stream stream);
 

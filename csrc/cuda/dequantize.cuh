@@ -13,10 +13,14 @@ template <int bits, typename T>
 __device__ void store_block(const Weight& weight, const float (&values)[layout::block_values(bits)], int64_t block,
                             int64_t column, int64_t columns, T* out) {
   constexpr int kValues = layout::block_values(bits);
-  if (weight.perm()) {
+  if (const int32_t* perm = weight.perm()) {
+    constexpr int kTogether = kValues < 8 ? kValues : 8;
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      out[permuted_row(weight, block * kValues + j) * columns + column] = rounded<T>(values[j]);
+    for (int first = 0; first < kValues; first += kTogether) {
+      int32_t rows[kTogether];
+      load_indices(perm + block * kValues + first, kTogether, weight.K, rows);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) out[rows[j] * columns + column] = rounded<T>(values[first + j]);
     }
   } else {
     out += block * kValues * columns + column;

@@ -11,29 +11,32 @@ void with_integers(DType dtype, const F& f) {
   f(uint16_t{});
 }
 
-}  // namespace
-
-void gather_x(const Weight& filled, const void* x, DType dtype, int64_t M, void* out, Stream stream) {
-  const int64_t elements = M * filled.K;
-  const unsigned grid = grid_of(divide_up(elements, kGatherThreads), "gather_x");
+// out (rows, columns) = in (rows, limit) by the columns that the index names.
+template <bool fills>
+void launch_gather(const char* what, DType dtype, const void* in, int64_t limit, const int32_t* index, int64_t columns,
+                   int64_t rows, void* out, Stream stream) {
+  if (rows * columns == 0) return;
+  const int64_t row_blocks = gather_blocks(columns);
+  const unsigned grid = grid_of(rows * row_blocks, what);
   with_integers(dtype, [&](auto integer) {
     using T = decltype(integer);
-    gather_columns<T, true><<<grid, kGatherThreads, 0, to_cuda(stream)>>>(
-        static_cast<const T*>(x), filled.in_features, filled.row_order, filled.K, elements, static_cast<T*>(out));
+    gather_columns<T, fills><<<grid, kGatherThreads, 0, to_cuda(stream)>>>(
+        static_cast<const T*>(in), limit, index, columns, static_cast<uint32_t>(row_blocks), static_cast<T*>(out));
   });
-  check(cudaGetLastError(), "gather_x");
+  check(cudaGetLastError(), what);
+}
+
+}  // namespace
+
+void gather_x(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Stream stream) {
+  with_flag(weight.in_features < weight.K, [&](auto is_filled) {
+    launch_gather<is_filled()>("gather_x", dtype, x, weight.in_features, weight.row_order, weight.K, M, out, stream);
+  });
 }
 
 void gather_dx(const Weight& filled, const void* dx, DType dtype, int64_t M, void* out, Stream stream) {
-  const int64_t elements = M * filled.in_features;
-  const unsigned grid = grid_of(divide_up(elements, kGatherThreads), "gather_dx");
-  with_integers(dtype, [&](auto integer) {
-    using T = decltype(integer);
-    gather_columns<T, false>
-        <<<grid, kGatherThreads, 0, to_cuda(stream)>>>(static_cast<const T*>(dx), filled.K, filled.row_order + filled.K,
-                                                       filled.in_features, elements, static_cast<T*>(out));
-  });
-  check(cudaGetLastError(), "gather_dx");
+  launch_gather<false>("gather_dx", dtype, dx, filled.K, filled.row_order + filled.K, filled.in_features, M, out,
+                       stream);
 }
 
 void gather_rows_of_w(const Weight& filled, const void* W, void* out, Stream stream) {

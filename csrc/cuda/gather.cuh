@@ -1,20 +1,46 @@
-// What stands before and after the kernels of a filled weight: columns of x for its rows, and rows of W for a result.
+// What stands before and after other kernels: columns of x in the order of the words, and rows of W or columns of dx
+// for a result.
 #pragma once
 
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-inline constexpr int kGatherThreads = 256;
+inline constexpr int kGatherThreads = 128;
+inline constexpr int kGatherColumns = 8;  // of a thread
 
-// out (rows, columns) = in (rows, limit) with column index[c] in column c. Where `fills`, -1 stands for zeros.
+// The thread blocks along a row of so many columns.
+inline int64_t gather_blocks(int64_t columns) {
+  return (columns + kGatherThreads * kGatherColumns - 1) / (kGatherThreads * kGatherColumns);
+}
+
+// out (rows, columns) = in (rows, limit) with column index[c] in column c. Where `fills`, -1 stands for zeros. A row has
+// row_blocks thread blocks.
 template <typename T, bool fills>
-__global__ void gather_columns(const T* in, int64_t limit, const int32_t* index, int64_t columns, int64_t elements,
+__global__ void gather_columns(const T* in, int64_t limit, const int32_t* index, int64_t columns, uint32_t row_blocks,
                                T* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x;
-  if (i >= elements) return;
-  const int32_t from = index[i % columns];
-  out[i] = fills && from == -1 ? T{0} : in[i / columns * limit + checked_index(from, limit)];
+  const int64_t row = blockIdx.x / row_blocks;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x % row_blocks) * kGatherThreads + threadIdx.x) * kGatherColumns;
+  if (first >= columns) return;
+  const auto there = static_cast<int>(min(columns - first, static_cast<int64_t>(kGatherColumns)));
+  int32_t from[kGatherColumns];
+  load_indices<kGatherColumns, fills ? -1 : 0>(index + first, there, limit, from);
+  in += row * limit;
+  out += row * columns + first;
+  __align__(16) T values[kGatherColumns];
+#pragma unroll
+  for (int i = 0; i < kGatherColumns; ++i) values[i] = fills && from[i] == -1 ? T{0} : __ldg(in + from[i]);
+  if (there == kGatherColumns && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(values)) / 16; ++i) {
+      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(values)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGatherColumns; ++i) {
+      if (i < there) out[i] = values[i];
+    }
+  }
 }
 
 // out (rows, columns) = in (limit, columns) with row index[r] in row r.

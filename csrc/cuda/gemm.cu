@@ -1,6 +1,7 @@
 // Runs gemm by the kernel of its config, and adds up the splits.
 #include <algorithm>
 
+#include "gather.h"
 #include "gemm_kernels.h"
 #include "launch.h"
 #include "split_k.cuh"
@@ -33,14 +34,25 @@ Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M,
   return problem;
 }
 
+namespace {
+
+// Of x in the order of the words, if it is gathered: whole pieces of what a workspace is aligned to.
+int64_t gathered_bytes(bool has_perm, int64_t M, int64_t K, DType x_dtype, const Config& config) {
+  return gathers_x(has_perm, M, config) ? divide_up(M * K * bytes_of(x_dtype), 64) * 64 : 0;
+}
+
+}  // namespace
+
 size_t gemm_workspace_bytes(const Problem& problem, const Config& config) {
-  if (config.split_k == 1) return 0;
-  return static_cast<size_t>(config.split_k * problem.M * problem.N) * sizeof(float);
+  const int64_t partials = config.split_k > 1 ? config.split_k * problem.M * problem.N : 0;
+  return static_cast<size_t>(gathered_bytes(problem.has_perm, problem.M, problem.K, problem.x_dtype, config)) +
+         static_cast<size_t>(partials) * sizeof(float);
 }
 
 Parts parts_of(const GemmArguments& a, int tile_columns) {
   Parts parts{};
   parts.weight = a.parts[0];
+  if (a.x_is_gathered) parts.weight.row_order = nullptr;
   parts.columns = a.columns;
   int64_t tiles = 0, columns_before = a.columns_before;
   for (int64_t i = 0; i < a.count; ++i) {
@@ -58,11 +70,18 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
           void* workspace, Stream stream) {
   const int64_t columns = columns_of(parts, count);
   if (M == 0) return;
-  float* const partials = config.split_k > 1 ? static_cast<float*>(workspace) : nullptr;
+  const bool gathers = gathers_x(parts->perm() != nullptr, M, config);
+  auto* const partials_memory = static_cast<char*>(workspace) + gathered_bytes(gathers, M, parts->K, x_dtype, config);
+  float* const partials = config.split_k > 1 ? reinterpret_cast<float*>(partials_memory) : nullptr;
+  if (gathers) {
+    gather_x(*parts, x, x_dtype, M, workspace, stream);
+    x = workspace;
+  }
   int64_t columns_before = 0;
   for (int64_t first = 0; first < count; first += kMaxParts) {
     const int64_t together = std::min<int64_t>(count - first, kMaxParts);
-    const GemmArguments arguments{parts + first, together, columns_before, columns, x, x_dtype, M, out, partials};
+    const GemmArguments arguments{parts + first, together, columns_before, columns, x, x_dtype, gathers, M,
+                                  out,           partials};
     switch (config.algorithm) {
       case Algorithm::kScalar:
         launch_gemm_scalar(arguments, config, stream);

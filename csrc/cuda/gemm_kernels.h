@@ -12,7 +12,8 @@ struct GemmArguments {
   int64_t columns_before;  // columns of out that belong to the parts of launches before this one
   int64_t columns;         // of out
   const void* x;
-  DType dtype;  // of x and out
+  DType dtype;         // of x and out
+  bool x_is_gathered;  // the columns of x are in the order of the words, whatever order the weight has
   int64_t M;
   void* out;
   float* partials;  // (split_k, M, columns) to be added up, or null if sums go to out at once

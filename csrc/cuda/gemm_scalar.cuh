@@ -19,19 +19,29 @@ template <int rows>
 __device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row, int64_t stage_k,
                        int64_t warp_rows, float* s_x) {
   const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
+  // Look-ups of columns that go together. For eight rows registers would be spilled.
+  constexpr int kEach = kScalarStageK / kScalarThreads, kTogether = rows < 8 ? kEach : 1;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kScalarStageK; i += kScalarThreads) {
-    const int64_t k = stage_k + i / kScalarWarpK * warp_rows + i % kScalarWarpK;
-    float values[rows] = {};
-    if (k < weight.K) {
-      int64_t at = first_row * weight.K + permuted_row(weight, k);
+  for (int first = threadIdx.x; first < kScalarStageK; first += kTogether * kScalarThreads) {
+    const auto row_of_w = [&](int e) {
+      const int i = first + e * kScalarThreads;
+      return stage_k + i / kScalarWarpK * warp_rows + i % kScalarWarpK;
+    };
+    int64_t x_columns[kTogether];
+    columns_of_x<false>(weight.perm(), weight.K, row_of_w, x_columns);
 #pragma unroll
-      for (int m = 0; m < rows; ++m, at += weight.K) {
-        if (m < rows_of_x) values[m] = load_number(x, dtype, at);
+    for (int e = 0; e < kTogether; ++e) {
+      float values[rows] = {};
+      if (x_columns[e] >= 0) {
+        int64_t at = first_row * weight.K + x_columns[e];
+#pragma unroll
+        for (int m = 0; m < rows; ++m, at += weight.K) {
+          if (m < rows_of_x) values[m] = load_number(x, dtype, at);
+        }
       }
-    }
 #pragma unroll
-    for (int m = 0; m < rows; ++m) s_x[i * rows + m] = values[m];
+      for (int m = 0; m < rows; ++m) s_x[(first + e * kScalarThreads) * rows + m] = values[m];
+    }
   }
 }
 

@@ -9,8 +9,8 @@
 namespace exllama::cuda {
 
 // out (M, columns) = a (M, terms) @ W, where the columns are those of all parts, and the terms are K. If transposed, it
-// is a @ W^T of the one part, where the columns are K and the terms are N. Row k of the words is column permuted_row(k)
-// of a, or of out if transposed.
+// is a @ W^T of the one part, where the columns are K and the terms are N. Row k of the words is column k of a, or column
+// permuted_row(k) of out if transposed.
 //
 // The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 64 registers, and spills. With 8
 // bits three thread blocks spill before sm_70.
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;
       const bool inside = m < M && at < terms;
-      s_a[term][row] = inside ? load_number(a, dtype, m * terms + (transposed ? at : permuted_row(weight, at))) : 0.0f;
+      s_a[term][row] = inside ? load_number(a, dtype, m * terms + at) : 0.0f;
     }
     constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
     constexpr int kTileK = transposed ? kTiledColumns : kTiledTerms;

@@ -1,6 +1,7 @@
 // A stage of gemm_mma: what a thread block has in shared memory of x, of the scales and of the zero points.
 #pragma once
 
+#include "gather.h"
 #include "mma_operands.cuh"
 #include "mma_shape.h"
 #include "words.cuh"
@@ -93,10 +94,8 @@ struct Stage {
       return;
     }
     int32_t x_columns[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      x_columns[e] = k_of(e) < K ? static_cast<int32_t>(permuted_row(weight, k_of(e))) : -1;
-    }
+    static_assert(octets == 1 || kTokens > kMaxRowsThatLookUp);
+    columns_of_x<Lane::kInOrder>(octets == 1 ? weight.perm() : nullptr, K, k_of, x_columns);
     gather_chunks(row, pitch, x_columns, to, tokens_left);
   }
 

@@ -15,16 +15,24 @@ __global__ void reorder(const uint32_t* in, const int32_t* perm, int64_t K, int6
   if (thread >= K / kValues * N) return;
   const int64_t block = thread / N, column = thread % N;
   uint32_t words[kWords], result[kWords] = {};
-  if (!perm) {
+  if (perm) {
+    constexpr int kTogether = kValues < 8 ? kValues : 8;
+#pragma unroll
+    for (int first = 0; first < kValues; first += kTogether) {
+      int32_t rows[kTogether];
+      load_indices(perm + block * kValues + first, kTogether, K, rows);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        insert_value<bits, !from_shuffled>(result, first + j, read_value<bits, from_shuffled>(in, N, rows[j], column));
+      }
+    }
+  } else {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = in[(block * kWords + w) * N + column];
-  }
 #pragma unroll
-  for (int j = 0; j < kValues; ++j) {
-    const uint32_t value =
-        perm ? read_value<bits, from_shuffled>(in, N, checked_index(perm[block * kValues + j], K), column)
-             : value_of<bits, from_shuffled>(words, j);
-    insert_value<bits, !from_shuffled>(result, j, value);
+    for (int j = 0; j < kValues; ++j) {
+      insert_value<bits, !from_shuffled>(result, j, value_of<bits, from_shuffled>(words, j));
+    }
   }
 #pragma unroll
   for (int w = 0; w < kWords; ++w) out[(block * kWords + w) * N + column] = result[w];

@@ -154,6 +154,36 @@ __device__ inline int64_t checked_index(int32_t index, int64_t limit) {
   return index;
 }
 
+// The next `count` entries of an index, of which `there` exist; `missing` stands for the others. An entry may be as low
+// as `lowest`. A check for each would be a branch that the next load waits for. So all are loaded first, and one
+// comparison checks them: as unsigned numbers entries that are too low are above any limit.
+template <int count, int32_t lowest = 0, int32_t missing = 0>
+__device__ __forceinline__ void load_indices(const int32_t* index, int64_t there, int64_t limit,
+                                             int32_t (&entries)[count]) {
+  uint32_t largest = 0;
+  const auto take = [&](int i, int32_t entry) {
+    entries[i] = entry;
+    largest = max(largest, static_cast<uint32_t>(entry) - static_cast<uint32_t>(lowest));
+  };
+  if (count % 4 == 0 && there >= count && reinterpret_cast<uintptr_t>(index) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      const int4 four = __ldg(reinterpret_cast<const int4*>(index + i));
+      take(i, four.x);
+      take(i + 1, four.y);
+      take(i + 2, four.z);
+      take(i + 3, four.w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      entries[i] = missing;
+      if (i < there) take(i, __ldg(index + i));
+    }
+  }
+  if (largest >= limit - lowest) __trap();
+}
+
 // The group of row k of the words, which is row k of the checkpoint unless the weight is shuffled.
 __device__ inline int64_t group_of(const Weight& weight, int64_t k) {
   if (const int32_t* g_idx = weight.g_idx()) return checked_index(g_idx[k], weight.G);
@@ -164,6 +194,25 @@ __device__ inline int64_t group_of(const Weight& weight, int64_t k) {
 __device__ inline int64_t permuted_row(const Weight& weight, int64_t k) {
   if (const int32_t* perm = weight.perm()) return checked_index(perm[k], weight.K);
   return k;
+}
+
+// The columns of x for the rows k_of(0) to k_of(count - 1) of W, which follow one another if in_order; -1 from K on.
+template <bool in_order, int count, typename Int, typename F>
+__device__ __forceinline__ void columns_of_x(const int32_t* perm, Int K, const F& k_of, Int (&x_columns)[count]) {
+  if constexpr (in_order) {
+    if (perm) return load_indices<count, 0, -1>(perm + k_of(0), K - k_of(0), K, x_columns);
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const Int k = k_of(i);
+    x_columns[i] = k >= K ? -1 : k;
+    if (perm && k < K) {
+      x_columns[i] = __ldg(perm + k);
+      largest = max(largest, static_cast<uint32_t>(x_columns[i]));
+    }
+  }
+  if (perm && static_cast<int64_t>(largest) >= K) __trap();
 }
 
 // Calls visit(j, scale * (q - z)) for the values of a block of words of one column, rounded to float32.

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 # One kernel of each kind and width; those that nvcc compiles from the .cu files differ in types alone.
 KERNELS = """
 #include "cuda/dequantize.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_scalar.cuh"
 #include "cuda/gemm_tiled.cuh"
@@ -43,6 +44,11 @@ using namespace exllama::cuda;
 namespace exllama::cuda {
 INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
 INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8, false)
+#define INSTANTIATE_GATHER(T) \\
+  template __global__ void gather_columns<T, true>(const T*, int64_t, const int32_t*, int64_t, uint32_t, T*); \\
+  template __global__ void gather_columns<T, false>(const T*, int64_t, const int32_t*, int64_t, uint32_t, T*); \\
+  template __global__ void gather_rows<T>(const T*, int64_t, const int32_t*, int64_t, int64_t, T*);
+INSTANTIATE_GATHER(uint16_t) INSTANTIATE_GATHER(uint32_t)
 template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaCut, float*, __half*);
 template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
     Parts, const __nv_bfloat16*, int64_t, MmaCut, float*, __nv_bfloat16*);
@@ -54,6 +60,7 @@ template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
 INSTANCES = {
     "dequantize": 4 * 2,
     "device": 0,
+    "gather": 2 * 3,
     "gemm": 1,
     "gemm_mma": 4 * 2 * 3 * 2,
     "gemm_scalar": 4 * 2 * 4,

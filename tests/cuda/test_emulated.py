@@ -134,6 +134,22 @@ def test_gemm_is_within_the_bound(
             check_gemm(ops, algorithm, weight, M, dtype)
 
 
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_an_order_of_rows_is_that_of_the_columns_of_x(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whether a kernel looks up each column of x, or a kernel before it gathers all."""
+    for group_size, algorithm, M in itertools.product((32, 128), ("scalar", "mma", "tiled"), (4, 5)):
+        monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
+        weight = build(Case(bits, *SHAPES[bits], group_size, "perm"))
+        in_order = replace(weight, row_order=weight.row_order[:0])
+        x = activations(M, weight.case.K, torch.float16)
+        out = ops.gptq_gemm(x, *weight.args)
+        gathers = ["gather_columns" in call["kernel"] for call in ops.calls]
+        assert gathers == [M == 5 or algorithm == "tiled"] + [False] * (len(gathers) - 1)
+        assert torch.equal(out, ops.gptq_gemm(x[:, weight.row_order.long()].contiguous(), *in_order.args))
+
+
 def check_parts(ops: emulated.EmulatedOps, algorithm: str, parts: list[Weight], M: int) -> list[str]:
     """Every part of a product of several; returns the kernels that were launched."""
     x = activations(M, parts[0].case.K, torch.float16)

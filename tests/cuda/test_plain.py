@@ -198,8 +198,9 @@ def test_arrays_that_begin_anywhere(name: str, order: str, offset: int) -> None:
 INDEXED = [
     ("perm", "scalar-1", lambda ops, x, grad: ops.gemm(x[:1], "scalar")),
     ("perm", "scalar", lambda ops, x, grad: ops.gemm(x, "scalar")),
+    ("perm", "mma-1", lambda ops, x, grad: ops.gemm(x[:1], "mma")),
     ("perm", "mma", lambda ops, x, grad: ops.gemm(x, "mma")),
-    ("perm", "tiled", lambda ops, x, grad: ops.gemm(x, "tiled")),
+    ("perm", "tiled-1", lambda ops, x, grad: ops.gemm(x[:1], "tiled")),
     ("perm", "gemm_dx", lambda ops, x, grad: ops.gemm_dx(grad)),
     ("perm", "dequantize", lambda ops, x, grad: ops.dequantize()),
     ("perm", "shuffle", lambda ops, x, grad: ops.shuffle(ops.parts[0]["qweight"].copy(), ops.parts[0]["row_order"])),
@@ -220,7 +221,7 @@ def test_an_index_that_leads_outside_stops_the_kernel(
     ops = PlainOps(device(80), [described(weight)])
     given = inputs(weight.case)
     limit = weight.case.K if order == "perm" else len(weight.scales)
-    for row, index in itertools.product((0, weight.case.K - 1), (-1, limit)):
+    for row, index in itertools.product((0, 13, weight.case.K - 1), (-1, limit)):
         right = int(weight.row_order[row])
         weight.row_order[row] = index
         with pytest.raises(EmulationError, match=r"^trap at line"):
@@ -352,10 +353,13 @@ def test_rows_of_W_beyond_2_to_the_32_words(last_block: Emulator, op: str) -> No
         assert np.array_equal(words[-2:], other_order[-2:])
 
 
-@pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled", "gemm_dx"])
-def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algorithm: str) -> None:
-    """The last row, and its last 64 columns: beyond 2**32 numbers of both, signed or not."""
-    weight = build(Case(4, 128, 128, 128))
+@pytest.mark.parametrize(
+    ("algorithm", "order"),
+    [("scalar", "sorted"), ("mma", "perm"), ("mma", "sorted"), ("tiled", "sorted"), ("gemm_dx", "sorted")],
+)
+def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algorithm: str, order: str) -> None:
+    """The last row, and its last 64 columns: beyond 2**32 numbers of both, signed or not, gathered or not."""
+    weight = build(Case(4, 128, 128, 128, order))
     ops = PlainOps(last_block, [described(weight)])
     K, N, dense = 128, 128, weight.dense
     if algorithm == "gemm_dx":
@@ -367,7 +371,7 @@ def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algo
         ops.gemm_dx(x, out)
     else:
         error = bounds.gemm_error(algorithm, weight, torch.float16)
-        ops.gemm(x, algorithm, out)
+        ops.gemm(x, algorithm, out, workspace=sparse(TALL, K, dtype=np.float16))
     last_x, last = as_tensor(x[-1:].copy()), as_tensor(out[-1:, -64:].copy())
     assert_within_bound(last, last_x, dense[:, -64:], error)
 
