@@ -5,13 +5,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 DEMO_ARGS ?=
+ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(shell find exllama_ops csrc _build_backend -type f ! -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint prose examples unit triton build clean
+.PHONY: help demo test lint prose examples unit triton gpu gpu-dry-run build clean
 
 help: ## say what can be made
 	@echo "make demo      install into $(VENV), and let a small model answer a question"
@@ -23,10 +24,12 @@ help: ## say what can be made
 	@echo "make unit      pytest"
 	@echo "make triton    the Triton kernels in Triton's interpreter"
 	@echo
+	@echo "make gpu       all that a GPU can show, with the torch of PYTHON and no network (docs/gpu.md)"
+	@echo "make gpu-dry-run  walk it without a GPU"
 	@echo "make examples  run the examples of README.md and docs/"
 	@echo "make clean     remove $(VENV) and caches of tools"
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) WORKERS=$(WORKERS) DEMO_ARGS=\"$(DEMO_ARGS)\""
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) WORKERS=$(WORKERS) DEMO_ARGS=\"$(DEMO_ARGS)\" ARGS=\"$(ARGS)\""
 
 # A newcomer's installation: a copy of the package, with what runs models. It leaves an editable one in place.
 $(VENV)/demo.stamp: $(SOURCES)
@@ -61,6 +64,13 @@ unit: $(VENV)/test.stamp
 
 triton: $(VENV)/test.stamp
 	EXLLAMA_OPS_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/conformance
+
+# In the environment that is there: a machine with a GPU is often one without a network.
+gpu:
+	$(PYTHON) -m tools.gpu_hour $(ARGS)
+
+gpu-dry-run:
+	$(PYTHON) -m tools.gpu_hour --dry-run $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ WIDTHS = (2, 3, 4, 8)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = _parser()
+    parser = command_line()
     args = parser.parse_args(arguments)
     if args.device == "cpu":
         args.threads, args.isa = args.threads or 1, args.isa or "native"
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(args, _command(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description="Time gptq_gemm and gptq_gemm_dx, in turns with other libraries and the device's limits.",

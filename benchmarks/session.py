@@ -104,11 +104,14 @@ def _say_times(measurement: Measurement) -> None:
 
 
 def _write(args: argparse.Namespace, label: str, result: dict[str, object], text: str) -> None:
-    from benchmarks.plot import plot
-
     order = "-act-order" if args.act_order else ""
     name = f"{args.bits}bit-g{args.group_size}{order}-{label}"
     folder = write_result(args.out, name, result, f"{text}\n![plot]({name}.svg)\n")
     if args.json is not None:
         args.json.write_text((folder / f"{name}.json").read_text())
+    try:
+        from benchmarks.plot import plot
+    except ModuleNotFoundError as error:
+        say(f"no plot is drawn: {error}; python -m benchmarks.plot {folder / name}.json draws it elsewhere")
+        return
     plot(result, folder / f"{name}.svg")

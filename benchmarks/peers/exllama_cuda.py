@@ -29,7 +29,7 @@ def gemm(weight: Weight, algorithm: str, dtype: torch.dtype) -> Layer:
     _need_native()
 
     def run(x: Tensor, *arguments: Any) -> Tensor:
-        with _named(algorithm):
+        with named(algorithm):
             out: Tensor = torch.ops.exllama.gptq_gemm(x, *arguments)
         return out
 
@@ -101,7 +101,7 @@ def _layer(weight: Weight, dtype: torch.dtype, op: Callable[..., Tensor]) -> Lay
 
 
 @contextmanager
-def _named(algorithm: str) -> Iterator[None]:
+def named(algorithm: str) -> Iterator[None]:
     """Have the library use an algorithm, or choose one itself whatever the environment says."""
     before = os.environ.pop(VARIABLE, None)
     if algorithm != AUTO:

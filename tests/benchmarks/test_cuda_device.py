@@ -286,6 +286,16 @@ def test_a_run_on_a_gpu_is_drawn(native: Native, tmp_path: Path, monkeypatch: py
         assert f"{text} -->" in drawing.read_text()
 
 
+def test_without_matplotlib_the_result_is_written_and_not_drawn(
+    native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks.plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*OPTIONS, "--peers", "--out", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
+    assert "no plot is drawn: import of matplotlib halted" in capsys.readouterr().err
+
+
 def test_a_wrong_result_of_an_algorithm_ends_the_run(
     native: Native, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""The steps: a module has ``run(what, options)``, which returns what it found."""
