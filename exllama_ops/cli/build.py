@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from exllama_ops.backends.cpu.library import CpuLibrary
+from exllama_ops.backends.cuda import BACKEND as CUDA_BACKEND
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import LoadError, cache
-from exllama_ops.backends.native.compile import CPU, CUDA, SCHEMA, Recipe
+from exllama_ops.backends.native.compile import ALL, CPU, CUDA, SCHEMA, Recipe, codes_for
 from exllama_ops.cli.output import CliError, emit
 from exllama_ops.progress import Screen
 
@@ -26,9 +27,27 @@ def add_parser(subparsers: Any) -> None:
         "when they are first called. The schemas of the ops, which a program without Python loads, come with them.",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA kernels, not those of the CPU")
+    parser.add_argument(
+        "--arch",
+        type=_codes,
+        metavar="ARCHS",
+        help="with --cuda: compute capabilities, as 8.0,9.0, or all; without it those of this machine's GPUs, or all "
+        "if it has none",
+    )
     parser.add_argument("--force", action="store_true", help="build into the cache even if there is a library")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
     parser.set_defaults(command=build)
+
+
+def _codes(text: str) -> tuple[str, ...]:
+    """The device code that --arch asks for."""
+    if text == "all":
+        return ALL
+    try:
+        pairs = [tuple(map(int, capability.split("."))) for capability in text.split(",")]
+        return codes_for(CUDA, [(major, minor) for major, minor in pairs])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be all, or compute capabilities as 8.0,9.0; got {text!r}") from None
 
 
 def build(args: argparse.Namespace) -> None:
@@ -37,8 +56,13 @@ def build(args: argparse.Namespace) -> None:
     Raises:
         CliError: whatever a user can cause.
     """
+    if args.arch and not args.cuda:
+        raise CliError("build: --arch is for --cuda")
     try:
-        result = _find_or_build(CUDA if args.cuda else CPU, force=args.force)
+        if args.cuda:
+            result = _find_or_build(CUDA, args.arch or CUDA_BACKEND.codes(), force=args.force)
+        else:
+            result = _find_or_build(CPU, (), force=args.force)
         result |= _cuda_details(result) if args.cuda else _cpu_details(result)
     except (cache.BuildError, LoadError) as error:
         raise CliError(f"build: {error}") from error
@@ -64,7 +88,7 @@ def build(args: argparse.Namespace) -> None:
 def _schema_library(*, force: bool) -> tuple[str | None, str]:
     """Its file, or None and why there is none: a packaged library is good without it."""
     try:
-        return _find_or_build(SCHEMA, force=force)["library"], ""
+        return _find_or_build(SCHEMA, (), force=force)["library"], ""
     except cache.BuildError as error:
         return None, str(error)
 
@@ -86,7 +110,7 @@ def _cuda_details(result: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _find_or_build(recipe: Recipe, *, force: bool) -> dict[str, Any]:
+def _find_or_build(recipe: Recipe, codes: tuple[str, ...], *, force: bool) -> dict[str, Any]:
     brought = None if force else cache.given(recipe) or cache.packaged(recipe)
     if brought is not None:
         built, origin = cache.read(recipe, brought.parent), cache.origin(recipe, brought)
@@ -94,7 +118,7 @@ def _find_or_build(recipe: Recipe, *, force: bool) -> dict[str, Any]:
             raise CliError(f"build: {brought} is damaged; install the package anew")
     else:
         with Screen() as screen:
-            built = cache.find_or_build(recipe, screen, force=force)
+            built = cache.find_or_build(recipe, screen, codes, force=force)
         origin = "built" if built.fresh else "cached"
     return {
         "library": str(built.path),

@@ -116,7 +116,9 @@ def _path(backend: NativeBackend[Any]) -> Path | None:
         path: Path = backend.library.path
         return path
     try:
-        return cache.given(backend.recipe) or cache.packaged(backend.recipe) or cache.find(backend.recipe)
+        return (
+            cache.given(backend.recipe) or cache.packaged(backend.recipe) or cache.find(backend.recipe, backend.codes())
+        )
     except (OSError, cache.BuildError):
         return None  # a cache that cannot be read is as good as an empty one, and so is a library that will not do
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +16,12 @@ import pytest
 import torch
 
 from exllama_ops import backends
+from exllama_ops.backends.cuda import CudaBackend, gpus
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native import compile as compiling
-from exllama_ops.backends.native.compile import CUDA, Compiler
+from exllama_ops.backends.native.compile import CUDA, CompileError, Compiler
+from exllama_ops.cli import build as build_command
 from ptx_emulator.toolchain import cuda_include
 
 needs_nvcc = pytest.mark.skipif(compiling.find_compiler(CUDA) is None, reason="needs nvcc")
@@ -82,6 +87,127 @@ def test_device_code_is_for_the_gpus_that_nvcc_knows(tmp_path: Path, known: list
     flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *known)),), "nvcc"), tmp_path)
     assert flags == [word for code in wanted for word in ("-gencode", code)]
     assert compiling.device_flags(compiling.CPU, Compiler(("false",), "none"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "codes"),
+    [
+        ([(9, 0)], ("sm_90",)),
+        ([(8, 6), (8, 9), (8, 0)], ("sm_80",)),
+        ([(12, 1), (10, 3), (7, 5), (7, 0), (6, 1)], ("sm_60", "sm_70", "sm_75", "sm_100", "sm_120")),
+        ([(8, 7)], ("sm_87",)),
+        ([(11, 0)], ("sm_110",)),
+        ([(13, 0)], ("compute_80",)),
+        ([(5, 2)], ("sm_52",)),
+        ([], ()),
+    ],
+)
+def test_a_gpu_needs_the_code_of_its_family(capabilities: list[tuple[int, int]], codes: tuple[str, ...]) -> None:
+    assert compiling.codes_for(CUDA, capabilities) == codes
+
+
+NVCC_13 = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_90", "sm_100", "sm_110", "sm_120")
+
+
+@pytest.mark.parametrize(
+    ("known", "codes", "wanted"),
+    [
+        (NVCC_13, ("sm_90",), ["arch=compute_80,code=[sm_90]"]),
+        (NVCC_13, ("sm_75", "sm_80"), ["arch=compute_75,code=[sm_75]", "arch=compute_80,code=[sm_80]"]),
+        (NVCC_13, ("sm_70", "sm_90"), ["arch=compute_80,code=[sm_90]"]),  # which the one for sm_70 is left out of
+        (NVCC_13, ("sm_110",), ["arch=compute_80,code=[sm_110]"]),
+        (NVCC_13, ("compute_80",), ["arch=compute_80,code=[compute_80]"]),
+        (("sm_80", "sm_90"), ("sm_120",), ["arch=compute_80,code=[compute_80]"]),
+    ],
+)
+def test_a_build_for_gpus_has_their_code_alone(
+    tmp_path: Path, known: tuple[str, ...], codes: tuple[str, ...], wanted: list[str]
+) -> None:
+    nvcc = Compiler((str(fake_nvcc(tmp_path, *known)),), "nvcc")
+    flags = compiling.device_flags(CUDA, nvcc, tmp_path, codes)
+    assert flags == [word for code in wanted for word in ("-gencode", code)]
+
+
+def test_an_nvcc_without_code_for_the_gpu_is_refused(tmp_path: Path) -> None:
+    nvcc = Compiler((str(fake_nvcc(tmp_path, *NVCC_13)),), "nvcc")
+    message = (
+        f"{nvcc} compiles for {', '.join(NVCC_13)}, and the kernels are needed for sm_70: take a CUDA toolkit that has "
+        "it, by CUDA_HOME or EXLLAMA_OPS_NVCC"
+    )
+    with pytest.raises(CompileError, match=f"^{re.escape(message)}$"):
+        compiling.device_flags(CUDA, nvcc, tmp_path, ("sm_70",))
+
+
+@pytest.mark.parametrize(("machine", "has_tegra"), [("x86_64", False), ("aarch64", True)])
+def test_all_code_has_that_of_tegra_on_arm_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, has_tegra: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *NVCC_13)),), "nvcc"), tmp_path)
+    tegra = "sm_87," if has_tegra else ""
+    thor = "sm_110," if has_tegra else ""
+    assert flags[-1] == f"arch=compute_80,code=[sm_80,{tegra}sm_90,sm_100,{thor}sm_120,compute_80]"
+
+
+def test_nvcc_is_looked_for_in_the_documented_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ("EXLLAMA_OPS_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH")
+    for name in named:
+        folder = tmp_path / name / ("bin" if name.startswith("CUDA") else "")
+        folder.mkdir(parents=True)
+        program = fake_nvcc(folder)
+        monkeypatch.setenv(name, str(program if name == "EXLLAMA_OPS_NVCC" else tmp_path / name))
+    for name in named:
+        compiler = compiling.find_compiler(CUDA)
+        assert compiler is not None
+        assert Path(compiler.command[0]).relative_to(tmp_path).parts[0] == name
+        if name == "CUDA_HOME":  # a folder of a toolkit without a compiler is passed over
+            (tmp_path / name / "bin" / "nvcc").unlink()
+        else:
+            monkeypatch.setenv(name, "")
+
+
+# Two GPUs, one that the user may not see, and one that has no capability.
+NVML = """
+extern "C" {
+int nvmlInit_v2() { return BEGIN; }
+int nvmlShutdown() { return 0; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = 4; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) {
+  *handle = reinterpret_cast<void*>(static_cast<unsigned long>(index));
+  return index == 1 ? 4 : 0;
+}
+int nvmlDeviceGetCudaComputeCapability(void* handle, int* major, int* minor) {
+  const auto index = reinterpret_cast<unsigned long>(handle);
+  *major = index == 0 ? 8 : 12, *minor = index == 0 ? 9 : 0;
+  return index == 2 ? 3 : 0;
+}
+}
+"""
+
+
+@pytest.mark.parametrize(("begin", "found"), [(0, [(8, 9), (12, 0)]), (9, [])])
+def test_the_gpus_are_found_by_nvml(tmp_path: Path, begin: int, found: list[tuple[int, int]]) -> None:
+    source, library = tmp_path / "nvml.cpp", tmp_path / "nvml.so"
+    source.write_text(NVML)
+    subprocess.run(["g++", "-shared", "-fPIC", f"-DBEGIN={begin}", str(source), "-o", str(library)], check=True)
+    assert list(gpus._by_nvml(str(library))) == found
+    assert list(gpus._by_nvml(str(tmp_path / "none.so"))) == []
+
+
+def test_the_library_of_these_gpus_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CudaBackend()
+    monkeypatch.setattr(gpus, "capabilities", lambda: {(8, 9), (9, 0)})
+    assert backend.codes() == ("sm_80", "sm_90")
+    monkeypatch.setattr(gpus, "capabilities", set)
+    assert backend.codes() == compiling.ALL
+
+
+def test_the_command_takes_capabilities() -> None:
+    assert build_command._codes("8.6,9.0") == ("sm_80", "sm_90")
+    assert build_command._codes("all") == compiling.ALL
+    for text in ("9", "sm_90", "8.0,", "8.0.1"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"must be all, or compute capabilities as 8\.0,9\.0; got"):
+            build_command._codes(text)
 
 
 @needs_nvcc

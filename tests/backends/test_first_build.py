@@ -190,6 +190,19 @@ def test_the_next_build_removes_what_killed_ones_have_left(root: Path) -> None:
     assert kept == sorted([key, other, f"{locked}.2scratch", of_a_user])
 
 
+def test_a_library_serves_the_gpus_whose_code_it_has(root: Path) -> None:
+    two = cache.find_or_build(CPU, ignore, ("sm_80", "sm_90"))
+    assert two.path.parent.name.endswith("-sm_80+sm_90")
+    assert cache.find(CPU, ("sm_90",)) == two.path
+    assert cache.find(CPU, ("sm_90", "sm_120")) is None
+    assert cache.find(CPU, compiling.ALL) is None
+    every = cache.find_or_build(CPU, ignore, compiling.ALL)
+    assert cache.find(CPU, ("sm_90", "sm_120")) == cache.find(CPU, compiling.ALL) == every.path
+    (root / f"{two.path.parent.name}.0scratch").mkdir()
+    cache.find_or_build(CPU, ignore, ("sm_80", "sm_90"), force=True)
+    assert not (root / f"{two.path.parent.name}.0scratch").exists()
+
+
 def test_a_forked_child_has_no_lock_of_its_parent(root: Path) -> None:
     root.mkdir(parents=True)
     lock = root / "x.lock"

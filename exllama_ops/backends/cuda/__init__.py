@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from exllama_ops.backends import batch_invariant
+from exllama_ops.backends.cuda import gpus
 from exllama_ops.backends.cuda.library import CudaLibrary
 from exllama_ops.backends.native import NativeBackend
-from exllama_ops.backends.native.compile import CUDA
+from exllama_ops.backends.native.compile import ALL, CUDA, codes_for
 
 __all__ = ["BACKEND", "CudaBackend"]
 
@@ -27,6 +28,10 @@ class CudaBackend(NativeBackend[CudaLibrary]):
             return ["torch was installed without CUDA"]
         # By NVML where it answers, which leaves the driver as it is.
         return [] if torch.cuda.device_count() > 0 else ["there is no CUDA device"]
+
+    def codes(self) -> tuple[str, ...]:
+        """What the GPUs here need, or all of it where nobody says what they are."""
+        return codes_for(CUDA, gpus.capabilities()) or ALL
 
     def settings(self, library: CudaLibrary) -> str:
         return ", batch-invariant" if library.batch_invariant() else ""

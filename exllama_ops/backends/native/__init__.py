@@ -83,6 +83,10 @@ class NativeBackend(Generic[L]):
         """Why the device cannot be here, found without touching it."""
         return []
 
+    def codes(self) -> tuple[str, ...]:
+        """The device code that a library must have for the GPUs that are here; none for a CPU."""
+        return ()
+
     def kernel(
         self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
     ) -> _library.NativeKernel | Callable[..., Any]:
@@ -104,7 +108,7 @@ class NativeBackend(Generic[L]):
         brought = cache.packaged(self.recipe)
         try:
             brought = cache.given(self.recipe) or brought
-            path = brought or cache.find(self.recipe)
+            path = brought or cache.find(self.recipe, self.codes())
             if path is not None:
                 self._load(path)
         except OSError:
@@ -127,7 +131,7 @@ class NativeBackend(Generic[L]):
             if self.library is not None or self.failure:
                 return
             try:
-                self._load(_find_or_build(self.recipe, notify))
+                self._load(_find_or_build(self.recipe, self.codes(), notify))
             except cache.BuildError as error:
                 self.failure = [str(error)]
             except LoadError as error:
@@ -164,13 +168,13 @@ class NativeBackend(Generic[L]):
             return self._late[op]
 
 
-def _find_or_build(recipe: Recipe, notify: Notify | None) -> Path:
+def _find_or_build(recipe: Recipe, codes: tuple[str, ...], notify: Notify | None) -> Path:
     if notify is not None:
-        return cache.find_or_build(recipe, notify).path
+        return cache.find_or_build(recipe, notify, codes).path
     screen = Screen(prefix="exllama_ops: ")  # and what others write to stderr in the meantime is theirs
     completed = False
     try:
-        path = cache.find_or_build(recipe, screen).path
+        path = cache.find_or_build(recipe, screen, codes).path
         completed = True
     finally:
         screen.end(completed=completed)

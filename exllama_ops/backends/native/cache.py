@@ -1,6 +1,6 @@
 """Where a native library lies: in a given folder, in the installed package, or in a cache that is built into.
 
-The cache has a folder for every key of sources, flags, machine and compiler, so that nothing in it ever goes stale.
+The cache has a folder for every key of sources, flags, machine, compiler and GPUs, so that nothing in it goes stale.
 A folder appears by one rename, complete. Builds of one key wait for each other at a lock that the system releases
 when its process dies. What a build that was killed has left is removed by the next one, of whatever key.
 """
@@ -90,10 +90,10 @@ def root() -> Path:
     return cache_folder() / "native"
 
 
-def find(recipe: Recipe) -> Path | None:
+def find(recipe: Recipe, codes: tuple[str, ...] = ()) -> Path | None:
     """A whole library of the cache for the present sources and compiler, or None. Builds nothing.
 
-    Without a compiler, any compiler's library serves.
+    Without a compiler, any compiler's library serves. One with more device code than ``codes`` serves too.
     """
     folder = csrc()
     if folder is None or not os.path.isdir(root()):
@@ -101,8 +101,25 @@ def find(recipe: Recipe) -> Path | None:
     key = compiling.source_key(recipe, folder)
     compiler = compiling.find_compiler(recipe)
     pattern = f"{key}-{compiling.compiler_key(compiler)}" if compiler else f"{key}-????????"
-    found = (built for path in sorted(root().glob(pattern)) if (built := read(recipe, path)))
+    paths = [path for path in sorted(root().glob(f"{pattern}*")) if _has_codes(path, codes)]
+    found = (built for path in paths if (built := read(recipe, path)))
     return next((built.path for built in found), None)
+
+
+def _name(key: str, codes: tuple[str, ...]) -> str:
+    return f"{key}-{'+'.join(codes)}" if codes else key
+
+
+_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}(?:-([a-z0-9_+]+))?")
+
+
+def _has_codes(path: Path, codes: tuple[str, ...]) -> bool:
+    """Whether the name of a library's folder says that it has the device code."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return False
+    has = tuple(match[1].split("+")) if match[1] else ()
+    return has == compiling.ALL or set(codes) <= set(has)
 
 
 def reasons_against_building(recipe: Recipe) -> list[str]:
@@ -116,12 +133,13 @@ def reasons_against_building(recipe: Recipe) -> list[str]:
     return []
 
 
-def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Built:
+def find_or_build(recipe: Recipe, notify: Notify, codes: tuple[str, ...] = (), *, force: bool = False) -> Built:
     """The library of the cache for the present sources and compiler, built if it is not there.
 
     Args:
         recipe: of the device.
         notify: takes the steps.
+        codes: the device code that it has, none for a CPU.
         force: build it even if it is there.
 
     Raises:
@@ -132,7 +150,7 @@ def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Bui
     if reasons or folder is None or compiler is None:
         raise BuildError("; ".join(reasons))
     try:
-        key = f"{compiling.source_key(recipe, folder)}-{compiling.compiler_key(compiler)}"
+        key = _name(f"{compiling.source_key(recipe, folder)}-{compiling.compiler_key(compiler)}", codes)
     except OSError as error:
         raise BuildError(f"its sources cannot be read: {error}") from error
     try:
@@ -143,7 +161,7 @@ def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Bui
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(_lock_of(target), notify):
             found = None if force else read(recipe, target)
-            return found or _build(recipe, folder, compiler, target, notify)
+            return found or _build(recipe, folder, compiler, target, notify, codes)
     except OSError as error:
         raise BuildError(f"its library cannot be kept: {error}; {WHAT_TO_DO}") from error
     except CompileError as error:
@@ -151,13 +169,16 @@ def find_or_build(recipe: Recipe, notify: Notify, *, force: bool = False) -> Bui
         raise BuildError(f"the compiler{f', by {chosen},' if chosen else ''} failed:\n{error}") from error
 
 
-def _build(recipe: Recipe, folder: Path, compiler: Compiler, target: Path, notify: Notify) -> Built:
+def _build(
+    recipe: Recipe, folder: Path, compiler: Compiler, target: Path, notify: Notify, codes: tuple[str, ...]
+) -> Built:
     _sweep(target)
-    step = f"building the {recipe.device.upper()} kernels (once, for some minutes) with {compiler} into {target}"
+    what = f" for {', '.join(codes)}" if codes not in ((), compiling.ALL) else ""
+    step = f"building the {recipe.device.upper()} kernels{what} (once, for some minutes) with {compiler} into {target}"
     tell = functools.partial(notify, step)
     prefix = f"{target.name}."  # by which `_sweep` knows what a killed build has left
     with publishing_folder(target, prefix=prefix) as scratch:
-        compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, tell)
+        compiling.compile_library(recipe, folder, _torch_directory(), compiler, scratch, tell, codes)
         if target.exists():
             # A library may be in use: it is moved away whole, and a process that has loaded it keeps it.
             old = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
@@ -186,7 +207,7 @@ def _torch_directory() -> Path:
 
 
 # The names of scratch folders; the key comes first.
-_SCRATCH = re.compile(r"([0-9a-f]{16}-[0-9a-f]{8})\..{8}")
+_SCRATCH = re.compile(rf"({_NAME.pattern})\..{{8}}")
 
 
 def _sweep(target: Path) -> None:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -46,13 +46,14 @@ class Recipe(NamedTuple):
         bindings: the files of csrc/bindings that belong to it.
         variable: the environment variable that names its compiler.
         programs: its compilers, first choice first; used if the variable is not set.
+        homes: the environment variables of folders whose bin may have its compiler; they come before its programs.
         install: how a user gets one.
         compile_flags: for every file.
         link_flags: with the name of torch's library in them, the loader resolves torch's symbols from the one that
             Python has loaded.
         device_code: of nvcc. The device code has three variants: for the tensor cores of sm_75, for those from sm_80
             on, and for none. Each is machine code for these GPUs, if this nvcc knows them, and for their minor versions
-            (sm_80 runs on 8.6 and 8.9). The PTX is for GPUs to come.
+            (sm_80 runs on 8.6 and 8.9). Those of Tegra run on no other. The PTX is for GPUs to come.
         given: the environment variable that names a folder with a library that was built elsewhere; empty for none.
     """
 
@@ -67,6 +68,7 @@ class Recipe(NamedTuple):
     link_flags: tuple[str, ...]
     device_code: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     given: str = ""
+    homes: tuple[str, ...] = ()
 
 
 CPU = Recipe(
@@ -113,10 +115,16 @@ CUDA = Recipe(
     device_code={
         "compute_60": ("sm_60", "sm_70"),
         "compute_75": ("sm_75",),
-        "compute_80": ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"),
+        "compute_80": ("sm_80", "sm_87", "sm_90", "sm_100", "sm_110", "sm_120", "compute_80"),
     },
     given="EXLLAMA_OPS_CUDA_LIBRARY",
+    homes=("CUDA_HOME", "CUDA_PATH"),
 )
+
+# Jetson Orin and Thor are Arm computers. Their code runs on no other GPU, and no other code runs on them.
+_TEGRA = ("sm_87", "sm_110")
+# All device code of a recipe that a compiler knows and a machine can have a use for.
+ALL = ("all",)
 
 
 class CompileError(RuntimeError):
@@ -139,10 +147,12 @@ class Compiler(NamedTuple):
 
 
 def find_compiler(recipe: Recipe) -> Compiler | None:
-    """The compiler that the recipe's variable names, if it is set; else the first of its programs that is there."""
+    """The compiler that the recipe's variable names, if it is set; else the first of its homes' and its programs."""
     chosen = os.environ.get(recipe.variable)
+    homes = [home for name in recipe.homes if (home := os.environ.get(name))]
+    programs = [*(os.path.join(home, "bin", recipe.programs[0]) for home in homes), *recipe.programs]
     try:
-        commands = [shlex.split(chosen)] if chosen else [[program] for program in recipe.programs]
+        commands = [shlex.split(chosen)] if chosen else [[program] for program in programs]
     except ValueError:  # a quote that is not closed
         return None
     for command in commands:
@@ -159,11 +169,12 @@ def find_compiler(recipe: Recipe) -> Compiler | None:
 def no_compiler(recipe: Recipe) -> str:
     """Why `find_compiler` found none, and what to do about it."""
     programs = " or ".join(program for program in recipe.programs if "/" not in program)
+    folders = [*recipe.homes, "PATH", *(os.path.dirname(program) for program in recipe.programs if "/" in program)]
     chosen = chosen_compiler(recipe)
     where = (
         f"{chosen} names no program that can be run"
         if chosen
-        else f"there is no {programs} in PATH, and {recipe.variable} is not set"
+        else f"there is no {programs} in {' or '.join(folders)}, and {recipe.variable} is not set"
     )
     kind = "nvcc" if recipe is CUDA else "a C++ compiler"
     return (
@@ -207,6 +218,27 @@ def compiler_key(compiler: Compiler) -> str:
     return hashlib.sha256(os.fsencode(compiler.identity)).hexdigest()[:8]
 
 
+def codes_for(recipe: Recipe, capabilities: Iterable[tuple[int, int]]) -> tuple[str, ...]:
+    """The recipe's device code that GPUs of some compute capabilities need; PTX where it has no machine code.
+
+    A GPU that is too old for the recipe counts as its own code, which no compiler has for it.
+    """
+    known = [code for codes in recipe.device_code.values() for code in codes if code.startswith("sm_")]
+    codes = set()
+    for major, minor in capabilities:
+        own = f"sm_{major}{minor}"
+        alike = [code for code in known if code not in _TEGRA and code[3:-1] == str(major) and int(code[-1]) <= minor]
+        if own in _TEGRA or (major, minor) < (6, 0):
+            codes.add(own)
+        else:
+            codes.add(max(alike, key=_number) if alike else "compute_80")
+    return tuple(sorted(codes, key=_number))
+
+
+def _number(code: str) -> int:
+    return int(code.partition("_")[2])
+
+
 def compile_library(
     recipe: Recipe,
     csrc: Path,
@@ -214,6 +246,7 @@ def compile_library(
     compiler: Compiler,
     folder: Path,
     tell: Callable[[int, int, str], None],
+    codes: tuple[str, ...] = ALL,
 ) -> None:
     """Compile the sources in parallel and link them: the recipe's library in ``folder``, and its `RECORD`.
 
@@ -224,9 +257,10 @@ def compile_library(
         compiler: from `find_compiler`.
         folder: where to write; it exists.
         tell: takes how many files are compiled, how many there are, and the name of the last one.
+        codes: of the recipe's device code.
 
     Raises:
-        CompileError: the compiler failed.
+        CompileError: the compiler failed, or has none of the device code.
 
     Warns:
         UserWarning: MAX_JOBS is no number of compilers.
@@ -242,11 +276,12 @@ def compile_library(
 
     tell(0, len(units), "")
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        flags = (*recipe.compile_flags, *device_flags(recipe, compiler, Path(scratch)))
+        flags = (*recipe.compile_flags, *device_flags(recipe, compiler, Path(scratch), codes))
         objects = [f"{scratch}/{number}-{unit.stem}.o" for number, unit in enumerate(units)]
-        compile_only = (*compiler.command, *flags, *include, "-c")
+        jobs = processes_at_once()
+        compile_only = (*compiler.command, *flags, *include, *_threads(recipe, jobs, len(units)), "-c")
         commands = [(*compile_only, str(unit), "-o", path) for unit, path in zip(units, objects, strict=True)]
-        run_commands(commands, Path(scratch), processes_at_once(), tell_of)
+        run_commands(commands, Path(scratch), jobs, tell_of)
         command = (*compiler.command, *objects, *link, "-o", str(library))
         run_commands([command], Path(scratch))
     if not library.is_file():
@@ -261,20 +296,36 @@ def compile_library(
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def device_flags(recipe: Recipe, compiler: Compiler, scratch: Path) -> list[str]:
-    """The recipe's device code, of what the compiler knows.
+def _threads(recipe: Recipe, jobs: int, units: int) -> tuple[str, ...]:
+    """Where there are more cores than files, nvcc has some for the codes of a file."""
+    return ("--threads", str(jobs // units)) if recipe.device_code and jobs >= 2 * units else ()
+
+
+def device_flags(recipe: Recipe, compiler: Compiler, scratch: Path, codes: tuple[str, ...] = ALL) -> list[str]:
+    """Options for the device code, of what the compiler knows; PTX in the place of what it does not know yet.
 
     Raises:
-        CompileError: the compiler does not say.
+        CompileError: the compiler does not say, or has none of the code.
     """
     if not recipe.device_code:
         return []
     known = set(run_commands([(*compiler.command, "--list-gpu-code")], scratch)[0].split())
     flags = []
-    for virtual, codes in recipe.device_code.items():
-        if known & set(codes):
-            kept = ",".join(code for code in codes if code in known or code == virtual)
-            flags += ["-gencode", f"arch={virtual},code=[{kept}]"]
+    for virtual, of_variant in recipe.device_code.items():
+        usable = [code for code in of_variant if code in known or (code == virtual and known & set(of_variant))]
+        if codes == ALL:
+            kept = [code for code in usable if code not in _TEGRA or platform.machine() == "aarch64"]
+        else:
+            kept = [code for code in usable if code in codes]
+            if virtual in usable and virtual not in kept and set(codes) & (set(of_variant) - set(usable)):
+                kept.append(virtual)
+        if kept:
+            flags += ["-gencode", f"arch={virtual},code=[{','.join(kept)}]"]
+    if not flags:
+        raise CompileError(
+            f"{compiler} compiles for {', '.join(sorted(known, key=_number))}, and the kernels are needed for "
+            f"{', '.join(codes)}: take a CUDA toolkit that has it, by CUDA_HOME or {recipe.variable}"
+        )
     return flags
 
 
