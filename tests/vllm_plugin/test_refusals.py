@@ -75,6 +75,23 @@ def test_what_this_library_cannot_read_either_is_left_to_vllm(tmp_path: Path) ->
     assert reasons(path) == []
 
 
+def test_any_error_of_vllm_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Config:
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> None:
+            raise ImportError("No module named 'humming'")
+
+    monkeypatch.setattr(refusals, "get_quantization_config", lambda name: Config)
+    assert refusals.reasons({"quant_method": "gptq"}, None) == ["No module named 'humming'"]
+
+
+def test_a_hub_id_of_compressed_tensors_is_asked_for_by_its_config_alone(tmp_path: Path) -> None:
+    config = config_of(cases.write(Kind(4, 64, act_order=True, format="compressed-tensors"), tmp_path / "model"))
+    on_the_hub = SimpleNamespace(_name_or_path="nobody/nothing")
+    assert refusals.reasons(config, on_the_hub)
+    assert refusals.reasons(config | {"format": "float-quantized"}, on_the_hub) == []
+
+
 def test_a_model_without_files_is_asked_for_by_its_config_alone(tmp_path: Path) -> None:
     config = config_of(cases.write(Kind(4, 64, act_order=True), tmp_path / "model"))
     assert refusals.reasons(config, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +14,12 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import current_platform
 
 from exllama_ops.checkpoint import Checkpoint, CheckpointError, ModuleSummary, compressed_tensors, open_checkpoint
+from exllama_ops.checkpoint.compressed_tensors_config import parse_compressed_tensors
 from exllama_ops.checkpoint.files import is_hub_id
 from exllama_ops.checkpoint.hub import fetch_headers
 
 # What a config calls itself -> vLLM's name of it, where they differ.
 _NAMES = {"auto-round": "inc"}
-# What vLLM raises where it refuses. Other errors say nothing of the checkpoint.
-_REFUSALS = (ValueError, AssertionError, KeyError, NotImplementedError)
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,7 +28,8 @@ def reasons(raw: Mapping[str, Any], hf_config: Any) -> list[str]:
     """Every reason for which vLLM would refuse a quantized checkpoint.
 
     A layer of each kind in the files is made of vLLM's own config, without memory, as far as vLLM decides how to run
-    it. Experts are asked for as if they were layers of their own.
+    it. Whatever it raises there ends it when it makes the model. Experts are asked for as if they were layers of their
+    own.
 
     Args:
         raw: the quantization config of the files.
@@ -41,13 +40,13 @@ def reasons(raw: Mapping[str, Any], hf_config: Any) -> list[str]:
     """
     method = str(raw.get("quant_method", "")).lower()
     try:
-        kinds = _kinds(hf_config, method)
+        kinds = _kinds(hf_config, method, raw)
     except (CheckpointError, ImportError) as error:
         logger.info_once("exllama_ops leaves this checkpoint to vLLM: %s", error)
         return []
     try:
         config = _config_of(method, raw)
-    except _REFUSALS as error:
+    except Exception as error:
         return [_first_line(error)]
     found: dict[str, None] = {}
     for name, summary in kinds.items():
@@ -60,23 +59,23 @@ def _config_of(method: str, raw: Mapping[str, Any]) -> Any:
     """vLLM's own config of a checkpoint.
 
     Raises:
-        ValueError: vLLM does not take the config, here or on this platform.
+        Exception: vLLM does not take the config, here or on this platform.
     """
     name = _NAMES.get(method, method)
     kind = get_quantization_config(name)
     current_platform.verify_quantization(name)
-    config = kind.from_config(copy.deepcopy(dict(raw)))
+    config = kind.from_config(dict(raw))
     capability = current_platform.get_device_capability()
     if capability is not None and capability.to_int() < config.get_min_capability():
         raise ValueError(f"{name} needs compute capability {config.get_min_capability()}; got {capability.to_int()}")
     return config
 
 
-def _kinds(hf_config: Any, method: str) -> dict[str, ModuleSummary]:
+def _kinds(hf_config: Any, method: str, raw: Mapping[str, Any]) -> dict[str, ModuleSummary]:
     """One layer for each kind of them in the files, as far as headers tell; none if there are no files yet.
 
     Raises:
-        CheckpointError: the files are there, and this library cannot read them.
+        CheckpointError: this library cannot read the files.
         ImportError: the extra ``hf`` is not installed.
     """
     model = getattr(hf_config, "_name_or_path", "") or ""
@@ -85,7 +84,9 @@ def _kinds(hf_config: Any, method: str) -> dict[str, ModuleSummary]:
     if not is_hub_id(model):
         return _first_of_each(open_checkpoint(model))
     if method in compressed_tensors.METHODS:
-        return {}  # whose headers do not tell the shapes: all would be downloaded
+        # Their headers do not tell the shapes, so all would be downloaded. Of them the config says what can be read.
+        parse_compressed_tensors(raw, model)
+        return {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _first_of_each(open_checkpoint(fetch_headers(model, None, Path(folder))))
@@ -119,7 +120,7 @@ def _error_of(config: Any, name: str, K: int, N: int) -> Exception | None:
         with torch.device("meta"):
             layer = LinearBase(K, N, params_dtype=torch.bfloat16, quant_config=config, prefix=name, disable_tp=True)
             layer.quant_method.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=_load_nothing)
-    except _REFUSALS as error:
+    except Exception as error:
         return error
     return None
 
