@@ -19,6 +19,8 @@ from exllama_ops.ops import (
     gptq_gemm,
     gptq_gemm_dx,
     gptq_gemm_multi,
+    gptq_moe_gemm,
+    gptq_moe_gemm_dx,
     gptq_shuffle,
     gptq_unshuffle,
 )
@@ -67,6 +69,8 @@ __all__ = [
     "gptq_gemm",
     "gptq_gemm_dx",
     "gptq_gemm_multi",
+    "gptq_moe_gemm",
+    "gptq_moe_gemm_dx",
     "gptq_shuffle",
     "gptq_unshuffle",
     "is_batch_invariant",

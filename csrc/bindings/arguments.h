@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "bindings/tensor.h"
@@ -64,12 +65,14 @@ struct Options {
   bool use_v2_format;
   int64_t group_size;
 
-  explicit Options(const StableIValue* stack)
-      : g_idx(tensor_at(stack, 0)),
-        use_exllama(torch::stable::detail::to<bool>(stack[1])),
-        bit(torch::stable::detail::to<int64_t>(stack[2])),
-        use_v2_format(torch::stable::detail::to<bool>(stack[3])),
-        group_size(torch::stable::detail::to<int64_t>(stack[4])) {}
+  explicit Options(const StableIValue* stack) : Options(tensor_at(stack, 0), stack + 1) {}
+  // The others stand on the stack.
+  Options(Tensor order, const StableIValue* stack)
+      : g_idx(std::move(order)),
+        use_exllama(torch::stable::detail::to<bool>(stack[0])),
+        bit(torch::stable::detail::to<int64_t>(stack[1])),
+        use_v2_format(torch::stable::detail::to<bool>(stack[2])),
+        group_size(torch::stable::detail::to<int64_t>(stack[3])) {}
 
   // For the kernels, after the checks. `row_order` is g_idx or a copy of it, or null if it is empty.
   layout::Weight weight(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const Shape& shape,
@@ -126,6 +129,34 @@ struct PartsArguments {
       weights.push_back(options.weight(qweight[i], qzeros[i], scales[i], shapes[i], row_order));
     }
     return weights;
+  }
+};
+
+// The arguments of gptq_moe_gemm: stacks of the experts' tensors, what rows they have, and what they share.
+struct ExpertsArguments {
+  Tensor qweight;
+  Tensor qzeros;
+  Tensor scales;
+  Options options;  // its g_idx has the order of each expert, or is empty
+  Tensor offsets;
+
+  explicit ExpertsArguments(const StableIValue* stack)
+      : qweight(tensor_at(stack, 0)),
+        qzeros(tensor_at(stack, 1)),
+        scales(tensor_at(stack, 2)),
+        options(tensor_at(stack, 3), stack + 5),
+        offsets(tensor_at(stack, 4)) {}
+
+  bool ordered() const { return options.g_idx.dim() == 2; }
+
+  // The weight of one expert. `row_order` is its own, as for Options::weight.
+  layout::Weight weight(int64_t expert, const Shape& shape, const int32_t* row_order) const {
+    layout::Weight weight = options.weight(qweight, qzeros, scales, shape, row_order);
+    weight.qweight += expert * (shape.K * options.bit / 32) * shape.N;
+    weight.qzeros += expert * shape.G * (shape.N * options.bit / 32);
+    const int64_t scales_bytes = shape.G * shape.N * layout::bytes_of(weight.scales_dtype);
+    weight.scales = static_cast<const char*>(weight.scales) + expert * scales_bytes;
+    return weight;
   }
 };
 

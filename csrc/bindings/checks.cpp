@@ -37,7 +37,10 @@ std::string tuple(const int64_t* values, int64_t count) {
   return text + (count == 1 ? ",)" : ")");
 }
 
-std::string shape_of(const Tensor& tensor) { return tuple(tensor.sizes(), tensor.dim()); }
+// `lead` dimensions are left out.
+std::string shape_of(const Tensor& tensor, int64_t lead = 0) {
+  return tuple(tensor.sizes() + lead, tensor.dim() - lead);
+}
 
 // A dtype as Python prints it. The order is that of torch's ScalarType.
 std::string dtype_name(int32_t dtype) {
@@ -123,8 +126,8 @@ void check_tensor(const char* op, Name name, const Tensor& tensor, int64_t dim, 
   }
 }
 
-void check_float_tensor(const char* op, Name name, const Tensor& tensor, const Tensor& first) {
-  check_tensor(op, name, tensor, 2, {kFloat16, kBFloat16, kFloat32}, first);
+void check_float_tensor(const char* op, Name name, const Tensor& tensor, const Tensor& first, int64_t dim = 2) {
+  check_tensor(op, name, tensor, dim, {kFloat16, kBFloat16, kFloat32}, first);
 }
 
 const Format& check_bits(const char* op, int64_t bits) {
@@ -142,67 +145,76 @@ void check_fills_words(const char* op, Name name, int64_t size, const Format& fo
                  "-bit values that fill whole 32-bit words; got " + name.str() + "=" + str(size));
 }
 
-int64_t check_rows(const char* op, const Tensor& qweight, const Format& format) {
-  const int64_t rows = qweight.size(0);
+// The number of its rows stands after `lead` others.
+int64_t check_rows(const char* op, const Tensor& qweight, const Format& format, int64_t lead = 0) {
+  const int64_t rows = qweight.size(lead);
   if (rows <= 0 || rows % format.block_words != 0) {
     refuse(op, "qweight must have a positive multiple of " + str(format.block_words) +
-                   " rows of words for bits=" + str(format.bits) + "; got shape " + shape_of(qweight));
+                   " rows of words for bits=" + str(format.bits) + "; got shape " + shape_of(qweight, lead));
   }
   return rows * 32 / format.bits;
 }
 
 void check_shape(const char* op, Name name, const Tensor& tensor, const char* formula, int64_t rows, int64_t columns,
                  const std::string& given) {
-  if (tensor.size(0) == rows && tensor.size(1) == columns) return;
+  const int64_t lead = tensor.dim() - 2;
+  if (tensor.size(lead) == rows && tensor.size(lead + 1) == columns) return;
   const int64_t expected[] = {rows, columns};
   refuse(op, name.str() + " must have shape " + formula + " = " + tuple(expected, 2) + " for " + given + "; got " +
-                 shape_of(tensor));
+                 shape_of(tensor, lead));
 }
 
-// Tensors of a weight, which may be entries of lists.
+// Tensors of a weight, which may be entries of lists, or of stacks that have passed their own checks.
 struct WeightTensors {
   const Tensor& qweight;
   const Tensor& qzeros;
   const Tensor& scales;
-  int64_t part = -1;  // its index in the lists
+  int64_t part = -1;        // its index in the lists or stacks
+  int64_t lead = 0;         // dimensions of a stack before those of its entries
+  int64_t order_part = -1;  // the index of its g_idx, where each weight of a stack has one
 };
 
 // The texts below are built only where a rule is broken: a call has a few microseconds in all.
 Shape check_weight(const char* op, const WeightTensors& weight, const Options& options, const Tensor& first,
                    const int64_t* K_of_x, const int64_t* N_of_grad) {
-  const auto& [qweight, qzeros, scales, part] = weight;
+  const auto& [qweight, qzeros, scales, part, lead, order_part] = weight;
   const Tensor& g_idx = options.g_idx;
   const bool use_exllama = options.use_exllama;
   const int64_t bits = options.bit, group_size = options.group_size;
   const Format& format = check_bits(op, bits);
-  check_tensor(op, {"qweight", part}, qweight, 2, {kInt32}, first);
-  check_tensor(op, {"qzeros", part}, qzeros, 2, {kInt32}, first);
-  check_float_tensor(op, {"scales", part}, scales, first);
-  check_tensor(op, "g_idx", g_idx, 1, {kInt32}, first);
+  if (lead == 0) {
+    check_tensor(op, {"qweight", part}, qweight, 2, {kInt32}, first);
+    check_tensor(op, {"qzeros", part}, qzeros, 2, {kInt32}, first);
+    check_float_tensor(op, {"scales", part}, scales, first);
+    check_tensor(op, "g_idx", g_idx, 1, {kInt32}, first);
+  }
 
-  const int64_t entries = g_idx.size(0);
+  const int64_t entries = g_idx.size(g_idx.dim() - 1);
   const bool may_be_filled = use_exllama && (!K_of_x || entries > *K_of_x);
-  const int64_t rows = !K_of_x || may_be_filled ? check_rows(op, qweight, format) : *K_of_x;
+  const int64_t rows = !K_of_x || may_be_filled ? check_rows(op, qweight, format, lead) : *K_of_x;
   const bool filled = may_be_filled && rows < entries && entries <= 2 * rows && (!K_of_x || *K_of_x == entries - rows);
   const int64_t in_features = K_of_x ? *K_of_x : filled ? entries - rows : rows;
   const int64_t K = filled ? rows : in_features;
-  const int64_t N = N_of_grad ? *N_of_grad : scales.size(1);
-  const int64_t G = scales.size(0);
+  const int64_t N = N_of_grad ? *N_of_grad : scales.size(lead + 1);
+  const int64_t G = scales.size(lead);
   check_fills_words(op, "K", in_features, format);
   check_fills_words(op, {"N", part}, N, format);
-  if (qweight.size(0) != K * bits / 32 || qweight.size(1) != N) {
+  if (qweight.size(lead) != K * bits / 32 || qweight.size(lead + 1) != N) {
     check_shape(op, {"qweight", part}, qweight, "(K*bits/32, N)", K * bits / 32, N,
                 "K=" + str(K) + ", bits=" + str(bits));
   }
-  if (G <= 0) refuse(op, Name{"scales", part}.str() + " must have at least one group (row); got " + shape_of(scales));
-  if (scales.size(1) != N) check_shape(op, {"scales", part}, scales, "(G, N)", G, N, "N=" + str(N));
-  if (qzeros.size(0) != G || qzeros.size(1) != N * bits / 32) {
+  if (G <= 0) {
+    refuse(op, Name{"scales", part}.str() + " must have at least one group (row); got " + shape_of(scales, lead));
+  }
+  if (scales.size(lead + 1) != N) check_shape(op, {"scales", part}, scales, "(G, N)", G, N, "N=" + str(N));
+  if (qzeros.size(lead) != G || qzeros.size(lead + 1) != N * bits / 32) {
     check_shape(op, {"qzeros", part}, qzeros, "(G, N*bits/32)", G, N * bits / 32,
                 "G=" + str(G) + ", N=" + str(N) + ", bits=" + str(bits));
   }
 
   if (entries != 0 && entries != K && !filled) {
-    refuse(op, std::string("g_idx (") + (use_exllama ? "the permutation argsort(g_idx)" : "the group of each row") +
+    refuse(op, Name{"g_idx", order_part}.str() + " (" +
+                   (use_exllama ? "the permutation argsort(g_idx)" : "the group of each row") +
                    ", as use_exllama=" + (use_exllama ? "True" : "False") + ") must be empty or have shape (K,) = (" +
                    str(K) + ",)" + (use_exllama ? ", or (rows of qweight + K,) if its groups are filled" : "") +
                    "; got (" + str(entries) + ",)");
@@ -275,6 +287,51 @@ Shape check_gptq_gemm_dx(const Tensor& grad, const WeightArguments& weight) {
                       &N);
 }
 
+namespace {
+
+// The rules that make the weights of all experts like that of the first, and those of the first.
+Shape check_experts(const char* op, const ExpertsArguments& experts, const Tensor& first, const int64_t* K_of_x,
+                    const int64_t* N_of_grad) {
+  const auto& [qweight, qzeros, scales, options, offsets] = experts;
+  const Tensor& g_idx = options.g_idx;
+  check_bits(op, options.bit);
+  check_tensor(op, "qweight", qweight, 3, {kInt32}, first);
+  check_tensor(op, "qzeros", qzeros, 3, {kInt32}, first);
+  check_float_tensor(op, "scales", scales, first, 3);
+  const bool none = g_idx.defined() && g_idx.dim() == 1 && g_idx.size(0) == 0;
+  check_tensor(op, "g_idx", g_idx, none ? 1 : 2, {kInt32}, first);
+  check_tensor(op, "expert_offsets", offsets, 1, {kInt32}, first);
+  const int64_t E = qweight.size(0);
+  if (E <= 0) refuse(op, "qweight must have at least one expert; got shape " + shape_of(qweight));
+  const auto check_entries = [&](const char* name, const Tensor& stack) {
+    if (stack.size(0) == E) return;
+    refuse(op, std::string(name) + " must have an entry for each of the " + str(E) + " experts of qweight; got " +
+                   str(stack.size(0)));
+  };
+  check_entries("qzeros", qzeros);
+  check_entries("scales", scales);
+  if (!none) check_entries("g_idx", g_idx);
+  if (offsets.size(0) != E + 1) {
+    refuse(op, "expert_offsets must have shape (E + 1,) = (" + str(E + 1) + ",) for the " + str(E) +
+                   " experts of qweight; got (" + str(offsets.size(0)) + ",)");
+  }
+  return check_weight(op, {qweight, qzeros, scales, 0, 1, none ? -1 : 0}, options, first, K_of_x, N_of_grad);
+}
+
+}  // namespace
+
+Shape check_gptq_moe_gemm(const Tensor& x, const ExpertsArguments& experts) {
+  check_float_tensor("gptq_moe_gemm", "x", x, x);
+  const int64_t K = x.size(1);
+  return check_experts("gptq_moe_gemm", experts, x, &K, nullptr);
+}
+
+Shape check_gptq_moe_gemm_dx(const Tensor& grad, const ExpertsArguments& experts) {
+  check_float_tensor("gptq_moe_gemm_dx", "grad", grad, grad);
+  const int64_t N = grad.size(1);
+  return check_experts("gptq_moe_gemm_dx", experts, grad, nullptr, &N);
+}
+
 Shape check_gptq_dequantize(const WeightArguments& weight) {
   return check_weight("gptq_dequantize", {weight.qweight, weight.qzeros, weight.scales}, weight.options, weight.qweight,
                       nullptr, nullptr);
@@ -292,7 +349,7 @@ int64_t check_gptq_unshuffle(const Tensor& qweight, const Tensor& q_perm, int64_
   return check_reordering("gptq_unshuffle", qweight, q_perm, bit);
 }
 
-void check_index_range(const char* op, const char* name, const int32_t* index, int64_t entries, int64_t limit) {
+void check_index_range(const char* op, const std::string& name, const int32_t* index, int64_t entries, int64_t limit) {
   // Without a branch, so that the compiler makes vectors of it: negative entries are large when unsigned.
   const uint32_t bound = limit > INT32_MAX ? uint32_t{1} << 31 : static_cast<uint32_t>(limit);
   uint32_t outside = 0;
@@ -300,8 +357,7 @@ void check_index_range(const char* op, const char* name, const int32_t* index, i
   if (!outside) return;
   int64_t at = 0;
   while (static_cast<uint32_t>(index[at]) < bound) ++at;
-  refuse(op, std::string(name) + " must have values in [0, " + str(limit) + "); got " + str(index[at]) + " at index " +
-                 str(at));
+  refuse(op, name + " must have values in [0, " + str(limit) + "); got " + str(index[at]) + " at index " + str(at));
 }
 
 namespace {
@@ -325,26 +381,27 @@ bool lists_agree(const int32_t* named, const int32_t* places, int64_t K, int64_t
 
 }  // namespace
 
-void check_filled_order(const char* op, const int32_t* named, const int32_t* places, int64_t K, int64_t in_features) {
+void check_filled_order(const char* op, const std::string& name, const int32_t* named, const int32_t* places, int64_t K,
+                        int64_t in_features) {
   if (lists_agree(named, places, K, in_features)) return;
   for (int64_t i = 0; i < K; ++i) {
     if (named[i] >= -1 && named[i] < in_features) continue;
-    refuse(op, "g_idx must have values in [-1, " + str(in_features) + ") for the " + str(K) + " rows of qweight; got " +
-                   str(named[i]) + " at index " + str(i));
+    refuse(op, name + " must have values in [-1, " + str(in_features) + ") for the " + str(K) +
+                   " rows of qweight; got " + str(named[i]) + " at index " + str(i));
   }
   for (int64_t row = 0; row < in_features; ++row) {
     if (places[row] >= 0 && places[row] < K && named[places[row]] == row) continue;
-    refuse(op, "g_idx must say at index " + str(K + row) + " where " + str(row) + " stands among its first " + str(K) +
-                   " values; got " + str(places[row]));
+    refuse(op, name + " must say at index " + str(K + row) + " where " + str(row) + " stands among its first " +
+                   str(K) + " values; got " + str(places[row]));
   }
   for (int64_t i = 0; i < K; ++i) {
     if (named[i] < 0 || places[named[i]] == i) continue;
-    refuse(op, "g_idx must name a row of W once; got " + str(named[i]) + " at index " + str(places[named[i]]) +
+    refuse(op, name + " must name a row of W once; got " + str(named[i]) + " at index " + str(places[named[i]]) +
                    " and at index " + str(i));
   }
 }
 
-void check_permutation(const char* op, const char* name, const int32_t* index, int64_t entries, uint8_t* seen) {
+void check_permutation(const char* op, const std::string& name, const int32_t* index, int64_t entries, uint8_t* seen) {
   std::memset(seen, 0, static_cast<size_t>(entries));
   for (int64_t i = 0; i < entries; ++i) {
     if (!seen[index[i]]) {
@@ -352,8 +409,19 @@ void check_permutation(const char* op, const char* name, const int32_t* index, i
       continue;
     }
     const int64_t first = std::find(index, index + i, index[i]) - index;
-    refuse(op, std::string(name) + " must be a permutation; got " + str(index[i]) + " at index " + str(first) +
-                   " and at index " + str(i));
+    refuse(op, name + " must be a permutation; got " + str(index[i]) + " at index " + str(first) + " and at index " +
+                   str(i));
+  }
+}
+
+void check_expert_offsets(const char* op, const int32_t* offsets, int64_t count, int64_t M) {
+  int64_t least = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (offsets[i] < least || offsets[i] > M) {
+      refuse(op, "expert_offsets must not decrease, from 0 or more to the " + str(M) + " rows or fewer; got " +
+                     str(offsets[i]) + " at index " + str(i));
+    }
+    least = offsets[i];
   }
 }
 

@@ -3,11 +3,13 @@
 // Loading the library has no effect; exllama_cpu_register gives ops their kernels. So a library that is built while an op
 // has its one kernel already can serve under a second namespace. Schemas are defined by Python.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
@@ -89,7 +91,7 @@ class CheckedIndex {
   }
   // Kernels take what the rows name. Where each row of W stands is known by that.
   CheckedIndex(const char* op, const Tensor& g_idx, const Shape& shape) : CheckedIndex(g_idx, shape.K) {
-    check_filled_order(op, values_, g_idx.data<const int32_t>() + shape.K, shape.K, shape.in_features);
+    check_filled_order(op, "g_idx", values_, g_idx.data<const int32_t>() + shape.K, shape.K, shape.in_features);
   }
   CheckedIndex(const CheckedIndex&) = delete;
   CheckedIndex& operator=(const CheckedIndex&) = delete;
@@ -110,6 +112,74 @@ class CheckedIndex {
   int32_t small_[kSmall];
   Workspace large_;
   int32_t* values_ = nullptr;
+};
+
+// Copies of the offsets of the experts, and of the orders of those that have rows: checked, as a CheckedIndex is.
+class CheckedExperts {
+ public:
+  CheckedExperts(const char* op, const ExpertsArguments& arguments, const Shape& shape, const Tensor& rows,
+                 bool writes_to_its_rows)
+      : arguments_(arguments), shape_(shape), M_(rows.size(0)) {
+    const int64_t E = arguments.qweight.size(0);
+    const auto* given = arguments.offsets.data<const int32_t>();
+    offsets_.assign(given, given + E + 1);
+    check_expert_offsets(op, offsets_.data(), E + 1, M_);
+    for (int64_t expert = 0; expert < E; ++expert) {
+      if (offsets_[expert] < offsets_[expert + 1]) with_rows_.push_back(expert);
+    }
+    if (arguments.ordered()) copy_orders(op, writes_to_its_rows);
+  }
+
+  // The experts that have rows, with their weights.
+  std::vector<cpu::Expert> get() const {
+    std::vector<cpu::Expert> experts;
+    experts.reserve(with_rows_.size());
+    for (size_t i = 0; i < with_rows_.size(); ++i) {
+      const int64_t expert = with_rows_[i];
+      const int32_t* order = orders_.empty() ? nullptr : orders_.data() + static_cast<int64_t>(i) * shape_.K;
+      experts.push_back(
+          {arguments_.weight(expert, shape_, order), offsets_[expert], offsets_[expert + 1] - offsets_[expert]});
+    }
+    return experts;
+  }
+
+  // Zeros into the rows of a result that no expert has: those before the first offset, and from the last one on.
+  void clear_the_rest(const Tensor& result) const {
+    const int64_t row_bytes = result.size(1) * layout::bytes_of(dtype_of(result));
+    auto* begin = result.data<char>();
+    std::memset(begin, 0, static_cast<size_t>(offsets_.front() * row_bytes));
+    std::memset(begin + offsets_.back() * row_bytes, 0, static_cast<size_t>((M_ - offsets_.back()) * row_bytes));
+  }
+
+ private:
+  void copy_orders(const char* op, bool writes_to_its_rows) {
+    const Tensor& g_idx = arguments_.options.g_idx;
+    const int64_t entries = g_idx.size(1), limit = arguments_.options.use_exllama ? shape_.K : shape_.G;
+    std::vector<uint8_t> seen(static_cast<size_t>(shape_.K));
+    orders_.resize(with_rows_.size() * static_cast<size_t>(shape_.K));
+    for (size_t i = 0; i < with_rows_.size(); ++i) {
+      const int64_t expert = with_rows_[i];
+      const auto* given = g_idx.data<const int32_t>() + expert * entries;
+      int32_t* order = orders_.data() + static_cast<int64_t>(i) * shape_.K;
+      std::copy(given, given + shape_.K, order);
+      const std::string name = "g_idx[" + std::to_string(expert) + "]";
+      if (shape_.filled) {
+        check_filled_order(op, name, order, given + shape_.K, shape_.K, shape_.in_features);
+        continue;
+      }
+      check_index_range(op, name, order, shape_.K, limit);
+      if (arguments_.options.use_exllama && writes_to_its_rows) {
+        check_permutation(op, name, order, shape_.K, seen.data());
+      }
+    }
+  }
+
+  const ExpertsArguments& arguments_;
+  const Shape shape_;
+  const int64_t M_;
+  std::vector<int32_t> offsets_;
+  std::vector<int64_t> with_rows_;
+  std::vector<int32_t> orders_;  // [expert with rows][row of the words]
 };
 
 // What Ops asks of a device.
@@ -134,6 +204,32 @@ struct Cpu {
     cpu::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), M, dx.data<void>(), workspace.get(), pool.parallel());
   }
 
+  static void moe_gemm(const ExpertsArguments& arguments, const Shape& shape, const Tensor& x, const Tensor& out) {
+    TorchThreads pool;
+    const CheckedExperts checked("gptq_moe_gemm", arguments, shape, x, false);
+    const std::vector<cpu::Expert> experts = checked.get();
+    checked.clear_the_rest(out);
+    if (experts.empty()) return;
+    const auto count = static_cast<int64_t>(experts.size());
+    const auto precision = static_cast<cpu::Precision>(matmul_precision.load(std::memory_order_relaxed));
+    const size_t bytes = cpu::moe_gemm_workspace_bytes(experts.data(), count, precision, pool.threads());
+    const ProductWorkspace workspace(bytes, x);
+    cpu::moe_gemm(experts.data(), count, x.data<const void>(), dtype_of(x), out.data<void>(), precision,
+                  workspace.get(), pool.parallel());
+  }
+
+  static void moe_gemm_dx(const ExpertsArguments& arguments, const Shape& shape, const Tensor& grad, const Tensor& dx) {
+    TorchThreads pool;
+    const CheckedExperts checked("gptq_moe_gemm_dx", arguments, shape, grad, true);
+    const std::vector<cpu::Expert> experts = checked.get();
+    checked.clear_the_rest(dx);
+    if (experts.empty()) return;
+    const auto count = static_cast<int64_t>(experts.size());
+    const ProductWorkspace workspace(cpu::moe_gemm_dx_workspace_bytes(experts.data(), count, pool.threads()), grad);
+    cpu::moe_gemm_dx(experts.data(), count, grad.data<const void>(), dtype_of(grad), dx.data<void>(), workspace.get(),
+                     pool.parallel());
+  }
+
   static void dequantize(const cpu::Weight& weight, const Tensor& out) {
     TorchThreads pool;
     cpu::dequantize(weight, out.data<void>(), pool.parallel());
@@ -153,6 +249,8 @@ struct Cpu {
   }
 };
 
+constexpr auto kCpuImplementations = joined(kImplementations<Cpu>, kExpertsImplementations<Cpu>);
+
 }  // namespace
 }  // namespace exllama::bindings
 
@@ -162,13 +260,13 @@ struct Cpu {
 // or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels(kImplementations<Cpu>, name_space, op, "CPU");
+  return register_kernels(kCpuImplementations, name_space, op, "CPU");
 }
 
 // What `op` may be: name by index, null after the last.
 EXLLAMA_EXPORT const char* exllama_cpu_op_name(int32_t index) {
   using namespace exllama::bindings;
-  return op_name(kImplementations<Cpu>, index);
+  return op_name(kCpuImplementations, index);
 }
 
 // The values are those of exllama::cpu::Precision; whoever calls has checked them.

@@ -6,6 +6,8 @@
 //                                                  can do that; null if it is empty
 //   Index(op, tensor, shape)                       likewise of the g_idx of a filled weight, by its rows
 //   gemm, gemm_dx, dequantize, shuffle, unshuffle  which are called where there is something to compute
+// and, if it has the ops of experts,
+//   moe_gemm, moe_gemm_dx                          which also check the values of offsets and orders, if the device can
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -56,6 +58,28 @@ struct Ops {
     const int64_t sizes[] = {grad.size(0), shape.in_features};
     Tensor dx = Tensor::empty(sizes, grad.dtype(), grad);
     if (grad.size(0) > 0) Device::gemm_dx(weight, grad, dx);
+    give_back(stack, std::move(dx));
+  }
+
+  static void gptq_moe_gemm(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor x = tensor_at(stack, 0);
+    const ExpertsArguments arguments(stack + 1);
+    const Shape shape = check_gptq_moe_gemm(x, arguments);
+    Device::check("gptq_moe_gemm");
+    const int64_t sizes[] = {x.size(0), shape.N};
+    Tensor out = Tensor::empty(sizes, x.dtype(), x);
+    Device::moe_gemm(arguments, shape, x, out);
+    give_back(stack, std::move(out));
+  }
+
+  static void gptq_moe_gemm_dx(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor grad = tensor_at(stack, 0);
+    const ExpertsArguments arguments(stack + 1);
+    const Shape shape = check_gptq_moe_gemm_dx(grad, arguments);
+    Device::check("gptq_moe_gemm_dx");
+    const int64_t sizes[] = {grad.size(0), shape.in_features};
+    Tensor dx = Tensor::empty(sizes, grad.dtype(), grad);
+    Device::moe_gemm_dx(arguments, shape, grad, dx);
     give_back(stack, std::move(dx));
   }
 
@@ -122,6 +146,14 @@ inline constexpr Implementation kImplementations[] = {
     {"gptq_gemm_dx.no_autograd", Ops<Device>::gptq_gemm_dx},
     {"gptq_gemm_multi", Ops<Device>::gptq_gemm_multi},
     {"gptq_gemm_multi.no_autograd", Ops<Device>::gptq_gemm_multi},
+};
+
+template <typename Device>
+inline constexpr Implementation kExpertsImplementations[] = {
+    {"gptq_moe_gemm", Ops<Device>::gptq_moe_gemm},
+    {"gptq_moe_gemm.no_autograd", Ops<Device>::gptq_moe_gemm},
+    {"gptq_moe_gemm_dx", Ops<Device>::gptq_moe_gemm_dx},
+    {"gptq_moe_gemm_dx.no_autograd", Ops<Device>::gptq_moe_gemm_dx},
 };
 
 }  // namespace exllama::bindings

@@ -1,10 +1,12 @@
 // Kernels to the dispatcher, of one device in one library.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <string>
 
 #include "bindings/library.h"
@@ -17,17 +19,27 @@ struct Implementation {
   Kernel kernel;
 };
 
+// Two lists of implementations as one.
+template <size_t first_count, size_t second_count>
+constexpr std::array<Implementation, first_count + second_count> joined(const Implementation (&first)[first_count],
+                                                                        const Implementation (&second)[second_count]) {
+  std::array<Implementation, first_count + second_count> all{};
+  for (size_t i = 0; i < first_count; ++i) all[i] = first[i];
+  for (size_t i = 0; i < second_count; ++i) all[first_count + i] = second[i];
+  return all;
+}
+
 // The ops that a library has kernels for: name by index, null after the last. Python asks a library for them, and gives
-// an op that is not among them another backend.
-template <size_t count>
-const char* op_name(const Implementation (&implementations)[count], int32_t index) {
-  return index >= 0 && static_cast<size_t>(index) < count ? implementations[index].op : nullptr;
+// an op that is not among them another backend. `implementations` is a list of them.
+template <typename Implementations>
+const char* op_name(const Implementations& implementations, int32_t index) {
+  return index >= 0 && static_cast<size_t>(index) < std::size(implementations) ? implementations[index].op : nullptr;
 }
 
 // Registers the kernel of one op, or of every op if `op` is null, in an operator namespace that has the schemas or will
 // have them. Returns null, or what went wrong; the text lives until the thread's next call.
-template <size_t count>
-const char* register_kernels(const Implementation (&implementations)[count], const char* name_space, const char* op,
+template <typename Implementations>
+const char* register_kernels(const Implementations& implementations, const char* name_space, const char* op,
                              const char* dispatch_key) {
   static thread_local std::string error;
   try {

@@ -14,6 +14,9 @@ namespace {
 #define OPTIONS "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
 #define WEIGHT_ARGUMENTS "Tensor qweight, Tensor qzeros, Tensor scales, " OPTIONS
 #define MULTI_ARGUMENTS "Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, " OPTIONS
+#define EXPERTS_ARGUMENTS                                                                                          \
+  "Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, Tensor expert_offsets, bool use_exllama, int bit, " \
+  "bool use_v2_format=False, int group_size=0"
 
 const char* const kSchemas[] = {
     "gptq_shuffle(Tensor(a!) qweight, Tensor q_perm, int bit) -> ()",
@@ -23,6 +26,10 @@ const char* const kSchemas[] = {
     "gptq_gemm.no_autograd(Tensor x, " WEIGHT_ARGUMENTS ") -> Tensor",
     "gptq_gemm_multi(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
     "gptq_gemm_multi.no_autograd(Tensor x, " MULTI_ARGUMENTS ") -> Tensor",
+    "gptq_moe_gemm(Tensor x, " EXPERTS_ARGUMENTS ") -> Tensor",
+    "gptq_moe_gemm.no_autograd(Tensor x, " EXPERTS_ARGUMENTS ") -> Tensor",
+    "gptq_moe_gemm_dx(Tensor grad, " EXPERTS_ARGUMENTS ") -> Tensor",
+    "gptq_moe_gemm_dx.no_autograd(Tensor grad, " EXPERTS_ARGUMENTS ") -> Tensor",
     "gptq_gemm_dx(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
     "gptq_gemm_dx.no_autograd(Tensor grad, " WEIGHT_ARGUMENTS ") -> Tensor",
 };

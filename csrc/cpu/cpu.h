@@ -36,6 +36,22 @@ size_t shuffle_workspace_bytes(int64_t K, int32_t bits, int32_t threads);
 void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel);
 
+// One of several weights of one shape and format, and the rows of x that it has.
+struct Expert {
+  Weight weight;
+  int64_t first_row;
+  int64_t rows;  // at least one
+};
+
+// gemm and gemm_dx of the rows of each expert by its weight, with the same bits. x and out have the rows of all experts.
+// There is at least one expert.
+size_t moe_gemm_workspace_bytes(const Expert* experts, int64_t count, Precision precision, int32_t threads);
+void moe_gemm(const Expert* experts, int64_t count, const void* x, DType x_dtype, void* out, Precision precision,
+              void* workspace, const Parallel& parallel);
+size_t moe_gemm_dx_workspace_bytes(const Expert* experts, int64_t count, int32_t threads);
+void moe_gemm_dx(const Expert* experts, int64_t count, const void* grad, DType grad_dtype, void* dx, void* workspace,
+                 const Parallel& parallel);
+
 // dx (M, in_features) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, void* workspace,
              const Parallel& parallel);

@@ -18,6 +18,7 @@ from exllama_ops.layout.formats import FORMATS, SUPPORTED_BITS
 from exllama_ops.layout.groups import num_groups
 
 if TYPE_CHECKING:
+    from exllama_ops.layout.experts import Experts
     from exllama_ops.layout.weight import Parts, Weight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,20 +198,21 @@ def check_index_values(op: str, name: str, index: Tensor, limit: int, *, permuta
             )
 
 
-def check_row_order_values(op: str, weight: Weight, *, writes_to_its_rows: bool = False) -> None:
+def check_row_order_values(op: str, weight: Weight, *, writes_to_its_rows: bool = False, part: str = "") -> None:
     """`check_index_values` of a weight's row order: a permutation of the K rows, or the group of each row.
 
     A gather from a list that names a row twice has a result. An op that writes to the rows of a permutation would leave
     those that it does not name as they were in memory. The two lists of a filled weight must always agree.
     """
+    name = f"g_idx{part}"
     if weight.is_filled:
-        _check_filled_order(op, weight.row_order, weight.K)
+        _check_filled_order(op, name, weight.row_order, weight.K)
         return
     limit, permutation = (weight.K, writes_to_its_rows) if weight.shuffled else (weight.G, False)
-    check_index_values(op, "g_idx", weight.row_order, limit, permutation=permutation)
+    check_index_values(op, name, weight.row_order, limit, permutation=permutation)
 
 
-def _check_filled_order(op: str, row_order: Tensor, K: int) -> None:
+def _check_filled_order(op: str, name: str, row_order: Tensor, K: int) -> None:
     """That the first K entries name each row of W once, or none (-1), and the others say where."""
     if row_order.device.type != "cpu" or not _has_memory(row_order):
         return
@@ -218,18 +220,18 @@ def _check_filled_order(op: str, row_order: Tensor, K: int) -> None:
     for i, row in enumerate(named):
         if not -1 <= row < len(places):
             raise ValueError(
-                f"{op}: g_idx must have values in [-1, {len(places)}) for the {K} rows of qweight; got {row} at index "
+                f"{op}: {name} must have values in [-1, {len(places)}) for the {K} rows of qweight; got {row} at index "
                 f"{i}"
             )
     for row, place in enumerate(places):
         if not 0 <= place < K or named[place] != row:
             raise ValueError(
-                f"{op}: g_idx must say at index {K + row} where {row} stands among its first {K} values; got {place}"
+                f"{op}: {name} must say at index {K + row} where {row} stands among its first {K} values; got {place}"
             )
     for i, row in enumerate(named):
         if row >= 0 and places[row] != i:
             raise ValueError(
-                f"{op}: g_idx must name a row of W once; got {row} at index {places[row]} and at index {i}"
+                f"{op}: {name} must name a row of W once; got {row} at index {places[row]} and at index {i}"
             )
 
 
@@ -241,6 +243,7 @@ def check_weight(
     K: int | None = None,
     N: int | None = None,
     part: str = "",
+    order_part: str = "",
 ) -> None:
     """The rules of a packed weight, which all ops share.
 
@@ -251,6 +254,7 @@ def check_weight(
         K: the size of x, if there is an x: the rows of W, which a filled qweight has more of.
         N: the size that a gradient asks for, if there is one.
         part: the index, "[1]", of a weight in lists of them.
+        order_part: that of its row order, where each weight has one of its own.
 
     Raises:
         ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
@@ -262,7 +266,7 @@ def check_weight(
     device = qweight.device if device is None else device
     _check_tensor(op, f"qzeros{part}", qzeros, 2, (torch.int32,), device)
     _check_tensor(op, f"scales{part}", scales, 2, FLOAT_DTYPES, device)
-    _check_tensor(op, "g_idx", row_order, 1, (torch.int32,), device)
+    _check_tensor(op, f"g_idx{order_part}", row_order, 1, (torch.int32,), device)
 
     entries, in_features = row_order.shape[0], K
     may_be_filled = weight.shuffled and (in_features is None or entries > in_features)
@@ -287,8 +291,8 @@ def check_weight(
     torch._check_value(
         filled or entries in (0, K),
         lambda: (
-            f"{op}: g_idx ({meaning}, as use_exllama={weight.shuffled}) must be empty or have shape (K,) = ({K},)"
-            f"{longer}; got ({entries},)"
+            f"{op}: g_idx{order_part} ({meaning}, as use_exllama={weight.shuffled}) must be empty or have shape "
+            f"(K,) = ({K},){longer}; got ({entries},)"
         ),
     )
     torch._check_value(
@@ -376,3 +380,85 @@ def _check_same_groups(op: str, i: int, scales: Sequence[Tensor]) -> None:
         got == expected,
         lambda: f"{op}: scales[{i}] must have as many groups (rows) as scales[0], {expected}; got {got}",
     )
+
+
+def check_gptq_moe_gemm(x: Tensor, experts: Experts) -> None:
+    """The rules of gptq_moe_gemm: those of gptq_gemm for each expert, and those of the stacks.
+
+    Raises:
+        ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
+    """
+    op = "gptq_moe_gemm"
+    _check_tensor(op, "x", x, 2, FLOAT_DTYPES)
+    _check_stacks(op, experts, x.device)
+    check_weight(op, experts[0], device=x.device, K=x.shape[1], part="[0]", order_part=_of_each(experts))
+
+
+def check_gptq_moe_gemm_dx(grad: Tensor, experts: Experts) -> None:
+    """The rules of gptq_moe_gemm_dx.
+
+    Raises:
+        ValueError: an argument breaks a rule; the text names the op, the argument, the rule and what came.
+    """
+    op = "gptq_moe_gemm_dx"
+    _check_tensor(op, "grad", grad, 2, FLOAT_DTYPES)
+    _check_stacks(op, experts, grad.device)
+    check_weight(op, experts[0], device=grad.device, N=grad.shape[1], part="[0]", order_part=_of_each(experts))
+
+
+def _of_each(experts: Experts) -> str:
+    return "[0]" if experts.row_order.dim() == 2 else ""
+
+
+def _check_stacks(op: str, experts: Experts, device: torch.device) -> None:
+    """The rules that make the weights of all experts like that of the first."""
+    _check_bits(op, experts.bits)
+    _check_tensor(op, "qweight", experts.qweight, 3, (torch.int32,), device)
+    _check_tensor(op, "qzeros", experts.qzeros, 3, (torch.int32,), device)
+    _check_tensor(op, "scales", experts.scales, 3, FLOAT_DTYPES, device)
+    row_order = experts.row_order
+    none = row_order is not None and row_order.dim() == 1 and row_order.shape[0] == 0
+    _check_tensor(op, "g_idx", row_order, 1 if none else 2, (torch.int32,), device)
+    _check_tensor(op, "expert_offsets", experts.offsets, 1, (torch.int32,), device)
+    E = experts.qweight.shape[0]
+    torch._check_value(
+        E > 0, lambda: f"{op}: qweight must have at least one expert; got shape {tuple(experts.qweight.shape)}"
+    )
+    stacks = [("qzeros", experts.qzeros), ("scales", experts.scales), *([] if none else [("g_idx", row_order)])]
+    for name, stack in stacks:
+        torch._check_value(
+            stack.shape[0] == E,
+            lambda name=name, stack=stack: (
+                f"{op}: {name} must have an entry for each of the {E} experts of qweight; got {stack.shape[0]}"
+            ),
+        )
+    torch._check_value(
+        experts.offsets.shape[0] == E + 1,
+        lambda: (
+            f"{op}: expert_offsets must have shape (E + 1,) = ({E + 1},) for the {E} experts of qweight; "
+            f"got ({experts.offsets.shape[0]},)"
+        ),
+    )
+
+
+def check_expert_offsets(op: str, offsets: Tensor, M: int) -> None:
+    """The rule for the values of expert_offsets, where they may be read: on a CPU, while nothing is traced.
+
+    Args:
+        op: the name that errors carry.
+        offsets: (E + 1,) int32.
+        M: rows of the op's first argument.
+
+    Raises:
+        ValueError: an offset is less than the one before it, or none of the rows.
+    """
+    if offsets.device.type != "cpu" or not _has_memory(offsets):
+        return
+    least = 0
+    for i, offset in enumerate(offsets.tolist()):
+        if not least <= offset <= M:
+            raise ValueError(
+                f"{op}: expert_offsets must not decrease, from 0 or more to the {M} rows or fewer; got {offset} at "
+                f"index {i}"
+            )
+        least = offset

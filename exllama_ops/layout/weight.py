@@ -2,7 +2,7 @@
 
 `GptqWeight` is what a checkpoint holds. `PackedWeight` is what a layer holds; `exllama_ops.prepare` makes it. `Weight`
 is what an op was called with, and what checks, the reference, the Triton kernels and the graph passes take. `Parts` are
-the weights of one gptq_gemm_multi.
+the weights of one gptq_gemm_multi, and `exllama_ops.layout.experts.Experts` those of one gptq_moe_gemm.
 
 `Weight.of` and `Weight.arguments` are the one bridge between a `Weight` and the eight arguments of an op.
 """
@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -152,6 +152,8 @@ class Weight:
 class Parts:
     """The weights of one gptq_gemm_multi: lists of their tensors, and what they share, as in `Weight`."""
 
+    TENSORS: ClassVar[tuple[str, ...]] = Weight.TENSORS
+
     qweight: Sequence[Tensor]
     qzeros: Sequence[Tensor]
     scales: Sequence[Tensor]
@@ -190,8 +192,17 @@ class Parts:
         ]
 
 
-def from_op_arguments(kind: type[Weight] | type[Parts]) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Decorator of a function whose last parameter is a `Weight` or `Parts`: it is called as an op is.
+class OfOpArguments(Protocol):
+    """A type that is made of the arguments of an op, the tensors of one weight or several first."""
+
+    @property
+    def TENSORS(self) -> tuple[str, ...]: ...
+
+    def of(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def from_op_arguments(kind: OfOpArguments) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorator of a function whose last parameter is a `Weight` or the like: it is called as an op is.
 
     ``inspect.signature`` of the result has the op's arguments. The function itself is its ``__wrapped__``.
 

@@ -7,6 +7,8 @@ from exllama_ops.ops.gptq_dequantize import gptq_dequantize
 from exllama_ops.ops.gptq_gemm import gptq_gemm
 from exllama_ops.ops.gptq_gemm_dx import gptq_gemm_dx
 from exllama_ops.ops.gptq_gemm_multi import gptq_gemm_multi
+from exllama_ops.ops.gptq_moe_gemm import gptq_moe_gemm
+from exllama_ops.ops.gptq_moe_gemm_dx import gptq_moe_gemm_dx
 from exllama_ops.ops.gptq_shuffle import gptq_shuffle
 from exllama_ops.ops.gptq_unshuffle import gptq_unshuffle
 
@@ -16,15 +18,13 @@ __all__ = [
     "gptq_gemm",
     "gptq_gemm_dx",
     "gptq_gemm_multi",
+    "gptq_moe_gemm",
+    "gptq_moe_gemm_dx",
     "gptq_shuffle",
     "gptq_unshuffle",
 ]
 
-OPS_TO_SAVE: tuple[OpOverload, ...] = tuple(
-    _library.overload(name)
-    for name in _library.schemas()
-    if _library.op_of(name) in ("gptq_gemm", "gptq_gemm_multi", "gptq_gemm_dx")
-)
+OPS_TO_SAVE: tuple[OpOverload, ...] = tuple(_library.overload(name) for name in _library.schemas() if "gemm" in name)
 """The products, for the list or policy of `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
 
 A policy is asked for ``gptq_gemm.default``. The overloads without autograd are what graphs of AOTAutograd have.

@@ -8,6 +8,7 @@ the autograd kernel would do no more. A TorchDispatchMode that looks at ops by t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,14 +20,13 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
-from exllama_ops.layout.weight import Weight
+from exllama_ops.layout.weight import OfOpArguments, Weight
 from exllama_ops.ops import _library, _vmap
 
 _OPTIONS = "Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0"
 WEIGHT_ARGUMENTS = f"Tensor qweight, Tensor qzeros, Tensor scales, {_OPTIONS}"
 WEIGHTS_ARGUMENTS = f"Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, {_OPTIONS}"
-# How many of either are tensors or lists of them; those come first.
-_NUM_TENSORS = len(Weight.TENSORS)
+EXPERTS_ARGUMENTS = WEIGHT_ARGUMENTS.replace("Tensor g_idx, ", "Tensor g_idx, Tensor expert_offsets, ")
 
 NO_AUTOGRAD = "no_autograd"
 
@@ -43,7 +43,13 @@ _TRACING = (
 
 
 def define_linear_op(
-    name: str, arguments: str, *, adjoint: Callable[..., Tensor], fake: Callable[..., Tensor]
+    name: str,
+    arguments: str,
+    *,
+    adjoint: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    kind: OfOpArguments = Weight,
+    vmap: Callable[..., Any] = _vmap.in_one_call,
 ) -> Callable[..., Tensor]:
     """Define ``exllama::name`` and its overload without autograd, their gradient, batching rule and FLOP formula.
 
@@ -52,6 +58,8 @@ def define_linear_op(
         arguments: of its schema; the first, and those of a weight or of several.
         adjoint: maps a gradient of the result, dense and contiguous, and the weight to one of the first argument.
         fake: the fake of both overloads.
+        kind: what the arguments after the first are, tensors or lists of them first.
+        vmap: the batching rule, of `exllama_ops.ops._vmap`.
 
     Returns:
         The op as a function: what tracers see is ``exllama::name``.
@@ -60,13 +68,13 @@ def define_linear_op(
     for overload in names:
         _library.define_op(overload, arguments, "Tensor", fake=fake)
     op, without_autograd = (_library.overload(overload) for overload in names)
-    _library.register_kernel(names[0], "Autograd", _autograd_kernel(op, without_autograd, adjoint))
+    _library.register_kernel(names[0], "Autograd", _autograd_kernel(op, without_autograd, adjoint, kind))
     _library.no_gradient(names[1])
     for overload in names:
         _library.register_kernel(overload, "ZeroTensor", _on_zeros(_library.overload(overload)))
-        _library.register_vmap(overload, _vmap.in_one_call)
+        _library.register_vmap(overload, vmap)
     packet = op.overloadpacket
-    register_flop_formula(packet)(_flops)
+    register_flop_formula(packet)(functools.partial(_flops, kind))
     # The former name of the overload without autograd: policies of checkpointing and Inductor's caches may hold it.
     setattr(torch.ops.exllama, f"_{name}", packet)
 
@@ -93,17 +101,21 @@ def _is_watched() -> bool:
 
 
 def _flops(
+    kind: OfOpArguments,
     first_shape: torch.Size,
     qweight: torch.Size | Sequence[torch.Size],
     *args: Any,
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    """2 M K N of each weight, for any of the ops. The arguments are shapes where the op has tensors."""
+    """2 M K N of each weight, for any of the ops. The arguments are shapes where the op has tensors.
+
+    A row of x meets one of several experts, so that a stack of them counts once.
+    """
     del out_shape
     shapes = [qweight] if isinstance(qweight, torch.Size) else qweight
-    bits = Weight.of(qweight, *args, **kwargs).bits  # type: ignore[arg-type]  # shapes in place of tensors
-    return sum(2 * first_shape[0] * (rows * 32 // bits) * N for rows, N in shapes)
+    bits = kind.of(qweight, *args, **kwargs).bits
+    return sum(2 * first_shape[0] * (shape[-2] * 32 // bits) * shape[-1] for shape in shapes)
 
 
 def _on_zeros(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -119,8 +131,13 @@ def _on_zeros(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _autograd_kernel(
-    op: Callable[..., Tensor], without_autograd: Callable[..., Tensor], adjoint: Callable[..., Tensor]
+    op: Callable[..., Tensor],
+    without_autograd: Callable[..., Tensor],
+    adjoint: Callable[..., Tensor],
+    kind: OfOpArguments,
 ) -> Callable[..., Tensor]:
+    num_tensors = len(kind.TENSORS)
+
     def by_its_name(first: Tensor, *weight: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return op(first, *weight)
@@ -145,10 +162,10 @@ def _autograd_kernel(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             weight = inputs[1]
-            tensors, ctx.structure = tree_flatten(weight[:_NUM_TENSORS])
+            tensors, ctx.structure = tree_flatten(weight[:num_tensors])
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            ctx.options = weight[_NUM_TENSORS:]
+            ctx.options = weight[num_tensors:]
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *no_tangents: None) -> Tensor:

@@ -12,7 +12,18 @@ from exllama_ops.reference.gptq_dequantize import gptq_dequantize
 from exllama_ops.reference.gptq_gemm import gptq_gemm
 from exllama_ops.reference.gptq_gemm_dx import gptq_gemm_dx
 from exllama_ops.reference.gptq_gemm_multi import gptq_gemm_multi
+from exllama_ops.reference.gptq_moe_gemm import gptq_moe_gemm
+from exllama_ops.reference.gptq_moe_gemm_dx import gptq_moe_gemm_dx
 from exllama_ops.reference.gptq_shuffle import gptq_shuffle
 from exllama_ops.reference.gptq_unshuffle import gptq_unshuffle
 
-__all__ = ["gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle"]
+__all__ = [
+    "gptq_dequantize",
+    "gptq_gemm",
+    "gptq_gemm_dx",
+    "gptq_gemm_multi",
+    "gptq_moe_gemm",
+    "gptq_moe_gemm_dx",
+    "gptq_shuffle",
+    "gptq_unshuffle",
+]

@@ -7,6 +7,10 @@ namespace exllama::cpu {
 
 size_t gemm_workspace_bytes(const Weight*, int64_t, int64_t, Precision, int32_t) { return 0; }
 size_t gemm_dx_workspace_bytes(const Weight&, int64_t, int32_t) { return 0; }
+size_t moe_gemm_workspace_bytes(const Expert*, int64_t, Precision, int32_t) { return 0; }
+size_t moe_gemm_dx_workspace_bytes(const Expert*, int64_t, int32_t) { return 0; }
+void moe_gemm(const Expert*, int64_t, const void*, DType, void*, Precision, void*, const Parallel&) {}
+void moe_gemm_dx(const Expert*, int64_t, const void*, DType, void*, void*, const Parallel&) {}
 size_t shuffle_workspace_bytes(int64_t, int32_t, int32_t) { return 0; }
 void gemm(const Weight*, int64_t, const void*, DType, int64_t, void*, Precision, void*, const Parallel&) {}
 void gemm_dx(const Weight&, const void*, DType, int64_t, void*, void*, const Parallel&) {}

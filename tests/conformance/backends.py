@@ -167,6 +167,11 @@ class BackendUnderTest:
         """Whether gptq_gemm_multi divides a part's sums as gptq_gemm does; CUDA divides those of all parts as one."""
         return self.served_by != {"cuda"}
 
+    @property
+    def experts_have_the_bits_of_gemm(self) -> bool:
+        """Whether gptq_moe_gemm divides the sums of an expert as gptq_gemm does."""
+        return self.served_by <= {"cpu", "reference"}
+
     def gemm_error(self, x: Tensor, weight: Weight) -> Error:
         """The error of ``x @ W``."""
         if self.served_by == {"triton"}:

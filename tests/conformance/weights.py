@@ -5,6 +5,7 @@ The packers here follow docs/format.md word by word and are slow; the package's 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +134,28 @@ def multi_args(parts: Sequence[Weight]) -> tuple[Any, ...]:
     """Everything after x in gptq_gemm_multi."""
     lists = ([getattr(part, name) for part in parts] for name in ("qweight", "qzeros", "scales"))
     return (*lists, *parts[0].args[3:])
+
+
+def build_experts(case: Case, E: int) -> list[Weight]:
+    """Weights whose tensors have the same shapes, each with an order of rows of its own."""
+    experts: list[Weight] = []
+    for seed in itertools.count(case.seed):
+        expert = build(replace(case, seed=seed))
+        # Those that are filled may have any number of groups.
+        if not experts or expert.scales.shape == experts[0].scales.shape:
+            experts.append(expert)
+        if len(experts) == E:
+            break
+    return experts
+
+
+def experts_args(experts: Sequence[Weight], offsets: Sequence[int]) -> tuple[Any, ...]:
+    """Everything after x in gptq_moe_gemm."""
+    stacks = [torch.stack([getattr(expert, name) for expert in experts]) for name in ("qweight", "qzeros", "scales")]
+    orders = [expert.row_order for expert in experts]
+    row_order = torch.stack(orders) if orders[0].numel() else orders[0]
+    expert_offsets = torch.tensor(offsets, dtype=torch.int32, device=row_order.device)
+    return (*stacks, row_order, expert_offsets, *experts[0].args[4:])
 
 
 def build(case: Case, q: Tensor | None = None) -> Weight:

@@ -210,4 +210,25 @@ inline std::vector<uint8_t> run_gemm_of_two(const RandomWeight& weight, const st
   return out;
 }
 
+// The rows of x as those of three experts of the same weight, some of which may have none.
+inline std::vector<Expert> three_experts(const RandomWeight& weight, int64_t M) {
+  std::vector<Expert> experts;
+  const int64_t ends[] = {0, M / 8, M / 8 + (M > 1), M};
+  for (int i = 0; i < 3; ++i) {
+    if (ends[i] < ends[i + 1]) experts.push_back({weight.view, ends[i], ends[i + 1] - ends[i]});
+  }
+  return experts;
+}
+
+inline std::vector<uint8_t> run_gemm_of_three_experts(const RandomWeight& weight, const std::vector<uint8_t>& x,
+                                                      DType dtype, int64_t M, Precision precision, int threads) {
+  const std::vector<Expert> experts = three_experts(weight, M);
+  const auto count = static_cast<int64_t>(experts.size());
+  std::vector<uint8_t> out(M * weight.N * size_of(dtype), 0xff);
+  const Workspace workspace(moe_gemm_workspace_bytes(experts.data(), count, precision, threads));
+  moe_gemm(experts.data(), count, x.data(), dtype, out.data(), precision, workspace.data,
+           {Threads::run, &threads, threads});
+  return out;
+}
+
 }  // namespace native

@@ -179,6 +179,8 @@ void test_gemm(std::mt19937& random, const RandomWeight& weight, DType dtype, Pr
       for (int part = 0; part < 2; ++part) twice.insert(twice.end(), begin, begin + out_row);
     }
     expect(same(twice, run_gemm_of_two(weight, x, dtype, M, precision, 3), dtype), c.text + " differs side by side");
+    expect(same(out, run_gemm_of_three_experts(weight, x, dtype, M, precision, 3), dtype),
+           c.text + " differs by experts");
     for (int64_t m : {int64_t{0}, M / 2, M - 1}) {
       const std::vector<uint8_t> one(x.begin() + m * row, x.begin() + (m + 1) * row);
       const std::vector<uint8_t> alone = run_gemm(weight, one, dtype, 1, precision, 1);
@@ -221,6 +223,13 @@ void test_dx(std::mt19937& random, const RandomWeight& weight, DType dtype, int6
       gemm_dx(weight.view, grad.data(), dtype, M, dx.data(), workspace.data, {Threads::run, &threads, threads});
       if (threads == 1) one_thread = dx;
       expect(dx == one_thread, text + " dx threads " + isa);
+      const std::vector<Expert> experts = three_experts(weight, M);
+      const auto count = static_cast<int64_t>(experts.size());
+      const Workspace of_experts(moe_gemm_dx_workspace_bytes(experts.data(), count, threads));
+      std::fill(dx.begin(), dx.end(), uint8_t{0xff});
+      moe_gemm_dx(experts.data(), count, grad.data(), dtype, dx.data(), of_experts.data,
+                  {Threads::run, &threads, threads});
+      expect(dx == one_thread, text + " dx of experts " + isa);
     }
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t k = 0; k < weight.K; ++k) {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.weights import DTYPES, Case, build, build_parts, multi_args
+from conformance.weights import DTYPES, Case, build, build_experts, build_parts, experts_args, multi_args
 from exllama_ops import gptq_gemm
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import assert_within_bound, gamma
@@ -52,11 +52,14 @@ def linear_ops() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...]
     """Each op that is linear in its first argument, with the others; columns of the argument and of the result."""
     parts = build_parts(CASES[1], (64, 32))
     one, many = parts[0].args, multi_args(parts)
+    experts = experts_args(build_experts(CASES[1], 2), [0, 2, 5])
     exllama = torch.ops.exllama
     return {
         "gptq_gemm": (exllama.gptq_gemm, one, 96, 64),
         "gptq_gemm_dx": (exllama.gptq_gemm_dx, one, 64, 96),
         "gptq_gemm_multi": (exllama.gptq_gemm_multi, many, 96, 96),
+        "gptq_moe_gemm": (exllama.gptq_moe_gemm, experts, 96, 64),
+        "gptq_moe_gemm_dx": (exllama.gptq_moe_gemm_dx, experts, 64, 96),
         "the function": (gptq_gemm, one, 96, 64),
     }
 
@@ -123,6 +126,17 @@ def test_multi_has_second_derivatives_and_tangents() -> None:
         result = torch.autograd.forward_ad.unpack_dual(torch.ops.exllama.gptq_gemm_multi(dual, *multi_args(parts)))
     assert result.tangent is not None
     assert_within_bound(result.tangent, tangent.contiguous(), dense, gamma(96 + 3))
+
+
+def test_the_gradient_of_experts_is_that_of_each_ones_rows() -> None:
+    experts = build_experts(CASES[1], 3)
+    offsets = [1, 3, 3, 6]
+    x, grad = torch.randn(7, 96, requires_grad=True), torch.randn(7, 64)
+    torch.ops.exllama.gptq_moe_gemm(x, *experts_args(experts, offsets)).backward(grad)
+    assert x.grad is not None
+    assert not x.grad[[0, 6]].any()
+    for expert, start, stop in zip(experts, offsets, offsets[1:], strict=False):
+        assert_within_bound(x.grad[start:stop], grad[start:stop], expert.dense.t(), gamma(64 + 3))
 
 
 def test_second_derivatives_exist() -> None:

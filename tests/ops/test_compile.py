@@ -12,7 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter, Compi
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from conformance.weights import Case, build, build_parts, multi_args
+from conformance.weights import Case, build, build_experts, build_parts, experts_args, multi_args
 from exllama_ops import ExllamaLinear, quantize
 from exllama_ops.layout.formats import SUPPORTED_BITS
 
@@ -223,6 +223,32 @@ def test_one_graph_of_multi_serves_every_number_of_tokens_from_two() -> None:
     assert counter.frame_count == 1
 
 
+def test_one_graph_of_experts_serves_every_routing_and_number_of_rows() -> None:
+    *stacks, _, use_exllama, bit, v2, group_size = experts_args(build_experts(CASE, 3), [0, 0, 0, 0])
+
+    def product(x: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
+        ids, order = expert_of_row.sort(stable=True)
+        offsets = torch.searchsorted(ids, torch.arange(4), out_int32=True)
+        y = torch.ops.exllama.gptq_moe_gemm(x[order], *stacks, offsets, use_exllama, bit, v2, group_size)
+        return torch.empty_like(y).index_copy(0, order, y)
+
+    counter = CompileCounter()
+    compiled = torch.compile(product, backend=counter, fullgraph=True)
+    for M in (2, 3, 64, 257):
+        x, ids = torch.randn(M, 96), torch.randint(3, (M,))
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(ids, 0)
+        assert torch.equal(compiled(x, ids), product(x, ids))
+    assert counter.frame_count == 1
+
+
+def test_flops_of_experts_are_those_of_one_for_each_row() -> None:
+    args = experts_args(build_experts(CASE, 3), [0, 1, 1, 5])
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.exllama.gptq_moe_gemm(torch.randn(5, 96), *args)
+    assert counter.get_total_flops() == 2 * 5 * 96 * 64
+
+
 def test_ops_keep_their_schemas() -> None:
     """Users call them positionally: a change here breaks them."""
     schemas = "\n".join(
@@ -234,6 +260,8 @@ def test_ops_keep_their_schemas() -> None:
             "gptq_gemm",
             "gptq_gemm_dx",
             "gptq_gemm_multi",
+            "gptq_moe_gemm",
+            "gptq_moe_gemm_dx",
         )
     )
     assert_expected_inline(
@@ -244,5 +272,7 @@ exllama::gptq_unshuffle(Tensor qweight, Tensor q_perm, int bit) -> Tensor
 exllama::gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
 exllama::gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
 exllama::gptq_gemm_dx(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
-exllama::gptq_gemm_multi(Tensor x, Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor""",
+exllama::gptq_gemm_multi(Tensor x, Tensor[] qweight, Tensor[] qzeros, Tensor[] scales, Tensor g_idx, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
+exllama::gptq_moe_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, Tensor expert_offsets, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor
+exllama::gptq_moe_gemm_dx(Tensor grad, Tensor qweight, Tensor qzeros, Tensor scales, Tensor g_idx, Tensor expert_offsets, bool use_exllama, int bit, bool use_v2_format=False, int group_size=0) -> Tensor""",
     )

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from conformance.weights import Case, build
+from conformance.weights import Case, build, experts_args
 from exllama_ops import reference
 from exllama_ops.layout.formats import SUPPORTED_BITS
 
@@ -314,6 +314,121 @@ def test_dx_refuses(run: Callable[..., None], grad: torch.Tensor, rule: str) -> 
     _, *rest = gemm_arguments().values()
     with pytest.raises(ValueError, match=f"^gptq_gemm_dx: {re.escape(rule)}$"):
         run("gptq_gemm_dx", grad, *rest)
+
+
+EXPERTS_NAMES = (*GEMM_NAMES[:5], "expert_offsets", *GEMM_NAMES[5:])
+
+
+def experts_arguments(**changes: Any) -> dict[str, Any]:
+    experts = experts_args([build(CASE), build(CASE)], [0, 1, 3])
+    arguments = dict(zip(EXPERTS_NAMES, (torch.randn(3, 64, dtype=torch.float16), *experts), strict=True))
+    return arguments | changes
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_EXPERTS = [
+    Bad({"bit": 5}, f"bit must be one of {SUPPORTED_BITS}; got 5"),
+    Bad({"x": empty(64, dtype=HALF)}, "x must have 2 dimensions; got 1"),
+    Bad({"qweight": empty(8, 32)}, "qweight must have 3 dimensions; got 2"),
+    Bad({"qweight": empty(2, 8, 32, dtype=torch.int64)}, "qweight must be torch.int32; got torch.int64"),
+    Bad(
+        {"qweight": empty(2, 32, 8).mT},
+        "qweight must be contiguous; got shape (2, 8, 32) with strides (256, 1, 8)",
+    ),
+    Bad({"qweight": empty(0, 8, 32)}, "qweight must have at least one expert; got shape (0, 8, 32)"),
+    Bad(
+        {"qweight": empty(2, 8, 40)},
+        "qweight[0] must have shape (K*bits/32, N) = (8, 32) for K=64, bits=4; got (8, 40)",
+    ),
+    Bad({"qzeros": empty(2, 4)}, "qzeros must have 3 dimensions; got 2"),
+    Bad({"qzeros": empty(3, 4, 4)}, "qzeros must have an entry for each of the 2 experts of qweight; got 3"),
+    Bad(
+        {"qzeros": empty(2, 4, 5)},
+        "qzeros[0] must have shape (G, N*bits/32) = (4, 4) for G=4, N=32, bits=4; got (4, 5)",
+    ),
+    Bad(
+        {"scales": empty(1, 4, 32, dtype=HALF)}, "scales must have an entry for each of the 2 experts of qweight; got 1"
+    ),
+    Bad(
+        {"scales": empty(2, 4, 36, dtype=HALF)},
+        "N[0] must be a positive multiple of 8, the 4-bit values that fill whole 32-bit words; got N[0]=36",
+    ),
+    Bad({"scales": empty(2, 0, 32, dtype=HALF)}, "scales[0] must have at least one group (row); got (0, 32)"),
+    Bad({"g_idx": empty(64)}, "g_idx must have 2 dimensions; got 1"),
+    Bad({"g_idx": empty(1, 64)}, "g_idx must have an entry for each of the 2 experts of qweight; got 1"),
+    Bad({"g_idx": empty(2, 64, dtype=torch.int64)}, "g_idx must be torch.int32; got torch.int64"),
+    Bad(
+        {"g_idx": empty(2, 63)},
+        "g_idx[0] (the permutation argsort(g_idx), as use_exllama=True) must be empty or have shape (K,) = (64,), or "
+        "(rows of qweight + K,) if its groups are filled; got (63,)",
+    ),
+    Bad({"expert_offsets": empty(2, 3)}, "expert_offsets must have 1 dimension; got 2"),
+    Bad({"expert_offsets": empty(3, dtype=torch.int64)}, "expert_offsets must be torch.int32; got torch.int64"),
+    Bad(
+        {"expert_offsets": empty(2)},
+        "expert_offsets must have shape (E + 1,) = (3,) for the 2 experts of qweight; got (2,)",
+    ),
+    Bad({"group_size": -1}, "group_size must be at least 1, or 0 for K / G; got -1"),
+    Bad(
+        {"group_size": 32},
+        "scales[0] must have G = ceil(K / group_size) = 2 rows for K=64, group_size=32; got 4",
+    ),
+    Bad(
+        {"group_size": 0, "scales": empty(2, 5, 32, dtype=HALF), "qzeros": empty(2, 5, 4)},
+        "group_size=0 means K / G, which must be whole; got K=64, G[0]=5 (say the group_size of a weight whose last "
+        "group is partial)",
+    ),
+]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("bad", BAD_EXPERTS, ids=lambda bad: bad.message[:45])
+def test_moe_gemm_and_its_dx_refuse(run: Callable[..., None], bad: Bad) -> None:
+    x, *rest = experts_arguments(**bad.changes).values()
+    with pytest.raises(ValueError, match=f"^gptq_moe_gemm: {re.escape(bad.message)}$"):
+        run("gptq_moe_gemm", x, *rest)
+    if "x" in bad.changes or "8, 40" in bad.message or "N[0] must" in bad.message:
+        return  # K and N are those of grad
+    with pytest.raises(ValueError, match=f"^gptq_moe_gemm_dx: {re.escape(bad.message)}$"):
+        run("gptq_moe_gemm_dx", empty(3, 32, dtype=HALF), *rest)
+
+
+BAD_OFFSETS = [
+    ((1, 0, 3), "got 0 at index 1"),
+    ((0, 4, 4), "got 4 at index 1"),
+    ((-1, 0, 3), "got -1 at index 0"),
+    ((0, 2, 1), "got 1 at index 2"),
+]
+
+
+@pytest.mark.parametrize("run", [run_op, run_reference])
+@pytest.mark.parametrize(("values", "got"), BAD_OFFSETS)
+def test_offsets_that_are_none_are_refused_on_a_cpu(
+    run: Callable[..., None], values: tuple[int, ...], got: str
+) -> None:
+    rule = f"expert_offsets must not decrease, from 0 or more to the 3 rows or fewer; {got}"
+    x, *rest = experts_arguments(expert_offsets=offsets(*values)).values()
+    for op, first in (("gptq_moe_gemm", x), ("gptq_moe_gemm_dx", empty(3, 32, dtype=HALF))):
+        with pytest.raises(ValueError, match=f"^{op}: {re.escape(rule)}$"):
+            run(op, first, *rest)
+
+
+@pytest.mark.parametrize("run", [run_op, run_reference])
+def test_the_order_of_an_expert_with_rows_is_checked_and_named(run: Callable[..., None]) -> None:
+    orders = torch.arange(64, dtype=torch.int32).repeat(2, 1)
+    orders[1, 5] = 64
+    run("gptq_moe_gemm", *experts_arguments(g_idx=orders, expert_offsets=offsets(0, 3, 3)).values())
+    rule = "g_idx[1] must have values in [0, 64); got 64 at index 5"
+    with pytest.raises(ValueError, match=f"^gptq_moe_gemm: {re.escape(rule)}$"):
+        run("gptq_moe_gemm", *experts_arguments(g_idx=orders).values())
+    orders[1, 5] = 4
+    rule = "g_idx[1] must be a permutation; got 4 at index 4 and at index 5"
+    _, *rest = experts_arguments(g_idx=orders).values()
+    with pytest.raises(ValueError, match=f"^gptq_moe_gemm_dx: {re.escape(rule)}$"):
+        run("gptq_moe_gemm_dx", empty(3, 32, dtype=HALF), *rest)
 
 
 @pytest.mark.parametrize("run", RUNNERS)

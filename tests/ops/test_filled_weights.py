@@ -21,6 +21,12 @@ ROWS = build(CASE).rows
 OF_WEIGHTS = sorted(name for name in SAMPLES if "shuffle" not in name and "." not in name)
 
 
+def order_of(name: str, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, str]:
+    """The two lists of a filled weight, or of the first of several experts, and what errors call them."""
+    g_idx = arguments[3 if name == "gptq_dequantize" else 4]
+    return (g_idx[0], "g_idx[0]") if g_idx.dim() == 2 else (g_idx, "g_idx")
+
+
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_opcheck(name: str) -> None:
     arguments = SAMPLES[name](CASE, torch.float32)
@@ -44,9 +50,9 @@ def test_values_that_lead_outside_are_refused_on_the_cpu(
     run: Callable[..., None], name: str, at: int, value: int, text: str
 ) -> None:
     arguments = SAMPLES[name](CASE, torch.float32)
-    order = next(arg for arg in arguments if isinstance(arg, torch.Tensor) and arg.dim() == 1)
+    order, argument = order_of(name, arguments)
     order[at] = value
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: g_idx must {text}')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: {argument} must {text}')}$"):
         run(name, *arguments)
 
 
@@ -54,15 +60,17 @@ def test_values_that_lead_outside_are_refused_on_the_cpu(
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_lists_that_do_not_agree_are_refused_on_the_cpu(run: Callable[..., None], name: str) -> None:
     arguments = SAMPLES[name](CASE, torch.float32)
-    order = next(arg for arg in arguments if isinstance(arg, torch.Tensor) and arg.dim() == 1)
+    order, argument = order_of(name, arguments)
     fill, place = int((order[:ROWS] == -1).nonzero()[0]), int(order[ROWS + 5])
     order[fill] = 5
-    message = f"{name}: g_idx must name a row of W once; got 5 at index {place} and at index {fill}"
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    message = f"{name}: {argument} must name a row of W once; got 5 at index {place} and at index {fill}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run(name, *arguments)
     order[place] = -1
-    message = f"{name}: g_idx must say at index {ROWS + 5} where 5 stands among its first {ROWS} values; got {place}"
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    message = (
+        f"{name}: {argument} must say at index {ROWS + 5} where 5 stands among its first {ROWS} values; got {place}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run(name, *arguments)
 
 

@@ -171,7 +171,7 @@ def test_the_former_name_of_an_op_without_autograd_is_the_op() -> None:
 def test_the_ops_to_save_are_the_products_with_and_without_autograd() -> None:
     assert {str(overload) for overload in OPS_TO_SAVE} == {
         f"exllama.{name}.{overload}"
-        for name in ("gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi")
+        for name in ("gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_moe_gemm", "gptq_moe_gemm_dx")
         for overload in ("default", "no_autograd")
     }
 

@@ -11,7 +11,7 @@ import torch
 from sample import op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conformance.weights import Case, build, build_parts, multi_args
+from conformance.weights import Case, build, build_experts, build_parts, experts_args, multi_args
 from exllama_ops import ops
 
 PARTS = build_parts(Case(4, 96, 64, 32, "perm"), (64, 32))
@@ -53,6 +53,23 @@ def test_a_batch_of_activations_is_one_call(name: str, dim: int) -> None:
         out = torch.vmap(lambda x: op(name)(x, *weight), in_dims=dim)(x.movedim(0, dim).contiguous())
     assert calls.count == 1
     assert torch.equal(out, torch.stack([op(name)(sample, *weight) for sample in x]))
+
+
+@pytest.mark.parametrize(("name", "columns"), [("gptq_moe_gemm", 96), ("gptq_moe_gemm_dx", 64)])
+def test_rows_of_experts_are_a_call_for_each_sample(name: str, columns: int) -> None:
+    """The offsets count the rows of one sample. They may differ from sample to sample."""
+    experts = build_experts(Case(4, 96, 64, 32, "perm"), 2)
+    *stacks, offsets, use_exllama, bit, v2, group_size = experts_args(experts, [0, 1, 3])
+    x, others = torch.randn(4, 3, columns), torch.stack([offsets, offsets - offsets, offsets.clamp(max=2), offsets])
+    for dim, of_sample in ((None, [offsets] * 4), (0, others)):
+        given = offsets if dim is None else others
+        out = torch.vmap(
+            lambda x, offsets: op(name)(x, *stacks, offsets, use_exllama, bit, v2, group_size), in_dims=(0, dim)
+        )(x, given)
+        each = [
+            op(name)(one, *stacks, own, use_exllama, bit, v2, group_size) for one, own in zip(x, of_sample, strict=True)
+        ]
+        assert torch.equal(out, torch.stack(each))
 
 
 @pytest.mark.parametrize("name", ["gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi"])

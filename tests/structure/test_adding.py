@@ -198,6 +198,7 @@ def test_a_file_of_an_op_is_not_forgotten(module: object) -> None:
 
 WIDTH = 6
 NAMES = ("gptq_shuffle", "gptq_unshuffle", "gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi")
+OF_EXPERTS = ("gptq_moe_gemm", "gptq_moe_gemm_dx")
 
 ARGUMENTS = f"""
 import torch, exllama_ops
@@ -209,13 +210,16 @@ from exllama_ops.layout import pack_columns, pack_rows
 qweight, qzeros, scales = pack_rows(q, BITS, "shuffled"), pack_columns(z, BITS), torch.rand(G, N)
 options = (none, True, BITS, True)
 weight = (qweight, qzeros, scales, *options)
-calls = dict(zip({NAMES}, (
+experts = (*(tensor[None] for tensor in weight[:3]), none, torch.tensor([0, 3], dtype=torch.int32), *options[1:])
+calls = dict(zip({NAMES + OF_EXPERTS}, (
     (qweight.clone(), none, BITS),
     (qweight, none, BITS),
     weight,
     (torch.randn(3, K), *weight),
     (torch.randn(3, N), *weight),
     (torch.randn(3, K), [qweight], [qzeros], [scales], *options),
+    (torch.randn(3, K), *experts),
+    (torch.randn(3, N), *experts),
 ), strict=True))
 """
 
@@ -254,7 +258,8 @@ def run(folder: Path, code: str, **environment: str) -> list[str]:
 
 @needs_compiler
 def test_the_native_library_refuses_a_width_that_only_python_has(with_the_width: Path) -> None:
-    refused = [f"ValueError {name}: bit must be one of (2, 3, 4, 8); got {WIDTH}" for name in NAMES]
+    rule = f"bit must be one of (2, 3, 4, 8); got {WIDTH}"
+    refused = [f"ValueError {name}: {rule}" for name in NAMES + OF_EXPERTS]
     assert run(with_the_width, REFUSALS) == refused
 
 
@@ -265,7 +270,8 @@ def test_triton_refuses_a_width_that_its_tables_lack(with_the_width: Path) -> No
         f"Triton's kernels have no tiles for {WIDTH} bits: backends/triton/tiles.py lacks that width in _GEMV_BLOCKS, "
         "DOT_ROWS, _FLOAT_DOT_ROWS"
     )
-    assert lines == [f"NotImplementedError {name}: {rule}" for name in NAMES]
+    refused = [f"NotImplementedError {name}: {rule}" for name in NAMES]
+    assert lines == refused + [f"{name} computed" for name in OF_EXPERTS]  # by the reference, which needs no tiles
 
 
 def test_the_reference_computes_with_any_width_of_formats(with_the_width: Path) -> None:
@@ -273,10 +279,10 @@ def test_the_reference_computes_with_any_width_of_formats(with_the_width: Path) 
 W = scales.repeat_interleave(K // G, 0).double() * (q - z.repeat_interleave(K // G, 0)).double()
 results = {name: getattr(torch.ops.exllama, name)(*args) for name, args in calls.items()}
 torch.testing.assert_close(results["gptq_dequantize"].double(), W)
-for name in ("gptq_gemm", "gptq_gemm_multi"):
+for name in ("gptq_gemm", "gptq_gemm_multi", "gptq_moe_gemm"):
     torch.testing.assert_close(results[name].double(), calls[name][0].double() @ W, rtol=1e-5, atol=1e-3)
-dx = calls["gptq_gemm_dx"][0].double() @ W.T
-torch.testing.assert_close(results["gptq_gemm_dx"].double(), dx, rtol=1e-5, atol=1e-3)
+for name in ("gptq_gemm_dx", "gptq_moe_gemm_dx"):
+    torch.testing.assert_close(results[name].double(), calls[name][0].double() @ W.T, rtol=1e-5, atol=1e-3)
 assert torch.equal(results["gptq_unshuffle"], pack_rows(q, BITS))
 """
     assert run(with_the_width, code, EXLLAMA_OPS_BACKEND="reference") == []

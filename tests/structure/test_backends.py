@@ -83,7 +83,16 @@ class Serves(Picky):
         return f"a library for {dispatch_key}"
 
 
-OPS = ("gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle")
+OPS = (
+    "gptq_dequantize",
+    "gptq_gemm",
+    "gptq_gemm_dx",
+    "gptq_gemm_multi",
+    "gptq_moe_gemm",
+    "gptq_moe_gemm_dx",
+    "gptq_shuffle",
+    "gptq_unshuffle",
+)
 
 
 def test_the_report_is_a_table_with_a_row_for_a_device_and_one_for_each_op_where_they_differ(

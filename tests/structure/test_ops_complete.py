@@ -13,6 +13,7 @@ from torch._library.simple_registry import singleton
 import exllama_ops
 from exllama_ops import backends, ops, reference
 from exllama_ops.layout import checks
+from exllama_ops.layout.experts import Experts
 from exllama_ops.layout.weight import Parts, Weight
 from exllama_ops.ops import _library
 
@@ -21,7 +22,7 @@ ALL = sorted(_library.schemas())
 PUBLIC = [name for name in ALL if name == _library.op_of(name)]
 
 
-def test_the_namespace_holds_six_ops_and_three_overloads_without_autograd() -> None:
+def test_the_namespace_holds_eight_ops_and_five_overloads_without_autograd() -> None:
     assert ALL == [
         "gptq_dequantize",
         "gptq_gemm",
@@ -30,6 +31,10 @@ def test_the_namespace_holds_six_ops_and_three_overloads_without_autograd() -> N
         "gptq_gemm_dx.no_autograd",
         "gptq_gemm_multi",
         "gptq_gemm_multi.no_autograd",
+        "gptq_moe_gemm",
+        "gptq_moe_gemm.no_autograd",
+        "gptq_moe_gemm_dx",
+        "gptq_moe_gemm_dx.no_autograd",
         "gptq_shuffle",
         "gptq_unshuffle",
     ]
@@ -69,12 +74,12 @@ def test_op_public_function_and_reference_have_the_same_arguments(name: str) -> 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_an_op_and_its_check_have_the_same_arguments_with_the_weight_as_one(name: str) -> None:
     *first, last = inspect.signature(getattr(checks, f"check_{name}")).parameters
-    kind = {"weight": Weight, "parts": Parts}.get(last)
+    kind = {"weight": Weight, "parts": Parts, "experts": Experts}.get(last)
     rest = [last] if kind is None else inspect.signature(kind.of).parameters
     assert [*first, *rest] == [argument.name for argument in _library.overload(name)._schema.arguments]
 
 
-def test_the_arguments_of_an_op_are_spelt_out_in_ops_and_in_two_bridges_alone() -> None:
+def test_the_arguments_of_an_op_are_spelt_out_in_ops_and_in_the_bridges_alone() -> None:
     """A function that takes `use_v2_format` takes the eight arguments of a weight."""
     spelt_out = set()
     for path in PACKAGE.rglob("*.py"):
@@ -82,8 +87,9 @@ def test_the_arguments_of_an_op_are_spelt_out_in_ops_and_in_two_bridges_alone() 
             if isinstance(node, ast.FunctionDef) and "use_v2_format" in {arg.arg for arg in node.args.args}:
                 spelt_out.add(path.relative_to(PACKAGE).as_posix())
     ops_of_weights = {f"ops/{name}.py" for name in PUBLIC if "shuffle" not in name}
-    # The second bridge has the arguments of another library's ops.
-    assert spelt_out == {"layout/weight.py", "integrations/vllm/signatures.py", *ops_of_weights}
+    # The last bridge has the arguments of another library's ops.
+    bridges = {"layout/weight.py", "layout/experts.py", "integrations/vllm/signatures.py"}
+    assert spelt_out == {*bridges, *ops_of_weights}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -1,8 +1,10 @@
 // out = x @ W of each part: x is packed span by span. Then each task walks down the spans with its tile of the result.
 //
 // What happens to one row of x and one span depends on that row and span alone, and spans are added in ascending order.
-// So the result of a row does not depend on M or on the threads.
+// So the result of a row does not depend on M or on the threads. Nor does it on the experts that are computed beside it.
 #include <algorithm>
+#include <deque>
+#include <optional>
 
 #include "cpu/arena.h"
 #include "cpu/convert.h"
@@ -12,6 +14,7 @@
 #include "cpu/gemm/partition.h"
 #include "cpu/gemm/parts.h"
 #include "cpu/gemm/plan.h"
+#include "cpu/gemm/schedule.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/spans.h"
@@ -27,66 +30,72 @@ int columns_of_panel(int64_t panel, int64_t width) {
   return static_cast<int>(std::min<int64_t>(kPanelColumns, width - panel * kPanelColumns));
 }
 
+// One product, in three steps: pack all entries of x, divide the result into tasks, run them.
 class Gemm {
  public:
-  Gemm(const Parts& parts, const void* x, DType dtype, int64_t M, void* out, NumberClass numbers, void* workspace,
-       int32_t threads)
+  // `sums` are for the tiles of each worker, tile_sums of them.
+  Gemm(const Parts& parts, const void* x, DType dtype, int64_t M, void* out, NumberClass numbers, Arena& arena,
+       float* sums, int64_t tile_sums)
       : parts_(parts),
         format_(*parts.begin()),
         columns_(parts.columns()),
-        tile_sums_(tile_sums(parts.widest(), M)),
+        tile_sums_(tile_sums),
         source_{x, dtype, M, format_.in_features, format_.perm()},
         out_(out),
         plan_(plan_of(isa_, format_, numbers, M)),
         spans_(format_, kSpanRows),
-        arena_(workspace),
-        x_(arena_, format_, M, numbers),
-        sums_(arena_.take<float>(threads * tile_sums_)),
+        x_(arena, format_, M, numbers),
+        sums_(sums),
         floats_(isa_, x_, plan_),
         integers_(isa_, x_, source_, plan_) {}
   Gemm(const Gemm&) = delete;
 
-  void run(const Parallel& parallel) {
-    pack(parallel);
-    if (plan_.gemv) {
-      if (plan_.numbers == NumberClass::kFloat || all_finite()) return run_gemv(parallel);
-      // Panels take x otherwise.
-      plan_ = plan_of(isa_, format_, plan_.numbers, kGemvRows + 1);
-      pack(parallel);
+  // An entry is a row of x in a span; those of a row follow one another.
+  int64_t entries() const { return source_.M * spans_.count(); }
+  void pack(int64_t begin, int64_t end) const {
+    const XPacker packer(isa_, source_, plan_, format_, x_);
+    while (begin < end) {
+      const int64_t m = begin / spans_.count(), span = begin - m * spans_.count();
+      const int64_t stop = std::min(spans_.count(), span + end - begin);
+      packer.pack(m, span, stop);
+      begin += stop - span;
     }
-    const Partition partition(source_.M, parallel.threads, [&](int64_t width) { return parts_.ranges(width); });
-    for_each(parallel, partition.tiles(), [&](int64_t task, int32_t worker) {
-      const Tile tile = partition[task];
-      multiply(tile.row, tile.rows, parts_.range(tile.range, partition.width()), sums_ + worker * tile_sums_);
-    });
+  }
+
+  // This comes after packing. Integers straight from the words must be finite: panels take x otherwise.
+  void settle() {
+    if (!plan_.gemv || plan_.numbers == NumberClass::kFloat || all_finite()) return;
+    plan_ = plan_of(isa_, format_, plan_.numbers, kGemvRows + 1);
+    pack(0, entries());
+  }
+
+  // Whether x is multiplied straight from the words.
+  bool gemv() const { return plan_.gemv; }
+  int64_t columns() const { return columns_; }
+  int64_t word_bytes() const { return columns_ * format_.K * format_.bits / 8; }
+
+  // Into tasks for so many threads. Straight from the words there are no more tasks than threads, since DRAM is read
+  // best in long rows of words.
+  void divide(int32_t threads) {
+    const auto ranges_of = [&](int64_t width) { return parts_.ranges(width); };
+    if (!plan_.gemv) {
+      partition_.emplace(source_.M, threads, ranges_of);
+      return;
+    }
+    const int64_t most_columns = kGemvSums / kPanelColumns / source_.M * kPanelColumns;
+    gemv_width_ = std::min(most_columns, round_up(ceil_div(columns_, threads), kPanelColumns));
+  }
+  int64_t tasks() const { return plan_.gemv ? parts_.ranges(gemv_width_) : partition_->tiles(); }
+
+  void run(int64_t task, int32_t worker) const {
+    if (plan_.gemv) return multiply_words(parts_.range(task, gemv_width_));
+    const Tile tile = (*partition_)[task];
+    multiply(tile.row, tile.rows, parts_.range(tile.range, partition_->width()), sums_ + worker * tile_sums_);
   }
 
  private:
-  void pack(const Parallel& parallel) const {
-    const XPacker packer(isa_, source_, plan_, format_, x_);
-    if (source_.M * format_.K < kParallelEntries) {
-      for (int64_t m = 0; m < source_.M; ++m) packer.pack(m, 0, spans_.count());
-      return;
-    }
-    const int64_t entries = spans_.count() * source_.M, tasks = 4 * parallel.threads;
-    for_each(parallel, tasks, [&](int64_t task) {
-      for (int64_t i = entries * task / tasks; i < entries * (task + 1) / tasks; ++i) {
-        packer.pack(i / spans_.count(), i % spans_.count(), i % spans_.count() + 1);
-      }
-    });
-  }
-
   bool all_finite() const {
-    const int64_t entries = spans_.count() * source_.M;
-    return std::all_of(x_.scales, x_.scales + entries, [](const SpanScale& s) { return s.limbs != Limbs::kNone; });
-  }
-
-  void run_gemv(const Parallel& parallel) const {
-    // DRAM is read best in long rows of words, so there are no more tasks than threads.
-    const int64_t most_columns = kGemvSums / kPanelColumns / source_.M * kPanelColumns;
-    const int32_t threads = threads_for_columns(parallel, columns_, columns_ * format_.K * format_.bits / 8);
-    const int64_t width = std::min(most_columns, round_up(ceil_div(columns_, threads), kPanelColumns));
-    for_each(parallel, parts_.ranges(width), [&](int64_t task) { multiply_words(parts_.range(task, width)); });
+    return std::all_of(x_.scales, x_.scales + entries(), [](const SpanScale& s) { return s.limbs != Limbs::kNone; });
   }
 
   // All rows of x, straight from the words.
@@ -186,12 +195,18 @@ class Gemm {
   void* const out_;
   Plan plan_;
   const Spans spans_;
-  Arena arena_;
   const PackedX x_;
   float* const sums_;  // [worker][sums of a tile]
+  int64_t gemv_width_ = 0;
+  std::optional<Partition> partition_;
   const FloatClass floats_;
   const IntegerClass integers_;
 };
+
+// Threads for the tasks of a product, which may be some that begin at once.
+int32_t threads_for(const Gemm& product, const Parallel& parallel) {
+  return product.gemv() ? threads_for_columns(parallel, product.columns(), product.word_bytes()) : parallel.threads;
+}
 
 }  // namespace
 
@@ -205,7 +220,80 @@ size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, Preci
 void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, Precision precision,
           void* workspace, const Parallel& parallel) {
   if (M == 0) return;
-  Gemm({parts, count}, x, x_dtype, M, out, class_of(*parts, precision), workspace, parallel.threads).run(parallel);
+  Arena arena(workspace);
+  const int64_t sums_of_tile = tile_sums(Parts{parts, count}.widest(), M);
+  float* const sums = arena.take<float>(parallel.threads * sums_of_tile);
+  Gemm product({parts, count}, x, x_dtype, M, out, class_of(*parts, precision), arena, sums, sums_of_tile);
+  const int64_t entries = product.entries();
+  if (M * parts->K < kParallelEntries) {
+    product.pack(0, entries);
+  } else {
+    const int64_t tasks = 4 * parallel.threads;
+    for_each(parallel, tasks,
+             [&](int64_t task) { product.pack(entries * task / tasks, entries * (task + 1) / tasks); });
+  }
+  product.settle();
+  product.divide(threads_for(product, parallel));
+  for_each(parallel, product.tasks(), [&](int64_t task, int32_t worker) { product.run(task, worker); });
+}
+
+size_t moe_gemm_workspace_bytes(const Expert* experts, int64_t count, Precision precision, int32_t threads) {
+  Arena arena(nullptr);
+  int64_t most_sums = 0;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    const PackedX x(arena, expert->weight, expert->rows, class_of(expert->weight, precision));
+    most_sums = std::max(most_sums, tile_sums(expert->weight.N, expert->rows));
+  }
+  arena.take<float>(threads * most_sums);
+  return arena.bytes();
+}
+
+void moe_gemm(const Expert* experts, int64_t count, const void* x, DType x_dtype, void* out, Precision precision,
+              void* workspace, const Parallel& parallel) {
+  Arena arena(workspace);
+  int64_t most_sums = 0, rows = 0;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    most_sums = std::max(most_sums, tile_sums(expert->weight.N, expert->rows));
+    rows += expert->rows;
+  }
+  float* const sums = arena.take<float>(parallel.threads * most_sums);
+  std::deque<Gemm> products;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    const Weight& weight = expert->weight;
+    products.emplace_back(Parts{&weight, 1}, offset(x, x_dtype, expert->first_row * weight.in_features), x_dtype,
+                          expert->rows, offset(out, x_dtype, expert->first_row * weight.N), class_of(weight, precision),
+                          arena, sums, most_sums);
+  }
+  const auto product = [&](int64_t i) -> Gemm& { return products[static_cast<size_t>(i)]; };
+
+  const Schedule packing(count, [&](int64_t i) { return product(i).entries(); });
+  const auto pack = [&](int64_t begin, int64_t end) {
+    packing.each(begin, end, [&](int64_t i, int64_t first, int64_t last) { product(i).pack(first, last); });
+  };
+  const int64_t entries = packing.tasks(),
+                packs = rows * experts->weight.K < kParallelEntries ? 1 : 4 * parallel.threads;
+  for_each(parallel, packs, [&](int64_t task) { pack(entries * task / packs, entries * (task + 1) / packs); });
+
+  // All products together are divided as one is, and each has its part of the tasks.
+  bool gemv = true;
+  for (Gemm& each : products) {
+    each.settle();
+    gemv &= each.gemv();
+  }
+  Parallel together = parallel;
+  if (gemv) {
+    together.threads = threads_for_columns(parallel, count * product(0).columns(), count * product(0).word_bytes());
+  }
+  for (Gemm& each : products) {
+    // A thread that has one product more than another would make it wait for a whole one, so that few are cut further.
+    const int64_t pieces = together.threads == 1 ? 1 : ceil_div(4 * together.threads, count);
+    const int64_t most = std::max<int64_t>(1, each.columns() / kColumnsOfThread);
+    each.divide(static_cast<int32_t>(each.gemv() ? std::min(pieces, most) : ceil_div(together.threads, count)));
+  }
+  const Schedule schedule(count, [&](int64_t i) { return product(i).tasks(); });
+  for_each(together, schedule.tasks(), [&](int64_t task, int32_t worker) {
+    schedule.each(task, task + 1, [&](int64_t i, int64_t own, int64_t) { product(i).run(own, worker); });
+  });
 }
 
 }  // namespace exllama::cpu

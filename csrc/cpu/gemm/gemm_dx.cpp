@@ -4,12 +4,15 @@
 // panels of kPanelColumns of them. It walks the columns of W in chunks, whose sums are added in ascending order.
 #include <algorithm>
 #include <cmath>
+#include <deque>
+#include <optional>
 
 #include "cpu/ahead.h"
 #include "cpu/arena.h"
 #include "cpu/convert.h"
 #include "cpu/gemm/exact.h"
 #include "cpu/gemm/partition.h"
+#include "cpu/gemm/schedule.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/spans.h"
@@ -20,35 +23,42 @@ namespace {
 // Columns of W in a chunk, the depth of a product: two unpackings.
 constexpr int kDepth = 2 * kPanelColumns;
 
-struct Scratch {
-  float* grad;  // [chunk of columns][row][kDepth]
-  float* sums;  // [worker][sums of a tile]
-};
+// Entries of grad in float32: [chunk of columns][row][kDepth].
+int64_t grad_entries(const Weight& weight, int64_t M) { return ceil_div(weight.N, kDepth) * M * kDepth; }
 
-Scratch take_scratch(Arena& arena, const Weight& weight, int64_t M, int32_t threads) {
-  return {arena.take<float>(ceil_div(weight.N, kDepth) * M * kDepth),
-          arena.take<float>(threads * tile_sums(weight.K, M))};
-}
-
+// One product, in three steps: load all rows of grad, divide the result into tasks, run them.
 class GemmDx {
  public:
-  GemmDx(const Weight& weight, const void* grad, DType dtype, int64_t M, void* dx, const Scratch& scratch)
-      : weight_(weight), source_(grad), dtype_(dtype), M_(M), dx_(dx), grad_(scratch.grad), sums_(scratch.sums) {}
+  // `sums` are for the tiles of each worker, tile_sums of them.
+  GemmDx(const Weight& weight, const void* grad, DType dtype, int64_t M, void* dx, Arena& arena, float* sums,
+         int64_t tile_sums)
+      : weight_(weight),
+        source_(grad),
+        dtype_(dtype),
+        M_(M),
+        dx_(dx),
+        grad_(arena.take<float>(grad_entries(weight, M))),
+        sums_(sums),
+        tile_sums_(tile_sums) {}
+  GemmDx(const GemmDx&) = delete;
 
-  void run(const Parallel& parallel) const {
-    for_each(parallel, M_, [&](int64_t m) {
-      for (int64_t c = 0; c < chunks(); ++c) {
-        const void* row = offset(source_, dtype_, m * weight_.N);
-        isa_.load(row, dtype_, nullptr, c * kDepth, depth(c), grad_ + (c * M_ + m) * kDepth);
-      }
-    });
-    const Partition partition(M_, parallel.threads, [&](int64_t width) { return ceil_div(weight_.K, width); });
-    for_each(parallel, partition.tiles(), [&](int64_t task, int32_t worker) {
-      const Tile tile = partition[task];
-      const int64_t row = tile.range * partition.width();
-      multiply(tile.row, tile.rows, row, std::min(partition.width(), weight_.K - row),
-               sums_ + worker * tile_sums(weight_.K, M_));
-    });
+  int64_t rows() const { return M_; }
+  void load(int64_t m) const {
+    for (int64_t c = 0; c < chunks(); ++c) {
+      const void* row = offset(source_, dtype_, m * weight_.N);
+      isa_.load(row, dtype_, nullptr, c * kDepth, depth(c), grad_ + (c * M_ + m) * kDepth);
+    }
+  }
+
+  void divide(int32_t threads) {
+    partition_.emplace(M_, threads, [&](int64_t width) { return ceil_div(weight_.K, width); });
+  }
+  int64_t tasks() const { return partition_->tiles(); }
+
+  void run(int64_t task, int32_t worker) const {
+    const Tile tile = (*partition_)[task];
+    const int64_t row = tile.range * partition_->width();
+    multiply(tile.row, tile.rows, row, std::min(partition_->width(), weight_.K - row), sums_ + worker * tile_sums_);
   }
 
  private:
@@ -143,21 +153,60 @@ class GemmDx {
   void* dx_;
   float* grad_;
   float* sums_;
+  int64_t tile_sums_;
+  std::optional<Partition> partition_;
   const Kernels& isa_ = kernels();
 };
 
 }  // namespace
 
 size_t gemm_dx_workspace_bytes(const Weight& weight, int64_t M, int32_t threads) {
-  Arena arena(nullptr);
-  take_scratch(arena, weight, M, threads);
-  return arena.bytes();
+  const Expert all{weight, 0, M};
+  return moe_gemm_dx_workspace_bytes(&all, 1, threads);
 }
 
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, void* workspace,
              const Parallel& parallel) {
+  const Expert all{weight, 0, M};
+  moe_gemm_dx(&all, 1, grad, grad_dtype, dx, workspace, parallel);
+}
+
+size_t moe_gemm_dx_workspace_bytes(const Expert* experts, int64_t count, int32_t threads) {
+  Arena arena(nullptr);
+  int64_t most_sums = 0;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    arena.take<float>(grad_entries(expert->weight, expert->rows));
+    most_sums = std::max(most_sums, tile_sums(expert->weight.K, expert->rows));
+  }
+  arena.take<float>(threads * most_sums);
+  return arena.bytes();
+}
+
+void moe_gemm_dx(const Expert* experts, int64_t count, const void* grad, DType grad_dtype, void* dx, void* workspace,
+                 const Parallel& parallel) {
   Arena arena(workspace);
-  GemmDx(weight, grad, grad_dtype, M, dx, take_scratch(arena, weight, M, parallel.threads)).run(parallel);
+  int64_t most_sums = 0;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    most_sums = std::max(most_sums, tile_sums(expert->weight.K, expert->rows));
+  }
+  float* const sums = arena.take<float>(parallel.threads * most_sums);
+  std::deque<GemmDx> products;
+  for (const Expert* expert = experts; expert != experts + count; ++expert) {
+    const Weight& weight = expert->weight;
+    products.emplace_back(weight, offset(grad, grad_dtype, expert->first_row * weight.N), grad_dtype, expert->rows,
+                          offset(dx, grad_dtype, expert->first_row * weight.in_features), arena, sums, most_sums);
+    products.back().divide(static_cast<int32_t>(ceil_div(parallel.threads, count)));
+  }
+  const auto product = [&](int64_t i) -> const GemmDx& { return products[static_cast<size_t>(i)]; };
+
+  const Schedule loading(count, [&](int64_t i) { return product(i).rows(); });
+  for_each(parallel, loading.tasks(), [&](int64_t task) {
+    loading.each(task, task + 1, [&](int64_t i, int64_t m, int64_t) { product(i).load(m); });
+  });
+  const Schedule schedule(count, [&](int64_t i) { return product(i).tasks(); });
+  for_each(parallel, schedule.tasks(), [&](int64_t task, int32_t worker) {
+    schedule.each(task, task + 1, [&](int64_t i, int64_t own, int64_t) { product(i).run(own, worker); });
+  });
 }
 
 }  // namespace exllama::cpu
