@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from exllama_ops.integrations.stops import stop_tokens
     from exllama_ops.integrations.transformers import load_model
     from exllama_ops.kernel import ExllamaLinearKernel
-    from exllama_ops.nn import ExllamaLinear, convert, quantize
+    from exllama_ops.nn import ExllamaExperts, ExllamaLinear, convert, quantize
     from exllama_ops.nn.warmup import warmup
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CompiledGenerator",
+    "ExllamaExperts",
     "ExllamaLinear",
     "ExllamaLinearKernel",
     "GptqModule",
@@ -93,6 +94,7 @@ _LAZY = {
     "Checkpoint": "exllama_ops.checkpoint",
     "CheckpointError": "exllama_ops.checkpoint",
     "CompiledGenerator": "exllama_ops.integrations.generation",
+    "ExllamaExperts": "exllama_ops.nn",
     "ExllamaLinear": "exllama_ops.nn",
     "ExllamaLinearKernel": "exllama_ops.kernel",
     "GptqModule": "exllama_ops.checkpoint",

@@ -98,6 +98,7 @@ def write(
     names: tuple[tuple[str, str], ...] = (),
     head: bool = False,
     quantizes_experts: bool = True,
+    act_order: bool = False,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> nn.Module:
     """Write a checkpoint; return the dense float32 model whose weights are those of its packed layers.
@@ -108,6 +109,7 @@ def write(
         names: renames the tensors in the files.
         head: whether the output head is quantized too.
         quantizes_experts: whether experts are packed, each projection on its own; else they are dense, and merged.
+        act_order: whether weights are asymmetric and have an order of rows of their own; else neither.
         skip: whether a module, by its name before it is renamed, stays dense and is left out of the files.
     """
     torch.manual_seed(0)
@@ -123,7 +125,10 @@ def write(
 
     def pack(name: str, dense: Tensor, bias: Tensor | None = None) -> Tensor:
         """Round (N, K) in place, and put it among the packed weights unless it is skipped."""
-        weight = quantize(dense.contiguous(), 4, 32, True, bias=None if bias is None else bias.half())
+        K = dense.shape[1]
+        g_idx = (torch.arange(K, dtype=torch.int32) // 32)[torch.randperm(K)] if act_order else None
+        bias = None if bias is None else bias.half()
+        weight = quantize(dense.contiguous(), 4, 32, not act_order, g_idx=g_idx, bias=bias)
         if not skip(name):
             weights[rename(name)] = weight
         return _dense(weight)
@@ -154,14 +159,17 @@ def write(
     tensors = {rename(name): tensor.detach().half() for name, tensor in own if name.rpartition(".")[0] not in packed}
     fields = json.loads(config.to_json_string(use_diff=False))
     fields |= {"architectures": [type(model).__name__], "dtype": "float16"}
-    save_gptq(path, weights, tensors, sym=True, desc_act=False, config=fields)
+    save_gptq(path, weights, tensors, sym=not act_order, desc_act=act_order, config=fields)
     return model
 
 
 def _dense(weight: GptqWeight) -> Tensor:
-    """(N, K) of a symmetric weight of 4 bits in groups of 32."""
-    fields = (weight.qweight.unsqueeze(1) >> torch.arange(0, 32, 4).reshape(1, 8, 1)) & 15
-    return ((fields.flatten(0, 1) - 8) * weight.scales.float().repeat_interleave(32, 0)).t()
+    """(N, K) of a weight of 4 bits in groups of 32."""
+    shifts = torch.arange(0, 32, 4)
+    q = ((weight.qweight.unsqueeze(1) >> shifts.view(1, 8, 1)) & 15).flatten(0, 1)
+    z = ((weight.qzeros.unsqueeze(2) >> shifts) & 15).flatten(1)
+    groups = torch.arange(len(q)) // 32 if weight.g_idx is None else weight.g_idx
+    return ((q - z[groups]) * weight.scales.float()[groups]).t()
 
 
 def inputs(model: Any) -> dict[str, Tensor]:

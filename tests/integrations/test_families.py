@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
+from exllama_ops import quantize
 from exllama_ops.checkpoint import CheckpointError
+from exllama_ops.layout import pack_columns
 from exllama_ops.nn import ExllamaLinear
 
 transformers = pytest.importorskip("transformers", reason='needs the extra "hf"')
@@ -99,8 +104,74 @@ def test_a_row_of_experts_has_the_same_bits_whatever_is_beside_it(tmp_path: Path
     assert not experts(x, torch.full_like(choices, 4), weights).any()  # a number past the last expert: no expert
 
 
-def test_experts_generate_eagerly_and_a_line_says_so(tmp_path: Path) -> None:
+MIXTURES = pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+
+
+@MIXTURES
+def test_one_graph_of_a_mixture_serves_every_number_of_tokens(family: str, tmp_path: Path) -> None:
+    """Asymmetric, with an order of rows for each expert; the same bits by both ways to load."""
+    dense = families.write(family, tmp_path, act_order=True)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    assert_same(model, dense)
+    with register():
+        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda ids: model(input_ids=ids, use_cache=False).logits, backend=counter, fullgraph=True)
+    with torch.inference_mode():
+        for tokens in (2, 3, 17):
+            ids = torch.randint(5, 90, (1, tokens))
+            torch._dynamo.mark_dynamic(ids, 1)
+            logits = model(input_ids=ids, use_cache=False).logits
+            assert torch.equal(compiled(ids), logits)
+            assert torch.equal(other(input_ids=ids, use_cache=False).logits, logits)
+    assert counter.frame_count == 1
+
+
+@MIXTURES
+def test_a_mixture_generates_in_graphs(family: str, tmp_path: Path) -> None:
+    families.write(family, tmp_path)
+    model = load_model(tmp_path, torch.float32, progress=False)
+    generator = CompiledGenerator(model, backend="eager")
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(generator.generate(prompt, 5, stop=())) == expected[0, 3:].tolist()
+    assert generator.graphs > 0
+    assert generator.recompiles == 0
+
+
+def test_a_layer_that_takes_the_place_of_an_experts_is_called(tmp_path: Path) -> None:
+    """As an adapter does."""
+    families.write("qwen3_moe", tmp_path)
+    experts = load_model(tmp_path, torch.float32, progress=False).model.layers[0].mlp.experts
+    x, ids, weights = torch.randn(3, 64), torch.tensor([[0, 1], [1, 2], [3, 0]]), torch.rand(3, 2)
+    with torch.inference_mode():
+        before = experts(x, ids, weights)
+        inner = experts.get_submodule("1").up_proj
+        experts.get_submodule("1").up_proj = nn.Sequential(inner, Doubled())
+        after = experts(x, ids, weights)
+        experts.get_submodule("1").up_proj = inner
+        assert torch.equal(experts(x, ids, weights), before)
+    assert torch.equal(after[2], before[2])
+    assert not torch.equal(after[:2], before[:2])
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_experts_of_several_widths_run_eagerly_and_a_line_says_so(tmp_path: Path) -> None:
     families.write("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.gate_proj"
+    outputs = tensors[f"{name}.scales"].shape[1]
+    weight = quantize(torch.randn(outputs, 64), 8, 32, True)
+    tensors |= {f"{name}.qweight": weight.qweight, f"{name}.scales": weight.scales.half()}
+    tensors[f"{name}.qzeros"] = pack_columns(torch.full((2, outputs), 128), 8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {f"+:{re.escape(name)}$": {"bits": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path, torch.float32, progress=False)
     with pytest.warns(UserWarning, match="MixtralForCausalLM runs eagerly, since which of its experts") as seen:
         generator = CompiledGenerator(model)

@@ -1,9 +1,9 @@
-"""Experts that files hold one by one, behind transformers' interface for experts: products of each chosen expert."""
+"""Experts that files hold one by one, behind transformers' interface for experts: one product for all of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,20 +12,37 @@ from transformers.integrations import moe
 
 from exllama_ops.integrations.transformers.names import ExpertPlace
 from exllama_ops.integrations.transformers.pending import initialized
-from exllama_ops.nn.experts import sum_of_experts
+from exllama_ops.nn import ExllamaLinear
+from exllama_ops.nn.experts import sum_of_experts, sum_of_sorted_rows
+from exllama_ops.nn.packed_experts import PackedExperts
 
 # The name by which a config of transformers asks for `experts_forward`.
 IMPLEMENTATION = "exllama"
 
 # On a module of experts: what the files call its projections, (gate, up, down) or (up, down).
 _PROJECTIONS = "_exllama_projections"
+# Likewise: the weights of each projection in stacks, if they can be.
+_STACKS = "exllama_stacks"
+
+
+class _Expert(nn.Module):
+    """The layers of one expert. Who puts another module in the place of a layer, an adapter say, gets it called."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self._experts = (experts,)  # in a tuple, so that it is no child
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and isinstance(self._modules.get(name), ExllamaLinear):
+            self._experts[0]._modules.pop(_STACKS, None)
+        super().__setattr__(name, value)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The sum over the chosen experts of ``weight * down(act(gate(x)) * up(x))``, for each token.
 
-    Each expert that any token chose makes one product a projection, of its tokens alone, by
-    `exllama_ops.nn.experts.sum_of_experts`.
+    One product a projection has the rows of all experts, by `exllama_ops.nn.experts.sum_of_sorted_rows`. Where the
+    weights cannot be in stacks, or a layer was replaced, each expert makes its own, by `sum_of_experts` there.
 
     Args:
         self: a module of experts that `take_experts` changed. With other modules transformers' own product runs.
@@ -42,18 +59,30 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if names is None:
         dense: Tensor = moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return dense
+    stacks = self._modules.get(_STACKS)
+    if stacks is not None:
+
+        def experts(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+            *into, down = stacks
+            return _finished(self, [stack(x, offsets, ids) for stack in into], lambda x: down(x, offsets, ids))
+
+        return sum_of_sorted_rows(hidden_states, top_k_index, top_k_weights, self.num_experts, experts)
     *into, down = names
 
     def expert(index: int, x: Tensor) -> Tensor | None:
         if index >= self.num_experts:
             return None
         layers = getattr(self, str(index))
-        inner = torch.cat([getattr(layers, name)(x) for name in into], -1)
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y: Tensor = getattr(layers, down)(inner)
-        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+        return _finished(self, [getattr(layers, name)(x) for name in into], getattr(layers, down))
 
     return sum_of_experts(hidden_states, top_k_index, top_k_weights, expert)
+
+
+def _finished(module: Any, into: list[Tensor], down: Callable[[Tensor], Tensor]) -> Tensor:
+    """What experts do to the results of their first projections, side by side."""
+    inner = torch.cat(into, -1)
+    y = down(module._apply_gate(inner) if module.has_gate else module.act_fn(inner))
+    return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
 
 def take_experts(
@@ -89,7 +118,7 @@ def take_experts(
                     setattr(module, owned, initialized())
         for name, place in places.items():
             if str(place.index) not in module._modules:
-                module.add_module(str(place.index), nn.Module())
+                module.add_module(str(place.index), _Expert(module))
             module.get_submodule(str(place.index)).add_module(place.projection, layers[name])
             taken[name] = f"{module_name}.{place.index}.{place.projection}"
         module.config._experts_implementation = IMPLEMENTATION
@@ -99,12 +128,25 @@ def take_experts(
 
 
 def finish_experts(model: nn.Module) -> None:
-    """Drop what stood for the parameters while transformers initialized its modules."""
-    for module in model.modules():
-        if hasattr(module, _PROJECTIONS):
-            for name in ("gate_up_proj", "up_proj", "down_proj"):
-                for owned in (name, f"{name}_bias"):
-                    vars(module).pop(owned, None)
+    """Bring the weights of experts into stacks where they can be, once all layers are read.
+
+    What stood for the parameters while transformers initialized its modules is dropped.
+    """
+    found: list[Any] = [module for module in model.modules() if hasattr(module, _PROJECTIONS)]
+    for module in found:
+        names = getattr(module, _PROJECTIONS)
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            for owned in (name, f"{name}_bias"):
+                vars(module).pop(owned, None)
+        experts = [module.get_submodule(str(index)) for index in range(module.num_experts)]
+        projections = [[getattr(expert, name) for expert in experts] for name in names]
+        if not any(PackedExperts.reasons_against(layers) for layers in projections):
+            module.add_module(_STACKS, nn.ModuleList(map(PackedExperts, projections)))
+
+
+def run_in_graphs(model: nn.Module) -> bool:
+    """Whether no experts of a model are called one by one, for which the host reads who was chosen."""
+    return all(hasattr(module, _STACKS) for module in model.modules() if hasattr(module, _PROJECTIONS))
 
 
 def _order(module: Any) -> list[tuple[str, int]]:

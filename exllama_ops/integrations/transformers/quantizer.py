@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from exllama_ops.checkpoint import Checkpoint, CheckpointError, autoround, compressed_tensors_config, open_checkpoint
 from exllama_ops.integrations.transformers import parallel
-from exllama_ops.integrations.transformers.experts import finish_experts, take_experts
+from exllama_ops.integrations.transformers.experts import finish_experts, run_in_graphs, take_experts
 from exllama_ops.integrations.transformers.folders import looking_further
 from exllama_ops.integrations.transformers.head import untie
 from exllama_ops.integrations.transformers.names import places
@@ -94,6 +94,7 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         self.names_in_files: dict[str, str] = {}
         self._count = getattr(quantization_config, "count", None)
         self._pending: dict[str, PendingLinear] = {}
+        self._runs_in_graphs = True
         # Parameters of all experts that the layers of one expert were parts of: transformers' plans name those.
         self._merged: dict[str, str] = {}
 
@@ -104,8 +105,8 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generate() may compile the forward. Which experts are chosen is read on the host."""
-        return not self._merged
+        """Whether generate() may compile the forward: the host reads who was chosen of experts without stacks."""
+        return self._runs_in_graphs
 
     def is_serializable(self) -> bool:
         """save_pretrained writes a GPTQ checkpoint."""
@@ -170,6 +171,7 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
             if self._count is not None:
                 self._count()
         finish_experts(model)
+        self._runs_in_graphs = run_in_graphs(model)
         self._pending, self._count = {}, None  # what a copy of the model need not have
         self.quantization_config = model.config.quantization_config = GPTQConfig(checkpoint.quantization, checkpoint)
         return model
