@@ -243,6 +243,9 @@ EXLLAMA_EXPORT const char* exllama_cuda_op_name(int32_t index) {
   return op_name(kImplementations<Cuda>, index);
 }
 
+// The version of the CUDA runtime that is linked in, as 13000 for 13.0.
+EXLLAMA_EXPORT int32_t exllama_cuda_toolkit_version() { return exllama::cuda::toolkit_version(); }
+
 // Reads the variables of Settings again, for programs that change them.
 EXLLAMA_EXPORT void exllama_cuda_read_environment() {
   using namespace exllama::bindings;

@@ -15,6 +15,9 @@ namespace exllama::cuda {
 // A cudaStream_t.
 using Stream = void*;
 
+// The version of the CUDA runtime in this library, as 13000 for 13.0. A driver of an older major version runs nothing.
+int32_t toolkit_version();
+
 // The properties of a CUDA device, which is asked once.
 const Device& device_properties(int32_t index);
 

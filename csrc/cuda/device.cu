@@ -33,6 +33,8 @@ int attribute(cudaDeviceAttr attribute, int32_t index) {
 
 }  // namespace
 
+int32_t toolkit_version() { return CUDART_VERSION; }
+
 const Device& device_properties(int32_t index) {
   static std::array<Device, kMaxDevices> devices;
   static std::array<std::once_flag, kMaxDevices> asked;

@@ -3,6 +3,7 @@
 
 extern "C" {
 cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaErrorInsufficientDriver; }
+cudaError_t cudaGetLastError() { return cudaErrorInsufficientDriver; }
 const char* cudaGetErrorString(cudaError_t) { return "too old"; }
 
 const char* first_call() {

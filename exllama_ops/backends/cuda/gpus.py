@@ -1,11 +1,73 @@
-"""The GPUs of this machine, found without touching one: a process that has not used CUDA can still fork afterwards."""
+"""The GPUs of this machine and their driver, asked without touching one, and whether a library can serve them.
+
+A process that has not used CUDA can still fork afterwards, and takes no memory of a GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import re
+import subprocess
+from collections.abc import Iterator, Set
 
 import torch
+
+from exllama_ops.backends.native.compile import CUDA, Compiler, codes_for
+
+Version = tuple[int, int]
+
+
+def driver_version(name: str = "libcuda.so.1") -> Version | None:
+    """The version of CUDA that the driver knows, or None if it does not say."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
+def toolkit_of(compiler: Compiler) -> Version | None:
+    """The version of CUDA of an nvcc, or None if it does not say."""
+    try:
+        said = subprocess.run([*compiler.command, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return None
+    match = re.search(r"\brelease (\d+)\.(\d+)", said)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def reason_against_driver(driver: Version | None, toolkit: Version) -> str | None:
+    """Why a driver runs nothing that a toolkit compiled: its major version is older. None if it does, or if unknown."""
+    if driver is None or driver[0] >= toolkit[0]:
+        return None
+    return (
+        f"the driver knows CUDA {_dotted(driver)}, and CUDA {_dotted(toolkit)} compiles the kernels: install a newer "
+        "driver, or compile by the nvcc of the driver's version (CUDA_HOME or EXLLAMA_OPS_NVCC names it; then "
+        "exllama-ops build --cuda --force)"
+    )
+
+
+def reason_against_gpu(capability: Version, codes: Set[str], driver: Version | None, toolkit: Version) -> str | None:
+    """Why a library with some device code does not run on a GPU; None if it does.
+
+    PTX serves where there is no machine code, if the driver is no older than the toolkit that made it.
+    """
+    if codes_for(CUDA, [capability])[0] in codes - {"compute_80"}:
+        return None
+    has = f"the library has no code for compute capability {_dotted(capability)}"
+    if "compute_80" in codes and capability >= (8, 0):
+        if driver is None or driver >= toolkit:
+            return None
+        has += f" but PTX of CUDA {_dotted(toolkit)}, and the driver knows CUDA {_dotted(driver)}"
+    return (
+        f"{has}: build it by an nvcc that has (CUDA_HOME or EXLLAMA_OPS_NVCC names it; then exllama-ops build --cuda "
+        "--force)"
+    )
+
+
+def _dotted(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def capabilities() -> set[tuple[int, int]]:

@@ -66,7 +66,7 @@ class NativeBackend(Generic[L]):
         return self.failure  # what a library will have that is yet to be built, the first call finds out
 
     def is_settled(self) -> bool:
-        return self.library is not None
+        return self.library is not None and self.serves_every_device()
 
     def detail(self, dispatch_key: str) -> str:
         """Where the library is and what it uses, or that it will be built."""
@@ -87,10 +87,29 @@ class NativeBackend(Generic[L]):
         """The device code that a library must have for the GPUs that are here; none for a CPU."""
         return ()
 
+    def reasons_against_library(self, library: L) -> list[str]:
+        """Why a library that was loaded cannot serve here, found without touching a device."""
+        return []
+
+    def reasons_against_compiler(self) -> list[str]:
+        """Why what the compiler makes could not serve here."""
+        return []
+
+    def serves_every_device(self) -> bool:
+        """Whether its library is known to serve all the devices; if not, `for_devices` chooses at their first calls."""
+        return True
+
+    def for_devices(self, kernel: Callable[..., Any], next_best: NextBest) -> Callable[..., Any]:
+        """The kernel of its library, or what runs it on the devices that it serves and the next best on others."""
+        return kernel
+
+    def say(self, reasons: Sequence[str]) -> None:
+        """Tell the user why its library does not serve a device that is here; the reference tells it for a CPU."""
+
     def kernel(
         self, op: str, dispatch_key: str, passed_over: Mapping[str, Sequence[str]], next_best: NextBest
     ) -> _library.NativeKernel | Callable[..., Any]:
-        if self.library is not None:
+        if self.library is not None and self.serves_every_device():
             return _library.NativeKernel(self.library.register)
         return self._first_use(op, dispatch_key, next_best)
 
@@ -118,6 +137,7 @@ class NativeBackend(Generic[L]):
         except LoadError as error:
             if brought is not None:
                 self.failure = [f"its {cache.origin(self.recipe, brought)} library cannot be loaded: {error}"]
+                self.say(self.failure)
         if self.library is None and not self.failure:
             self.failure = cache.reasons_against_building(self.recipe)
 
@@ -130,6 +150,9 @@ class NativeBackend(Generic[L]):
         with self._lock:
             if self.library is not None or self.failure:
                 return
+            self.failure = self.reasons_against_compiler()
+            if self.failure:
+                return
             try:
                 self._load(_find_or_build(self.recipe, self.codes(), notify))
             except cache.BuildError as error:
@@ -139,6 +162,8 @@ class NativeBackend(Generic[L]):
 
     def _load(self, path: Path) -> None:
         library = self._load_file(path)
+        if reasons := self.reasons_against_library(library):
+            raise LoadError("; ".join(reasons))
         self.prepare(library)
         self.library = library
 
@@ -159,13 +184,14 @@ class NativeBackend(Generic[L]):
     def _choose(self, op: str, dispatch_key: str, next_best: NextBest) -> Callable[..., Any]:
         self.build()
         if self.library is None:
+            self.say(self.failure)
             return next_best(self.failure)
         if reasons := self.library.reasons_against(op):
             return next_best(reasons)
         with self._lock:
             if op not in self._late:
                 self._late[op] = _library.late_kernel(op, dispatch_key, _library.NativeKernel(self.library.register))
-            return self._late[op]
+        return self.for_devices(self._late[op], next_best)
 
 
 def _find_or_build(recipe: Recipe, codes: tuple[str, ...], notify: Notify | None) -> Path:

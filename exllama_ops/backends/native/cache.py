@@ -202,6 +202,15 @@ def read(recipe: Recipe, folder: Path) -> Built | None:
         return None
 
 
+def codes_of(path: Path) -> frozenset[str]:
+    """The device code that a library has, by its record; none if there is no record."""
+    try:
+        flags = json.loads(path.with_name(compiling.RECORD).read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
+    return frozenset(re.findall(r"\b(?:sm|compute)_\d+", " ".join(re.findall(r"code=\[(.*?)\]", " ".join(flags)))))
+
+
 def _torch_directory() -> Path:
     return Path(torch.__file__).parent
 
