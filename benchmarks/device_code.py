@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device_code", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="only this compute capability")
     args = parser.parse_args()
-    nvcc = _run("nvcc", "--version").splitlines()[-1]
+    nvcc = run_tool("nvcc", "--version").splitlines()[-1]
     file = RESULTS.with_suffix(".json")
     measured: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if measured.get("nvcc") != nvcc:
@@ -59,8 +59,8 @@ def _kernels_of(arch: int) -> Iterator[dict[str, Any]]:
             cubin = Path(folder) / f"{source}.cubin"
             code = f"arch={_ptx_for(arch)},code=sm_{arch}"
             flags = (*CUDA.compile_flags, "-gencode", code, "-cubin", "-Xptxas", "-v")
-            said = _run("nvcc", *flags, str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin))
-            codes = kernels(_run("nvdisasm", "-c", str(cubin)))
+            said = run_tool("nvcc", *flags, str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin))
+            codes = kernels(run_tool("nvdisasm", "-c", str(cubin)))
             for name, resources in _resources(said).items():
                 kernel = {"arch": arch, **_described(name), **resources}
                 yield kernel | _per_weight(kernel, codes[name])
@@ -150,7 +150,13 @@ def _staged(code: Code, bits: int, M: int) -> float:
 # --- programs
 
 
-def _run(program: str, *arguments: str) -> str:
+def run_tool(program: str, *arguments: str) -> str:
+    """What a program of CUDA's toolkit prints.
+
+    Raises:
+        FileNotFoundError: there is no such program.
+        RuntimeError: it failed.
+    """
     result = subprocess.run([_program(program), *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{program} {' '.join(arguments)}\n{result.stdout}{result.stderr}")

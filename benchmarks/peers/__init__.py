@@ -9,6 +9,7 @@ from benchmarks.peers import (
     ggml_repack,
     gptqmodel_avx512,
     gptqmodel_cuda,
+    humming_jit,
     onnx_runtime,
     openvino_cpu,
     torch_dense,
@@ -33,5 +34,7 @@ PEERS = tuple(
 )
 
 CUDA_PEERS = tuple(
-    peer for module in (torch_dense, torch_tinygemm, vllm_ops, gptqmodel_cuda, gemlite_triton) for peer in module.PEERS
+    peer
+    for module in (torch_dense, torch_tinygemm, vllm_ops, gptqmodel_cuda, gemlite_triton, humming_jit)
+    for peer in module.PEERS
 )

@@ -1,4 +1,4 @@
-"""vLLM's GPTQ kernels in float16: the original ExLlama ops, and Marlin.
+"""vLLM's GPTQ kernels in float16: the original ExLlama ops, Marlin, and Machete, which is for compute capability 9.0.
 
 By the signatures of vLLM 0.32: without an activation order, which it no longer has.
 """
@@ -81,7 +81,39 @@ def _prepare_marlin(weight: Weight, threads: int) -> Layer:
     )
 
 
+def _prepare_machete(weight: Weight, threads: int) -> Layer:
+    from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types
+
+    needs(weight, bits=(4, 8))
+    case, scales = weight.case, weight.scales.clone()
+    kind = {4: scalar_types.uint4, 8: scalar_types.uint8}[case.bits]
+    # It takes words whose columns are contiguous, and adds zeros that are multiplied by their scales before.
+    words = ops.machete_prepack_B(
+        weight.checkpoint.qweight.t().contiguous().t(),
+        a_type=torch.float16,
+        b_type=kind,
+        group_scales_type=torch.float16,
+    )
+    zeros = -scales * weight.zeros.half()
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = ops.machete_mm(
+            a=x,
+            b_q=words,
+            b_type=kind,
+            b_group_scales=scales,
+            b_group_zeros=zeros,
+            b_group_size=case.group_size,
+        )
+        return out
+
+    nbytes = words.nbytes + scales.nbytes + zeros.nbytes
+    return Layer(take=lambda x: x.half(), run=run, give=lambda out: out, nbytes=nbytes)
+
+
 PEERS = (
     Peer("vLLM gptq_gemm fp16", _prepare_exllama, packages=("vllm",)),
     Peer("vLLM Marlin fp16", _prepare_marlin, packages=("vllm",)),
+    Peer("vLLM Machete fp16", _prepare_machete, packages=("vllm",)),
 )

@@ -49,7 +49,7 @@ def error_of(layer: Layer, weight: Weight, M: int = 3) -> float:
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [(peer.name, peer.packages[0]) for peer in CUDA_PEERS if peer.packages != ("torch",)],
+    [(peer.name, peer.packages[0].removesuffix("-kernels")) for peer in CUDA_PEERS if peer.packages != ("torch",)],
 )
 def test_a_peer_without_its_package_says_which(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -173,6 +173,60 @@ def test_vllm_marlin_has_zero_points_for_four_bits_alone(bits: int, monkeypatch:
     assert error_of(layer, weight) < TOLERANCE
     assert (layer.dense is None) == (bits == 4)
     assert layer.nbytes == 256 * 64 * bits // 8 + 2 * 64 * 2 + (2 * 64 * 4 if bits == 4 else 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_vllm_machete_gets_contiguous_columns_and_zeros_times_scales(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepack(b_q_weight: Tensor, a_type: torch.dtype, b_type: int, group_scales_type: torch.dtype) -> Tensor:
+        assert b_q_weight.stride(0) == 1
+        assert (a_type, b_type, group_scales_type) == (torch.float16, bits, torch.float16)
+        return b_q_weight.contiguous()
+
+    def machete(
+        a: Tensor, b_q: Tensor, b_type: int, b_group_scales: Tensor, b_group_zeros: Tensor, b_group_size: int
+    ) -> Tensor:
+        scales, zeros = (part.float().repeat_interleave(b_group_size, 0) for part in (b_group_scales, b_group_zeros))
+        return (a.float() @ (unpack_rows(b_q, b_type) * scales + zeros)).half()
+
+    modules_of(monkeypatch, "vllm._custom_ops", machete_prepack_B=prepack, machete_mm=machete)
+    modules_of(monkeypatch, "vllm.scalar_type", scalar_types=SimpleNamespace(uint4=4, uint8=8))
+    weight = Weight(Case(256, 64, bits=bits))
+    layer = PEERS["vLLM Machete fp16"].prepare(weight, 1)
+    assert error_of(layer, weight) < 2 * TOLERANCE  # the zeros are rounded
+    assert layer.nbytes == 256 * 64 * bits // 8 + 2 * 64 * 4
+
+
+def test_humming_gets_the_tensors_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class HummingLayer(nn.Module):
+        def __init__(self, shape_n: int, shape_k: int, weight_config: dict[str, Any], torch_dtype: torch.dtype) -> None:
+            super().__init__()
+            self.bits, self.group_size = weight_config["bits"], weight_config["group_size"]
+            assert (weight_config["quant_method"], weight_config["sym"], torch_dtype) == ("gptq", False, torch.float16)
+            self.shape = shape_k, shape_n
+            self.is_ready = False
+
+        def load_from_tensors(self, tensors: dict[str, Tensor]) -> None:
+            assert tensors["g_idx"].shape == self.shape[:1]
+            for name in ("qweight", "qzeros", "scales"):
+                setattr(self, name, nn.Parameter(tensors[name].clone(), requires_grad=False))
+
+        def transform(self) -> None:
+            self.is_ready = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.is_ready
+            zeros = unpack_columns(self.qzeros, self.bits).repeat_interleave(self.group_size, 0)
+            scales = self.scales.float().repeat_interleave(self.group_size, 0)
+            return (x.float() @ ((unpack_rows(self.qweight, self.bits) - zeros) * scales)).half()
+
+    modules_of(monkeypatch, "humming.layer", HummingLayer=HummingLayer)
+    for bits in SUPPORTED_BITS:
+        weight = Weight(Case(256, 64, bits=bits))
+        layer = PEERS["humming fp16"].prepare(weight, 1)
+        assert error_of(layer, weight) < TOLERANCE
+        assert layer.nbytes == weight.nbytes
 
 
 def stand_in(is_symmetric: bool) -> Callable[..., nn.Module]:

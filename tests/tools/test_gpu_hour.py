@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import device_code, sass
 from benchmarks.peers import exllama_cuda
+from cuda import emulated
+from exllama_ops.backends.native.compile import CUDA, find_compiler
+from ptx_emulator.emulator import reasons_against
 from tools.gpu_hour import hour, plan, process
 from tools.gpu_hour.clocks import HostClock, copies
 from tools.gpu_hour.hour import Hour
@@ -154,6 +158,7 @@ def test_without_a_gpu_only_what_needs_none_is_run(folder: Folder, monkeypatch: 
     machine = Machine(folder, environment=Result("passed", "no GPU", data={"gpus": []}))
     left = hour_of(folder, machine, monkeypatch).run(PARTS, resume=False)
     assert machine.ran == ["environment", "build"]
+    assert machine.limits == [120, 5400]
     assert statuses(folder) == {"environment": "passed", "build": "passed"}
     assert left == [part.name for part in PARTS[2:]]
 
@@ -240,6 +245,41 @@ def test_the_smoke_test_finds_a_wrong_element(fault: str, counts: tuple[int, int
 def test_the_smoke_test_finds_other_bits_of_a_second_call() -> None:
     tally = smoke.check(Ops("other bits"), torch.device("cpu"), "tiled", (4,), (1,))
     assert [text.partition(": ")[2] for text in tally.wrong] == ["a second call has other bits"] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
+@pytest.mark.parametrize("algorithm", plan.ALGORITHMS)
+def test_the_smoke_test_passes_on_an_emulated_device(algorithm: str) -> None:
+    tally = smoke.check(emulated.ops(80), torch.device("cpu"), algorithm, (4,), (1, 7))
+    assert smoke.result_of(tally).status == "passed", tally.wrong
+    assert tally.right == {"scalar": 30, "tiled": 30, "mma": 12, "dense": 20}[algorithm]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
+def test_the_smoke_test_of_the_other_ops_passes_on_an_emulated_device() -> None:
+    tally = smoke.check_others(emulated.ops(80), torch.device("cpu"), (4,))
+    assert smoke.result_of(tally).status == "passed", tally.wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_the_kernels_that_measure_are_compiled_whole(arch: str, tmp_path: Path) -> None:
+    """No loop that is timed has lost its work: four steps are unrolled in each."""
+    if find_compiler(CUDA) is None:
+        pytest.skip("needs nvcc")
+    cubin = tmp_path / "rates.cubin"
+    source = ROOT / "tools" / "gpu_hour" / "rates.cu"
+    device_code.run_tool("nvcc", "-O3", "-std=c++17", f"-arch={arch}", "-cubin", str(source), "-o", str(cubin))
+    try:
+        codes = sass.kernels(device_code.run_tool("nvdisasm", "-c", str(cubin)))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    expected = {"Floats": ("FFMA", 32), "Mixed": ("LOP3", 16), "Mma": ("HMMA", 32), "4read": ("LDG", 8)}
+    for kernel, (instruction, least) in expected.items():
+        (code,) = (code for name, code in codes.items() if kernel in name and "one_at" not in name)
+        assert len(re.findall(rf"\b{instruction}\b", code)) >= least, kernel
 
 
 JUNIT = """<testsuites><testsuite>

@@ -98,7 +98,8 @@ class Hour:
         return result
 
     def _process(self, part: Part) -> Result:
-        limit, remaining = 60 * part.limit_minutes, self._remaining()
+        minutes = part.limit_minutes if self.has_device else part.limit_elsewhere or part.limit_minutes
+        limit, remaining = 60 * minutes, self._remaining()
         seconds = max(1.0, min(limit, remaining))
         log, written = self.folder.log(part.name), self.folder.result(part.name)
         written.unlink(missing_ok=True)

@@ -21,12 +21,14 @@ class Part:
         minutes: that it is expected to take.
         limit_minutes: after which it is ended; below ten, which is what a command may take on a borrowed machine.
         needs_gpu: whether it is skipped where there is none.
+        limit_elsewhere: the limit where there is no GPU, whose minutes would be counted; 0 for the same.
     """
 
     name: str
     minutes: float
     limit_minutes: float
     needs_gpu: bool = True
+    limit_elsewhere: float = 0
 
     @property
     def step(self) -> str:
@@ -36,7 +38,7 @@ class Part:
 
 PARTS = (
     Part("environment", 0.2, 2, needs_gpu=False),
-    Part("build", 5, 9.5, needs_gpu=False),
+    Part("build", 5, 9.5, needs_gpu=False, limit_elsewhere=90),
     *(Part(f"smoke.{algorithm}", 0.3, 3) for algorithm in ALGORITHMS),
     Part("smoke.others", 0.3, 3),
     Part("smoke.captures", 0.5, 4),

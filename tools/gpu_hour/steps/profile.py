@@ -11,7 +11,7 @@ from tools.gpu_hour.process import find
 from tools.gpu_hour.records import Result, Table
 
 _PROGRAM = "ncu"
-_KERNELS = "regex:gemm_mma|gemm_scalar|dequantize"
+_KERNELS = "regex:gemm_|dequantize|gather"
 _SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
 _FIGURES = (
     "Duration",
