@@ -44,7 +44,7 @@ class PackedExperts(nn.Module):
         self.in_features, self.out_features = first.in_features, first.out_features
         self._options = first.op_arguments[4:]
         self._orders = "perm" if first.shuffled else "g_idx"
-        for name in ("qweight", "qzeros", "scales", "row_order", "bias"):
+        for name in _STACKED:
             self.register_buffer(name, self._stack(name), persistent=False)
 
     @staticmethod
@@ -110,7 +110,7 @@ class PackedExperts(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        for name in ("qweight", "qzeros", "scales", "row_order", "bias"):
+        for name in _STACKED:
             if not self._is_shared(name):
                 self._buffers[name] = self._stack(name)
 
@@ -127,6 +127,8 @@ class PackedExperts(nn.Module):
             for view, entry in zip(views, stack, strict=True)
         )
 
+
+_STACKED = ("qweight", "qzeros", "scales", "row_order", "bias")
 
 _ALIKE: dict[str, Callable[[ExllamaLinear], Any]] = {
     "in_features": lambda layer: layer.in_features,

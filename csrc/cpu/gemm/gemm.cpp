@@ -208,6 +208,13 @@ int32_t threads_for(const Gemm& product, const Parallel& parallel) {
   return product.gemv() ? threads_for_columns(parallel, product.columns(), product.word_bytes()) : parallel.threads;
 }
 
+// Into how many tasks each of some equal products is cut: as few as give no thread a sixteenth more than its share.
+int64_t pieces_of(int64_t products, int32_t threads) {
+  int64_t pieces = 1;
+  while (16 * ceil_div(products * pieces, threads) * threads > 17 * products * pieces) ++pieces;
+  return pieces;
+}
+
 }  // namespace
 
 size_t gemm_workspace_bytes(const Weight* parts, int64_t count, int64_t M, Precision precision, int32_t threads) {
@@ -284,9 +291,8 @@ void moe_gemm(const Expert* experts, int64_t count, const void* x, DType x_dtype
   if (gemv) {
     together.threads = threads_for_columns(parallel, count * product(0).columns(), count * product(0).word_bytes());
   }
+  const int64_t pieces = pieces_of(count, together.threads);
   for (Gemm& each : products) {
-    // A thread that has one product more than another would make it wait for a whole one, so that few are cut further.
-    const int64_t pieces = together.threads == 1 ? 1 : ceil_div(4 * together.threads, count);
     const int64_t most = std::max<int64_t>(1, each.columns() / kColumnsOfThread);
     each.divide(static_cast<int32_t>(each.gemv() ? std::min(pieces, most) : ceil_div(together.threads, count)));
   }

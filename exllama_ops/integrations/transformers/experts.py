@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from exllama_ops import backends
+from exllama_ops.backends import reference
 from exllama_ops.integrations.transformers.names import ExpertPlace
 from exllama_ops.integrations.transformers.pending import initialized
 from exllama_ops.nn import ExllamaLinear
@@ -60,7 +62,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         dense: Tensor = moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return dense
     stacks = self._modules.get(_STACKS)
-    if stacks is not None:
+    if stacks is not None and _is_served(hidden_states.device.type):
 
         def experts(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
             *into, down = stacks
@@ -146,7 +148,23 @@ def finish_experts(model: nn.Module) -> None:
 
 def run_in_graphs(model: nn.Module) -> bool:
     """Whether no experts of a model are called one by one, for which the host reads who was chosen."""
-    return all(hasattr(module, _STACKS) for module in model.modules() if hasattr(module, _PROJECTIONS))
+    found: list[Any] = [module for module in model.modules() if hasattr(module, _PROJECTIONS)]
+    return all(
+        _STACKS in module._modules and _is_served(module.get_submodule(_STACKS)[0].qweight.device.type)
+        for module in found
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_served(device: str) -> bool:
+    """Whether a kernel of gptq_moe_gemm computes on a device.
+
+    On a GPU the reference would take all rows for each expert, where the layers have kernels.
+    """
+    if device in ("cpu", "meta"):
+        return True
+    key = device.upper()
+    return key in backends.PRIORITY and backends.serving("gptq_moe_gemm", key) is not reference.BACKEND
 
 
 def _order(module: Any) -> list[tuple[str, int]]:
