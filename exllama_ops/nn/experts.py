@@ -54,7 +54,7 @@ class ExllamaExperts(nn.Module):
         lengths = [len(layers) for layers in projections if layers is not None]
         if len(set(lengths)) > 1:
             raise ValueError(f"ExllamaExperts: all projections must have as many experts; got {lengths}")
-        self.stacks = nn.ModuleList(PackedExperts([*layers]) for layers in projections if layers is not None)
+        self.stacks = nn.ModuleList(PackedExperts.of([*layers]) for layers in projections if layers is not None)
 
     @property
     def num_experts(self) -> int:

@@ -15,18 +15,16 @@ from exllama_ops.ops import gptq_moe_gemm
 class PackedExperts(nn.Module):
     """``y[i] = x[i] @ W[e] + bias[e]`` for rows of x that are sorted by expert.
 
-    The weights of the layers are brought into stacks one layer after the other, so that no more than one of them is in
-    memory twice. From then on each layer computes with views of the stacks: what is loaded into a layer, or saved from
-    it, is what this module computes with. The stacks themselves are in no state_dict.
+    The weight of each layer that is put in is copied into stacks, and the layer computes with views of them from then
+    on. So one layer at most is in memory twice. What is loaded into a layer, or saved from it, is what this module
+    computes with. The stacks themselves are in no state_dict.
 
     Args:
-        layers: of the experts 0, 1, ... They go on to belong to whoever holds them.
+        like: a layer whose tensors have the sizes of all others'.
+        num_experts: how many layers there will be; each must be `put` in before the first call.
 
     Shape:
         x: (M, K), sorted by expert; offsets: (E + 1,) int32, as `gptq_moe_gemm` takes them; y: (M, N) in x's dtype.
-
-    Raises:
-        ValueError: the layers cannot be stacked; see `reasons_against`.
     """
 
     qweight: Tensor
@@ -35,33 +33,59 @@ class PackedExperts(nn.Module):
     row_order: Tensor
     bias: Tensor | None
 
-    def __init__(self, layers: Sequence[ExllamaLinear]) -> None:
+    def __init__(self, like: ExllamaLinear, num_experts: int) -> None:
         super().__init__()
-        if reasons := self.reasons_against(layers):
-            raise ValueError(f"PackedExperts: {'; '.join(reasons)}")
-        self._layers = tuple(layers)
-        first = layers[0]
-        self.in_features, self.out_features = first.in_features, first.out_features
-        self._options = first.op_arguments[4:]
-        self._orders = "perm" if first.shuffled else "g_idx"
+        self._like = _kind(like)
+        self._layers: list[ExllamaLinear | None] = [None] * num_experts
+        self._options = like.op_arguments[4:]
+        self._order_name = "perm" if like.shuffled else "g_idx"
         for name in _STACKED:
-            self.register_buffer(name, self._stack(name), persistent=False)
+            tensor = self._of(like, name)
+            if tensor is not None and tensor.numel():
+                tensor = _stack_of(tensor, num_experts)
+            self.register_buffer(name, tensor, persistent=False)
 
-    @staticmethod
-    def reasons_against(layers: Sequence[ExllamaLinear]) -> list[str]:
-        """Why the weights of some layers cannot be in stacks; empty if they can."""
+    @classmethod
+    def of(cls, layers: Sequence[ExllamaLinear]) -> PackedExperts:
+        """The stacks of the layers of the experts 0, 1, ...
+
+        Raises:
+            ValueError: they differ in more than their values.
+        """
         if not layers:
-            return ["there must be at least one expert"]
-        reasons = []
-        for name, of in _ALIKE.items():
-            kinds = list(dict.fromkeys(map(of, layers)))
-            if len(kinds) > 1:
-                reasons.append(f"all experts must have one {name}; got {', '.join(map(str, kinds[:3]))}")
-        if any(layer.qweight.is_meta for layer in layers):
-            reasons.append("an expert has no weight in memory")
-        if any(hasattr(layer, "_hf_hook") for layer in layers):
-            reasons.append("accelerate moves the experts one by one")
-        return reasons
+            raise ValueError("PackedExperts: there must be at least one expert; got none")
+        stacks = cls(layers[0], len(layers))
+        for expert, layer in enumerate(layers):
+            stacks.put(expert, layer)
+        return stacks
+
+    def put(self, expert: int, layer: ExllamaLinear) -> None:
+        """Copy the weight of a layer into the stacks, and let it compute with views of them.
+
+        Raises:
+            ValueError: see `reason_against`; nothing has changed then.
+        """
+        if reason := self.reason_against(layer):
+            raise ValueError(f"PackedExperts: {reason}")
+        self._layers[expert] = layer
+        for name in _STACKED:
+            self._share(expert, layer, name)
+
+    def reason_against(self, layer: ExllamaLinear) -> str:
+        """Why the weight of a layer cannot be in the stacks; empty if it can."""
+        if layer.qweight.is_meta:
+            return "a layer must have its weight in memory"
+        differing = [
+            f"{name} {got}, not {expected}"
+            for name, got, expected in zip(_KIND, _kind(layer), self._like, strict=True)
+            if got != expected
+        ]
+        return f"all experts must be of one kind; got one with {', '.join(differing)}" if differing else ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether each expert has its layer."""
+        return None not in self._layers
 
     def forward(self, x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
         """The product of each row.
@@ -80,66 +104,68 @@ class PackedExperts(nn.Module):
             return y
         return y + self.bias.to(y.dtype)[ids.clamp(0, self.bias.shape[0] - 1)]
 
-    def _stack(self, name: str) -> Tensor | None:
-        """The stack of one tensor of the layers, of which they have views from now on."""
-        buffer = self._orders if name == "row_order" else name
-        first: Tensor | None = self._layers[0]._buffers[buffer]
-        if first is None or not first.numel():
-            return first
-        shape = (len(self._layers), *first.shape)
-        if first.device.type == "cpu":
-            num_bytes = len(self._layers) * first.nbytes
-            stack = empty_in_huge_pages(num_bytes).view(first.dtype).view(shape)
-        else:
-            stack = first.new_empty(shape)
-        for entry, layer in zip(stack, self._layers, strict=True):
-            tensor = layer._buffers[buffer]
-            assert tensor is not None
+    def _of(self, layer: ExllamaLinear, name: str) -> Tensor | None:
+        return layer._buffers[self._order_name if name == "row_order" else name]
+
+    def _share(self, expert: int, layer: ExllamaLinear, name: str) -> None:
+        """Copy one tensor of a layer, which has a view from then on; but layers share orders with others."""
+        stack, tensor = self._buffers[name], self._of(layer, name)
+        if stack is None or tensor is None or not tensor.numel():
+            return
+        entry = stack[expert]
+        if name == "row_order":
             entry.copy_(tensor)
-            if name != "row_order":  # layers share orders with others
-                layer._buffers[buffer] = entry
-        return stack
+        elif tensor.device != entry.device or tensor.data_ptr() != entry.data_ptr():
+            entry.copy_(tensor)
+            layer._buffers[name] = entry
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """``.to(device)`` gives each layer tensors of its own, of which new stacks are made."""
-        self._refresh()
+        self._follow_the_layers()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """What was loaded into the layers is in the stacks already, but for the orders."""
-        self._refresh()
+        self._follow_the_layers()
 
-    def _refresh(self) -> None:
+    def _follow_the_layers(self) -> None:
+        first = self._layers[0]
+        if first is None:
+            return
         for name in _STACKED:
-            if not self._is_shared(name):
-                self._buffers[name] = self._stack(name)
-
-    def _is_shared(self, name: str) -> bool:
-        """Whether the layers have views of a stack. Their orders may have been loaded anew."""
-        stack = self._buffers[name]
-        if name == "row_order":
-            return False
-        if stack is None:
-            return True
-        views = (layer._buffers[name] for layer in self._layers)
-        return all(
-            view is not None and view.device == entry.device and view.data_ptr() == entry.data_ptr()
-            for view, entry in zip(views, stack, strict=True)
-        )
+            tensor, stack = self._of(first, name), self._buffers[name]
+            if tensor is None or stack is None or not tensor.numel():
+                self._buffers[name] = tensor
+                continue
+            if (tensor.device, tensor.dtype) != (stack.device, stack.dtype):
+                self._buffers[name] = _stack_of(tensor, len(self._layers))
+            for expert, layer in enumerate(self._layers):
+                if layer is not None:
+                    self._share(expert, layer, name)
 
 
 _STACKED = ("qweight", "qzeros", "scales", "row_order", "bias")
+# What the layers of a stack have in common, and how errors call it.
+_KIND = ("in_features", "out_features", "bits", "group_size", "shuffled", "shapes", "dtypes", "device")
 
-_ALIKE: dict[str, Callable[[ExllamaLinear], Any]] = {
-    "in_features": lambda layer: layer.in_features,
-    "out_features": lambda layer: layer.out_features,
-    "bits": lambda layer: layer.bits,
-    "group_size": lambda layer: layer.group_size,
-    "order of the bits": lambda layer: "shuffled" if layer.shuffled else "that of the checkpoint",
-    "number of groups": lambda layer: layer.scales.shape[0],
-    "number of rows": lambda layer: layer.qweight.shape[0] * 32 // layer.bits,
-    "number of entries in the order of rows": lambda layer: layer.op_arguments[3].shape[0],
-    "dtype of the scales": lambda layer: layer.scales.dtype,
-    "dtype of the bias": lambda layer: None if layer.bias is None else layer.bias.dtype,
-    "device": lambda layer: layer.qweight.device,
-}
+
+def _kind(layer: ExllamaLinear) -> tuple[Any, ...]:
+    tensors = (*layer.op_arguments[:4], layer.bias)
+    return (
+        layer.in_features,
+        layer.out_features,
+        layer.bits,
+        layer.group_size,
+        layer.shuffled,
+        [None if tensor is None else tuple(tensor.shape) for tensor in tensors],
+        [None if tensor is None else tensor.dtype for tensor in tensors],
+        layer.qweight.device,
+    )
+
+
+def _stack_of(tensor: Tensor, count: int) -> Tensor:
+    """Memory for tensors of one shape, in huge pages on a CPU: what nobody writes to takes none."""
+    shape = (count, *tensor.shape)
+    if tensor.device.type == "cpu" and type(tensor) is Tensor:
+        return empty_in_huge_pages(count * tensor.nbytes).view(tensor.dtype).view(shape)
+    return tensor.new_empty(shape)

@@ -144,6 +144,9 @@ def test_a_layer_that_takes_the_place_of_an_experts_is_called(tmp_path: Path) ->
     families.write("qwen3_moe", tmp_path)
     experts = load_model(tmp_path, torch.float32, progress=False).model.layers[0].mlp.experts
     x, ids, weights = torch.randn(3, 64), torch.tensor([[0, 1], [1, 2], [3, 0]]), torch.rand(3, 2)
+    stacks = {stack.qweight.untyped_storage().data_ptr() for stack in experts.exllama_stacks}
+    layers = [layer for layer in experts.modules() if isinstance(layer, ExllamaLinear)]
+    assert {layer.qweight.untyped_storage().data_ptr() for layer in layers} == stacks  # each weight is there once
     with torch.inference_mode():
         before = experts(x, ids, weights)
         inner = experts.get_submodule("1").up_proj

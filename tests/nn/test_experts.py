@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_biases_are_those_of_each_rows_expert() -> None:
     layers = [ExllamaLinear.from_weight(weight) for weight in weights(HIDDEN, INNER)]
     for layer in layers:
         layer.bias = torch.randn(INNER)
-    stack = PackedExperts(layers)
+    stack = PackedExperts.of(layers)
     x, ids = torch.randn(6, HIDDEN), torch.tensor([0, 0, 2, 4, 4, 9])
     y = stack(x, torch.tensor([0, 2, 2, 3, 3, 5], dtype=torch.int32), ids)
     for row, expert in enumerate([0, 0, 2, 4, 4]):
@@ -177,16 +177,18 @@ def test_autocast_casts_x_and_not_the_scales() -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (lambda: quantize(torch.randn(INNER, HIDDEN), 8, 32), "all experts must have one bits; got 4, 8"),
-        (lambda: quantize(torch.randn(INNER, HIDDEN), 4, 16), "all experts must have one group_size; got 32, 16"),
-        (lambda: quantize(torch.randn(INNER, 2 * HIDDEN), 4, 32), "all experts must have one in_features; got 64, 128"),
+        (lambda: quantize(torch.randn(INNER, HIDDEN), 8, 32), "bits 8, not 4"),
+        (lambda: quantize(torch.randn(INNER, HIDDEN), 4, 16), "group_size 16, not 32"),
+        (lambda: quantize(torch.randn(INNER, 2 * HIDDEN), 4, 32), "in_features 128, not 64"),
     ],
 )
-def test_experts_that_differ_are_refused_with_the_reason(other: object, reason: str) -> None:
+def test_an_expert_that_differs_is_refused_with_the_reason(other: Callable[[], GptqWeight], reason: str) -> None:
     layers = [ExllamaLinear.from_weight(weight) for weight in weights(HIDDEN, INNER)]
-    layers[2] = ExllamaLinear.from_weight(other())  # type: ignore[operator]
-    with pytest.raises(ValueError, match=f"PackedExperts: .*{reason}"):
-        PackedExperts(layers)
+    layers[2] = ExllamaLinear.from_weight(other())
+    with pytest.raises(ValueError, match=f"PackedExperts: all experts must be of one kind; got one with .*{reason}"):
+        PackedExperts.of(layers)
+    x = torch.randn(1, HIDDEN)
+    assert torch.equal(layers[0](x), ExllamaLinear.from_weight(next(weights(HIDDEN, INNER)))(x))  # it still computes
 
 
 def test_projections_of_different_numbers_of_experts_are_refused() -> None:

@@ -129,21 +129,49 @@ def take_experts(
     return taken, problems
 
 
-def finish_experts(model: nn.Module) -> None:
-    """Bring the weights of experts into stacks where they can be, once all layers are read.
+class ExpertStacks:
+    """Brings the weights of experts into stacks while they are read, so that one at most is in memory twice."""
 
-    What stood for the parameters while transformers initialized its modules is dropped.
-    """
-    found: list[Any] = [module for module in model.modules() if hasattr(module, _PROJECTIONS)]
-    for module in found:
-        names = getattr(module, _PROJECTIONS)
-        for name in ("gate_up_proj", "up_proj", "down_proj"):
-            for owned in (name, f"{name}_bias"):
-                vars(module).pop(owned, None)
-        experts = [module.get_submodule(str(index)) for index in range(module.num_experts)]
-        projections = [[getattr(expert, name) for expert in experts] for name in names]
-        if not any(PackedExperts.reasons_against(layers) for layers in projections):
-            module.add_module(_STACKS, nn.ModuleList(map(PackedExperts, projections)))
+    def __init__(self) -> None:
+        # By the name of the module, then by projection; None where the weights cannot be in a stack.
+        self._stacks: dict[str, dict[str, PackedExperts | None]] = defaultdict(dict)
+
+    def put(self, model: nn.Module, target: str, layer: ExllamaLinear) -> None:
+        """Take a layer that was read.
+
+        Args:
+            model: the model.
+            target: name of the layer in it.
+            layer: with its weight.
+        """
+        path, _, projection = target.rpartition(".")
+        name, _, index = path.rpartition(".")
+        stacks = self._stacks[name]
+        # accelerate moves the layers with hooks one by one.
+        can_be = not layer.qweight.is_meta and not hasattr(layer, "_hf_hook")
+        if projection not in stacks:
+            module: Any = model.get_submodule(name)
+            stacks[projection] = PackedExperts(layer, module.num_experts) if can_be else None
+        stack = stacks[projection]
+        if stack is None or not can_be or stack.reason_against(layer):
+            stacks[projection] = None
+        else:
+            stack.put(int(index), layer)
+
+    def finish(self, model: nn.Module) -> None:
+        """Hand each module of experts its stacks, if it has all of them.
+
+        What stood for the parameters while transformers initialized its modules is dropped.
+        """
+        for name, stacks in self._stacks.items():
+            module: Any = model.get_submodule(name)
+            for parameter in ("gate_up_proj", "up_proj", "down_proj"):
+                for owned in (parameter, f"{parameter}_bias"):
+                    vars(module).pop(owned, None)
+            found = [stacks[projection] for projection in getattr(module, _PROJECTIONS)]
+            if all(stack is not None and stack.is_full for stack in found):
+                # After the layers: what is done to modules is done to those first.
+                module.add_module(_STACKS, nn.ModuleList(stack for stack in found if stack is not None))
 
 
 def run_in_graphs(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from exllama_ops.checkpoint import Checkpoint, CheckpointError, autoround, compressed_tensors_config, open_checkpoint
 from exllama_ops.integrations.transformers import parallel
-from exllama_ops.integrations.transformers.experts import finish_experts, run_in_graphs, take_experts
+from exllama_ops.integrations.transformers.experts import ExpertStacks, run_in_graphs, take_experts
 from exllama_ops.integrations.transformers.folders import looking_further
 from exllama_ops.integrations.transformers.head import untie
 from exllama_ops.integrations.transformers.names import places
@@ -160,6 +160,7 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         assert checkpoint is not None
         cuts = parallel.cuts(model, self._pending, self._merged)
         device_map = getattr(model, "hf_device_map", {})
+        stacks = ExpertStacks()
         bar = logging.tqdm(self._pending.items(), desc="Packing quantized layers", disable=self._count is not None)
         for target, layer in bar:
             device, cut = layer.place.device, cuts.get(target)
@@ -168,9 +169,11 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 filled = parallel.fill(target, layer, checkpoint.read(layer.name_in_files), cut, device)
             offload(filled, _mapped(device_map, target))
+            if target in self._merged:
+                stacks.put(model, target, filled)
             if self._count is not None:
                 self._count()
-        finish_experts(model)
+        stacks.finish(model)
         self._runs_in_graphs = run_in_graphs(model)
         self._pending, self._count = {}, None  # what a copy of the model need not have
         self.quantization_config = model.config.quantization_config = GPTQConfig(checkpoint.quantization, checkpoint)
