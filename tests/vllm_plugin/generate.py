@@ -13,7 +13,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 
 def main(arguments: dict[str, Any]) -> None:
-    """Print one JSON object: the tokens that follow each prompt, and how vLLM named its quantization."""
+    """Print one JSON object: the tokens that follow each prompt, and how vLLM named its quantization.
+
+    ``then`` has lists of calls of vLLM's LLM, and the tokens without an adapter after each list follow in ``after``.
+    """
     # By itself vLLM wants a NUMA node for each process.
     processes = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     if processes > 1:
@@ -23,16 +26,21 @@ def main(arguments: dict[str, Any]) -> None:
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    adapter = arguments.pop("adapter", None)
+    adapter, then = arguments.pop("adapter", None), arguments.pop("then", [])
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in arguments.pop("prompts")]
     sampling = SamplingParams(temperature=0.0, max_tokens=arguments.pop("new"), ignore_eos=True, detokenize=False)
     llm = LLM(skip_tokenizer_init=True, max_model_len=128, max_num_seqs=4, enable_lora=adapter is not None, **arguments)
     lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
-    outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
-    result = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "quantization": llm.llm_engine.model_config.quantization,
-    }
+
+    def tokens(lora: LoRARequest | None = None) -> list[list[int]]:
+        outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    result = {"tokens": tokens(lora), "quantization": llm.llm_engine.model_config.quantization, "after": []}
+    for calls in then:
+        for method, keywords in calls:
+            getattr(llm, method)(**keywords)
+        result["after"].append(tokens())
     print(f"RESULT {json.dumps(result)}", flush=True)
 
 

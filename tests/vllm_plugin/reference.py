@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def _fill_expert(built: Any, name: str, dense: Tensor) -> None:
     else:
         half = dense.shape[0] if projection == "up" else 0
         all_experts.gate_up_proj.data[int(index), half : half + dense.shape[0]] = dense
+
+
+def adapt(built: Any, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Let each layer add ``2 * x @ A.T @ B.T``, for its name -> A, B."""
+
+    def added(A: Tensor, B: Tensor) -> Callable[[Any, tuple[Tensor], Tensor], Tensor]:
+        delta = 2 * A.float().T @ B.float().T
+        return lambda module, inputs, out: (out.float() + inputs[0].float() @ delta).to(out.dtype)
+
+    for name, (A, B) in parts.items():
+        built.get_submodule(name).register_forward_hook(added(A, B))
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from exllama_ops.integrations.demo import demo_checkpoint
 from vllm_plugin import cases, reference
 
 NEW = 12
+TWO: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 HERE = Path(__file__).parent
 
 
@@ -65,8 +66,10 @@ def assert_tokens_are_those_of_transformers(
     tokens: list[list[int]],
     dtype: torch.dtype = torch.float16,
     prompts: list[list[int]] = cases.PROMPTS,
+    adapter: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
     model = reference.model(path, dtype)
+    reference.adapt(model, adapter or {})
     sure = 0
     for prompt, got in zip(prompts, tokens, strict=True):
         expected = reference.expected(model, prompt, NEW)
@@ -85,7 +88,7 @@ def test_what_vllm_refuses_gives_the_tokens_of_transformers(name: str, kinds: di
 
 @pytest.mark.parametrize("name", ["3bit-act-v1", "4bit-sym-partial", "8bit-act-v1", "4bit-head-of-8"])
 def test_two_processes_share_each_layer(name: str, kinds: dict[str, Path], tmp_path: Path) -> None:
-    answer = serve(kinds[name], tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
+    answer = serve(kinds[name], tmp_path, **TWO)
     assert_tokens_are_those_of_transformers(kinds[name], answer["tokens"])
 
 
@@ -101,11 +104,57 @@ def test_a_compiled_model_gives_the_same_tokens(kinds: dict[str, Path], tmp_path
     assert_tokens_are_those_of_transformers(kinds["4bit-asym-act-v1"], answer["tokens"])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_experts_give_the_tokens_of_transformers(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [{}, TWO, TWO | {"enable_expert_parallel": True}], ids=["one", "cut", "shared"])
+def test_experts_give_the_tokens_of_transformers(parallel: dict[str, Any], tmp_path: Path) -> None:
     path = cases.write_experts(tmp_path / "experts")
-    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"} if processes == 2 else {}
-    assert_tokens_are_those_of_transformers(path, serve(path, tmp_path, **parallel)["tokens"])
+    answer = serve(path, tmp_path, **parallel)
+    assert ("Local/global number of experts: 2/4" in answer["log"]) == ("enable_expert_parallel" in parallel)
+    assert_tokens_are_those_of_transformers(path, answer["tokens"])
+
+
+def test_biases_are_added_once_and_a_small_vocabulary_lies_in_one_process(tmp_path: Path) -> None:
+    """Of 64 outputs of the padded head, the second process has 32, and none of them is a token."""
+    kind = cases.Kind(4, 64, act_order=True, head_bits=4)
+    path = cases.write(kind, tmp_path / "model", vocab_size=32, attention_bias=True, mlp_bias=True)
+    prompts = [[token % 32 for token in prompt] for prompt in cases.PROMPTS]
+    answer = serve(path, tmp_path, prompts=prompts, **TWO)
+    assert_tokens_are_those_of_transformers(path, answer["tokens"], prompts=prompts)
+
+
+@pytest.mark.parametrize(("name", "parallel"), [("4bit-asym-act-v1", {}), ("3bit-act-v1", TWO)], ids=["one", "two"])
+def test_an_adapter_gives_the_tokens_of_its_dense_sum(
+    name: str, parallel: dict[str, Any], kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter = cases.write_adapter(kinds[name], tmp_path / "adapter", layers)
+    answer = serve(kinds[name], tmp_path, adapter=str(tmp_path / "adapter"), then=[[]], **parallel)
+    assert_tokens_are_those_of_transformers(kinds[name], answer["tokens"], adapter=adapter)
+    assert_tokens_are_those_of_transformers(kinds[name], answer["after"][0])
+    assert answer["tokens"] != answer["after"][0]
+
+
+def test_an_adapter_may_leave_a_quantized_head_and_experts_alone(kinds: dict[str, Path], tmp_path: Path) -> None:
+    experts = cases.write_experts(tmp_path / "experts")
+    for path, arguments in ((kinds["4bit-head-of-8"], {}), (experts, {"lora_target_modules": ["q_proj", "v_proj"]})):
+        folder = tmp_path / f"adapter-{path.name}"
+        adapter = cases.write_adapter(path, folder, ("q_proj", "v_proj"))
+        answer = serve(path, tmp_path, adapter=str(folder), **arguments)
+        assert_tokens_are_those_of_transformers(path, answer["tokens"], adapter=adapter)
+
+
+def test_weights_that_are_loaded_again_are_those_of_the_files(tmp_path: Path) -> None:
+    kind = cases.KINDS["3bit-act-v1"]
+    first, second = (cases.write(kind, tmp_path / str(seed), seed, attention_bias=True) for seed in range(2))
+
+    def reload(**keywords: Any) -> list[Any]:
+        rpc = {"method": "reload_weights", "kwargs": keywords}
+        return [("collective_rpc", rpc), ("reset_prefix_cache", {})]
+
+    sleep: list[Any] = [("sleep", {"level": 1}), ("wake_up", {})]  # vLLM does nothing then on a CPU
+    answer = serve(first, tmp_path, then=[sleep + reload(), reload(weights_path=str(second))], **TWO)
+    assert answer["tokens"] == answer["after"][0] != answer["after"][1]
+    assert_tokens_are_those_of_transformers(first, answer["tokens"])
+    assert_tokens_are_those_of_transformers(second, answer["after"][1])
 
 
 @pytest.mark.parametrize(("processes", "dtype"), [(1, "float16"), (1, "bfloat16"), (2, "float16")])

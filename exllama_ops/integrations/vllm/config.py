@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -32,17 +33,41 @@ from exllama_ops.checkpoint.errors import listed
 from exllama_ops.integrations.vllm import refusals
 from exllama_ops.integrations.vllm.experts import ExllamaExpertsMethod
 from exllama_ops.integrations.vllm.linear import ExllamaLinearMethod
+from exllama_ops.integrations.vllm.loading import PackedLayers
 
 NAME = "exllama_ops"
 
-# Tensors of quantized layers in any format that is read: this library reads them, vLLM's loaders never see them.
-_READ_HERE = (
-    ".qweight", ".qzeros", ".scales", ".g_idx",
-    ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx",
-)  # fmt: skip
 _METHODS = (*gptq.METHODS, *autoround.METHODS, *awq.METHODS, *compressed_tensors.METHODS)
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class PackedMapper(WeightsMapper):  # type: ignore[misc]
+    """What is done to the weights that pass a loader of vLLM: quantized layers keep theirs, the others are renamed.
+
+    Args:
+        config: of the checkpoint.
+        others: renames what is left.
+    """
+
+    def __init__(self, config: ExllamaConfig, others: WeightsMapper) -> None:
+        super().__init__()
+        self.config = config
+        self.others = others
+
+    def __or__(self, other: WeightsMapper) -> PackedMapper:
+        return PackedMapper(self.config, self.others | other)
+
+    def __ror__(self, other: WeightsMapper) -> PackedMapper:
+        return PackedMapper(self.config, other | self.others)
+
+    def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """The weights that a loader gets, by their names in vLLM."""
+        config = self.config
+        renamed: Iterable[tuple[str, Tensor]] = self.others.apply(
+            config.layers.left(weights, config.checkpoint, config.reopen)
+        )
+        return renamed
 
 
 class ExllamaConfig(QuantizationConfig):  # type: ignore[misc]
@@ -65,12 +90,24 @@ class ExllamaConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process opens the files itself.
-        return {name: value for name, value in vars(self).items() if name != "checkpoint"}
+        return {name: value for name, value in vars(self).items() if name not in ("checkpoint", "layers")}
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened checkpoint, which reads a layer when it is asked for one."""
         return open_checkpoint(self.model, revision=self.revision)
+
+    @cached_property
+    def layers(self) -> PackedLayers:
+        """The quantized layers of this process."""
+        return PackedLayers()
+
+    def reopen(self) -> Checkpoint:
+        """Open the files again, for vLLM to load what they hold now. It may have been told of others."""
+        if current := get_current_vllm_config_or_none():
+            self.model, self.revision = current.model_config.model, current.model_config.revision
+        self.__dict__.pop("checkpoint", None)
+        return self.checkpoint
 
     @classmethod
     def get_name(cls) -> str:
@@ -121,10 +158,9 @@ class ExllamaConfig(QuantizationConfig):  # type: ignore[misc]
         renamed = {name: hf_to_vllm_mapper.apply_list([name]) for name in self._names.values()}
         self._names = {new[0]: name for name, new in renamed.items() if new}
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """What vLLM's loaders leave out."""
-        return WeightsMapper(orig_to_new_suffix=dict.fromkeys(_READ_HERE))
+        return PackedMapper(self, WeightsMapper())
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How a layer is computed: by this library if the files have packed weights for it.
@@ -138,6 +174,7 @@ class ExllamaConfig(QuantizationConfig):  # type: ignore[misc]
             return None
         names = self.names_of(prefix)
         if names:
+            self.take(names)
             return ExllamaLinearMethod(self, names)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
 
@@ -154,6 +191,13 @@ class ExllamaConfig(QuantizationConfig):  # type: ignore[misc]
                 "exllama_ops needs all of them quantized, or none"
             )
         return [] if dense else [self._names[member] for member in members]
+
+    def take(self, names: Iterable[str]) -> None:
+        """Read the layers of these names in the files here, and keep their tensors from vLLM's loaders."""
+        wanted = set(names)
+        for name, stored in self._names.items():
+            if stored in wanted:
+                self.layers.add(stored, name)
 
     def names_below(self, prefix: str) -> Iterable[tuple[str, str]]:
         """Quantized layers within a module: what follows its name in vLLM, and the name in the files."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 
 from exllama_ops.checkpoint import CheckpointError
+from exllama_ops.integrations.vllm.loading import hold, refill
 from exllama_ops.integrations.vllm.parts import part_of
 from exllama_ops.nn import ExllamaLinear
 from exllama_ops.nn.experts import sum_of_experts
@@ -41,6 +43,7 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
         Raises:
             CheckpointError: some are quantized and some are not.
+            ValueError: vLLM is to run adapters on the experts.
         """
         names = {}
         for rest, stored in config.names_below(prefix):
@@ -56,6 +59,8 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 f"{', '.join(filter(None, projections))}, of which the files quantize {len(names)} of {len(wanted)}; "
                 "exllama_ops needs all of them quantized, or none"
             )
+        _check_adapters(prefix)
+        config.take(names.values())
         return cls(config, layer, names)
 
     def create_weights(
@@ -82,13 +87,27 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Read this process's experts, or its part of each, and pack them.
+        """Read this process's experts, or its part of each, and pack them. A second call changes nothing.
 
         Raises:
             CheckpointError: the files are broken.
             ValueError: the layer cannot be cut so.
         """
-        device = layer.exllama_device
+        if hasattr(layer, "exllama"):
+            return
+        hold(layer, self._products(layer))
+        self.config.layers.was_read(self.names.values(), self, layer)
+
+    def read_again(self, layer: RoutedExperts) -> None:
+        """Put what the files hold now into a layer.
+
+        Raises:
+            CheckpointError: the files are broken.
+            ValueError: they hold weights of another form.
+        """
+        refill(layer, self._products(layer), next(iter(self.names.values())))
+
+    def _products(self, layer: RoutedExperts) -> nn.ModuleDict:
         parallel = layer.moe_config.moe_parallel_config
         local = range(layer.global_num_experts)
         if layer.expert_map is not None:  # this process has some of the experts
@@ -103,9 +122,9 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 whole = weight.in_features if down else weight.out_features
                 run = part_of(whole, layer.exllama_part, parallel.tp_rank, parallel.tp_size)
                 shard = weight.shard(rows=run, bias=False) if down else weight.shard(columns=run, bias=False)
-                products.append(ExllamaLinear.from_weight(shard).to(device))
+                products.append(ExllamaLinear.from_weight(shard).to(layer.exllama_device))
             experts[str(expert)] = nn.ModuleList(products)
-        layer.exllama = nn.ModuleDict(experts)
+        return nn.ModuleDict(experts)
 
     def apply(
         self,
@@ -131,3 +150,14 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return y
 
         return sum_of_experts(x, topk_ids, topk_weights, expert)
+
+
+def _check_adapters(prefix: str) -> None:
+    """Check that no adapter is to be run on experts: those of vLLM are parts of its own kernels."""
+    current = get_current_vllm_config_or_none()
+    adapters = None if current is None else current.lora_config
+    if adapters is not None and (adapters.target_modules is None or "experts" in adapters.target_modules):
+        raise ValueError(
+            f"{prefix}: exllama_ops runs no adapters on quantized experts; name the layers that may have some, such as "
+            "--lora-target-modules q_proj k_proj v_proj o_proj"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from exllama_ops.integrations.vllm.loading import hold, refill
 from exllama_ops.integrations.vllm.parts import join, part_of, runs
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import ExllamaLinear
@@ -42,31 +43,45 @@ class ExllamaLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Nothing is made for vLLM's loaders to fill: the packed tensors are read from the files afterwards."""
         layer.exllama_device = torch.get_default_device()
         layer.exllama_parts = (input_size_per_partition, output_partition_sizes, input_size)
+        # Adapters of vLLM ask here for the device, and those of an output head for the dtype.
+        asked = "weight" if isinstance(layer, ParallelLMHead) else "qweight"
+        layer.register_buffer(asked, torch.empty(0, dtype=params_dtype, device=layer.exllama_device), persistent=False)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Read this process's part of each weight and pack it.
+        """Read this process's part of each weight and pack it. A second call changes nothing.
 
         Raises:
             CheckpointError: the files are broken.
             ValueError: the layer cannot be cut so.
         """
-        device = layer.exllama_device
+        if hasattr(layer, "exllama"):
+            return
+        hold(layer, self._products(layer))
+        self.config.layers.was_read(self.names, self, layer)
+
+    def read_again(self, layer: Any) -> None:
+        """Put what the files hold now into a layer.
+
+        Raises:
+            CheckpointError: the files are broken.
+            ValueError: they hold weights of another form.
+        """
+        refill(layer, self._products(layer), self.names[0])
+
+    def _products(self, layer: Any) -> nn.ModuleList:
         shards: list[GptqWeight] = []
         for index, name in enumerate(self.names):
             weight = self.config.checkpoint.read(name)
             shards += _shards(layer, weight, name, index, len(self.names))
-        products = [ExllamaLinear.from_weight(weight).to(device) for weight in join(shards)]
-        layer.exllama = nn.ModuleList(products)
-        # Adapters of vLLM ask here for the device.
-        layer.register_buffer("qweight", products[0].qweight, persistent=False)
+        return nn.ModuleList(ExllamaLinear.from_weight(weight).to(layer.exllama_device) for weight in join(shards))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W + bias``, the outputs of all parts side by side."""
         outputs = [product(x) for product in layer.exllama]
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        missing = sum(layer.exllama_parts[1]) - out.shape[-1]
+        missing = sum(layer.exllama_parts[1]) - sum(product.out_features for product in layer.exllama)
         if missing:  # the vocabulary is padded
-            out = nn.functional.pad(out, (0, missing))
+            outputs.append(x.new_zeros(*x.shape[:-1], missing))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return out if bias is None else out + bias
 
 
@@ -79,7 +94,8 @@ def _shards(layer: Any, weight: GptqWeight, name: str, index: int, count: int) -
     rows = part_of(in_size, in_part, rank, size) if isinstance(layer, RowParallelLinear) else range(in_size)
     if isinstance(layer, ParallelLMHead):
         indices = layer.shard_indices
-        columns = [range(indices.org_vocab_start_index, min(indices.org_vocab_end_index, weight.out_features))]
+        run = range(indices.org_vocab_start_index, min(indices.org_vocab_end_index, weight.out_features))
+        columns = [run] if run else []  # the last processes may have nothing but padding
     elif count == len(out_parts):
         columns = [part_of(weight.out_features, out_parts[index], rank, size)]
     else:  # the files have in one weight what vLLM takes for several

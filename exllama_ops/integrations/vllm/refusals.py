@@ -90,7 +90,8 @@ def _kinds(hf_config: Any, method: str, raw: Mapping[str, Any]) -> dict[str, Mod
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _first_of_each(open_checkpoint(fetch_headers(model, None, Path(folder))))
-    except CheckpointError:
+    except CheckpointError as error:
+        logger.info_once("exllama_ops asks vLLM of the config of this checkpoint alone: %s", _first_line(error))
         return {}
 
 
