@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,11 +105,11 @@ def test_vllm_gets_every_tensor_that_is_not_read_here(tmp_path: Path) -> None:
 
 
 def test_a_config_that_is_sent_to_a_process_opens_the_files_there(tmp_path: Path) -> None:
-    import pickle
-
     config, tensors = opened(cases.write(cases.Kind(4, 64), tmp_path / "model", num_hidden_layers=1))
     Model(config, list(config.checkpoint.quantized))
+    config.layers.was_read(config.checkpoint.quantized, SimpleNamespace(), nn.Module())
     sent = pickle.loads(pickle.dumps(config))
+    assert not vars(sent).keys() & {"checkpoint", "layers"}
     model = Model(sent, list(sent.checkpoint.quantized))
     model.load_weights(tensors.items())
     assert len(model.kept) == len(config.checkpoint.dense)
