@@ -6,6 +6,7 @@ After such an error a process has no device, so each call has a process of its o
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -44,4 +45,4 @@ def test_a_bad_index_is_an_error_of_the_device(order: str, op: str, algorithm: s
     ended = run(program, EXLLAMA_OPS_CUDA_ALGORITHM=algorithm)
     assert ended.stdout == "called\n", ended.stdout + ended.stderr
     assert ended.returncode != 0
-    assert "CUDA error" in ended.stderr
+    assert re.search("CUDA error|launch failure", ended.stderr), ended.stderr

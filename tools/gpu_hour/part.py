@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,15 @@ class Options:
     dry: bool = False
 
 
+def refuse_other_backends() -> None:
+    """Make an error of the warning that another backend computes in the place of the CUDA kernels."""
+    warnings.filterwarnings("error", message="exllama_ops: the native CUDA kernels do not serve")
+
+
 def run(name: str, options: Options) -> Result:
     """Run a part in this process; an exception is a failure, with its traceback in the log."""
     step, _, what = name.partition(".")
+    refuse_other_backends()
     try:
         module = importlib.import_module(f"tools.gpu_hour.steps.{step}")
         result: Result = module.run(what, options)

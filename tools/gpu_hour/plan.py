@@ -5,10 +5,15 @@ A part is a process of its own, so a fault of the device ends one part and not t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-# What the smoke test goes through; a test compares them with those of the library.
-ALGORITHMS = ("scalar", "mma", "tiled", "dense")
+_HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+# What the smoke test goes through: every algorithm of the library, by its header.
+ALGORITHMS = tuple(
+    name for path in sorted(_HEADERS.glob("gemm_*.h")) for name in re.findall(r'kName = "(\w+)";', path.read_text())
+)
 SANITIZERS = ("memcheck", "synccheck", "initcheck", "racecheck")
 
 

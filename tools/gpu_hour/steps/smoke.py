@@ -6,6 +6,7 @@ The weights and the bounds are those of the tests. So are two parts of this step
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_
 from cuda.bounds import dx_error, gemm_error
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import beyond_bound, error_bound, sum_bound
-from tools.gpu_hour.part import Options
+from tools.gpu_hour.part import Options, refuse_other_backends
 from tools.gpu_hour.plan import ALGORITHMS
 from tools.gpu_hour.records import Result, Table
 from tools.gpu_hour.steps import tests
@@ -89,13 +90,15 @@ def run(what: str, options: Options) -> Result:
     return result_of(tally, not_walked)
 
 
-def main() -> None:
-    """The small smoke test, in one process: what a sanitizer runs."""
-    place = torch.device("cuda")
-    for algorithm in ALGORITHMS:
-        tally = check(torch.ops.exllama, place, algorithm, SUPPORTED_BITS, SMALL_TOKENS)
-        print(algorithm, result_of(tally), flush=True)
-    print(result_of(check_others(torch.ops.exllama, place, SUPPORTED_BITS)), flush=True)
+def main() -> int:
+    """The small smoke test, in one process: what a sanitizer runs; returns the exit status."""
+    refuse_other_backends()
+    place, ops = torch.device("cuda"), torch.ops.exllama
+    results = [result_of(check(ops, place, algorithm, SUPPORTED_BITS, SMALL_TOKENS)) for algorithm in ALGORITHMS]
+    results.append(result_of(check_others(ops, place, SUPPORTED_BITS)))
+    for name, result in zip((*ALGORITHMS, "others"), results, strict=True):
+        print(name, result.status, result.summary, *result.lines, sep="\n  ")
+    return 1 if any(result.status == "failed" for result in results) else 0
 
 
 def result_of(tally: Tally, not_walked: list[str] | None = None) -> Result:
@@ -195,4 +198,4 @@ def _random(M: int, K: int, dtype: torch.dtype) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
