@@ -2,7 +2,8 @@
 
     python -m benchmarks.select_report        # benchmarks/results/cuda-model.md
 
-cuda-model.json has the choices of the commit that it names, and the times of that commit's own model.
+cuda-model.json has the choices of the commit that it names. Their times are those of that commit's own model, and of
+the present one, by which sums of a split K took a second launch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.gpus import gpu_named
 from benchmarks.select import Config, Model, Problem
 
 RESULTS = Path(__file__).with_name("results") / "cuda-model"
-HEAD = ("GPU", "M", "", "choice", "launches", "DRAM, MB", "in flight, KB an SM", "us, by this model", "us, by its own")
+HEAD = ("GPU", "M", "", "choice", "launches", "DRAM, MB", "in flight, KB an SM", "us", "us, by its own model")
 TEXT = """# What the CUDA model picks
 
 By `python -m benchmarks.select_report`. Nothing here ran on a GPU: the times are predicted by `csrc/cuda/cost.h` from
@@ -24,10 +25,10 @@ the figures in `csrc/cuda/rates.h`.
 
 A weight of 4096 x 4096, 4 bits in groups of 128, and x in float16. "Before" is the choice of commit {commit}. Its sums
 of a split K were added up by a second kernel. Its own model took every GPU of a compute capability for the same one,
-and counted one launch.
+and counted one launch. The last rows have an activation order.
 
-With a full DRAM an SM needs so many bytes in flight: A100 13, H100 18, H200 25, RTX 4090 6, B200 38 KB, by a latency of
-0.7 us. The last rows have an activation order.
+By a latency of 0.7 us, an SM needs so many bytes in flight for all of the DRAM's rate: A100 13, H100 18, H200 25,
+RTX 4090 6, B200 38 KB.
 """
 
 
@@ -38,20 +39,32 @@ def main() -> None:
         lines = [TEXT.format(commit=before["commit"]), f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
         for row in before["choices"]:
             problem = replace(Problem().on(gpu_named(row["gpu"])), M=row["M"])
-            lines.append(line(model, problem, row["gpu"], "before", Config(*row["config"]), f"{row['us']}"))
-            lines.append(line(model, problem, "", "now", model.chosen(problem), ""))
+            config = Config(*row["config"])
+            in_flight = model.estimate(problem, config).loads_in_flight
+            known = (row["launches"], row["dram_mb"], in_flight, row["counted_us"])
+            lines.append(line(row["gpu"], row["M"], "before", config, known, f"{row['us']}"))
+            lines.append(line("", row["M"], "now", *now(model, problem), ""))
         for row in before["choices"]:
             ordered = replace(Problem(has_perm=True).on(gpu_named(row["gpu"])), M=row["M"])
-            lines.append(line(model, ordered, row["gpu"], "act-order", model.chosen(ordered), ""))
+            lines.append(line(row["gpu"], row["M"], "act-order", *now(model, ordered), ""))
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def line(model: Model, problem: Problem, gpu: str, when: str, config: Config, own: str) -> str:
-    """A row of the table: what a config does, and what the model says of it."""
-    estimate = model.estimate(problem, config)
-    loads = f"{estimate.loads_in_flight / 1024:.0f}" if estimate.loads_in_flight else ""
-    cells = (gpu, f"{problem.M}", when, f"{config}", f"{estimate.launches:.0f}", f"{estimate.dram_bytes / 1e6:.1f}",
-             loads, f"{estimate.us:.1f}", own)  # fmt: skip
+Known = tuple[float, float, float, float]  # launches, MB of the DRAM, bytes in flight, microseconds
+
+
+def now(model: Model, problem: Problem) -> tuple[Config, Known]:
+    """What is picked, and what the model says of it."""
+    config = model.chosen(problem)
+    said = model.estimate(problem, config)
+    return config, (said.launches, said.dram_bytes / 1e6, said.loads_in_flight, said.us)
+
+
+def line(gpu: str, M: int, when: str, config: Config, known: Known, own: str) -> str:
+    """A row of the table."""
+    launches, megabytes, in_flight, us = known
+    loads = f"{in_flight / 1024:.0f}" if in_flight else ""
+    cells = (gpu, f"{M}", when, f"{config}", f"{launches:.0f}", f"{megabytes:.1f}", loads, f"{us:.1f}", own)
     return f"| {' | '.join(cells)} |"
 
 

@@ -5,7 +5,9 @@
 
 #include <iterator>
 
+#include "gather.h"
 #include "rates.h"
+#include "splits.h"
 
 namespace exllama::cuda::cost {
 
@@ -88,8 +90,9 @@ struct KernelShape {
 };
 
 // W comes from DRAM once, since the thread blocks of a tile of columns follow one another. x comes from L2 for every
-// tile of columns, and so does its order, by which each number lies in a sector of its own. Sums of a split K are
-// written, and added up by another kernel.
+// tile of columns. By an order of rows each number lies in a sector of its own, and another kernel gathers many rows of x
+// before. Sums of a split K are written to L2, and added up by the last thread block of a tile. For many tiles another
+// kernel does it.
 constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const KernelShape& shape) {
   const int64_t passes = divide_up(p.M, config.rows), tiles = divide_up(p.N, shape.columns);
   const auto times = static_cast<double>(passes), column_tiles = static_cast<double>(tiles);
@@ -98,17 +101,26 @@ constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const
             weights_of(p) * times * shape.weight_cycles};
   const int64_t blocks_of_sm = divide_up(work.thread_blocks, p.device.sm_count);
   work.loads_in_flight = shape.block_loads * static_cast<double>(at_most(blocks_of_sm, shape.resident));
-  if (p.has_perm) {
+  Estimate estimate{0, 1, work.dram_bytes, work.loads_in_flight};
+  if (gathers_x(p.has_perm, p.M, config)) {
+    estimate.cycles += cycles_of(p.device, {p.device.sm_count, 0, 2 * x,
+                                            static_cast<double>(p.M) * static_cast<double>(p.K) / kGatheredPerCycle});
+    ++estimate.launches;
+  } else if (p.has_perm) {
     work.l2_bytes += 4 * static_cast<double>(p.K) * times * column_tiles;
     work.sm_cycles += static_cast<double>(p.M) * static_cast<double>(p.K) * column_tiles / kGatheredPerCycle;
   }
-  Estimate estimate{0, 1, work.dram_bytes, work.loads_in_flight};
   if (config.split_k > 1) {
     const double partials =
         4 * static_cast<double>(config.split_k) * static_cast<double>(p.M) * static_cast<double>(p.N);
     work.l2_bytes += partials;
-    estimate.cycles += cycles_of(p.device, {p.device.sm_count, 0, partials + out, 0});
-    ++estimate.launches;
+    if (passes * tiles <= kTickets) {
+      work.l2_bytes += partials;
+      estimate.cycles += kTicketUs * clock_mhz(p.device);
+    } else {
+      estimate.cycles += cycles_of(p.device, {p.device.sm_count, 0, partials + out, 0});
+      ++estimate.launches;
+    }
   }
   estimate.cycles += cycles_of(p.device, work) + launch_cycles(p.device) * static_cast<double>(estimate.launches);
   return estimate;

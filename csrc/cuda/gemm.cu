@@ -41,6 +41,14 @@ int64_t gathered_bytes(bool has_perm, int64_t M, int64_t K, DType x_dtype, const
   return gathers_x(has_perm, M, config) ? divide_up(M * K * bytes_of(x_dtype), 64) * 64 : 0;
 }
 
+// Tiles of a product whose K is split, in all its launches.
+int64_t tiles_of(const Weight* parts, int64_t count, int64_t M, const Config& config) {
+  const int64_t tile_columns = config.algorithm == Algorithm::kMma ? kMmaColumns : kScalarColumns;
+  int64_t tiles = 0;
+  for (const Weight* part = parts; part != parts + count; ++part) tiles += divide_up(part->N, tile_columns);
+  return tiles * divide_up(M, config.rows);
+}
+
 }  // namespace
 
 size_t gemm_workspace_bytes(const Problem& problem, const Config& config) {
@@ -71,8 +79,12 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
   const int64_t columns = columns_of(parts, count);
   if (M == 0) return;
   const bool gathers = gathers_x(parts->perm() != nullptr, M, config);
-  auto* const partials_memory = static_cast<char*>(workspace) + gathered_bytes(gathers, M, parts->K, x_dtype, config);
-  float* const partials = config.split_k > 1 ? reinterpret_cast<float*>(partials_memory) : nullptr;
+  Splits splits{};
+  if (config.split_k > 1) {
+    void* const behind_x = static_cast<char*>(workspace) + gathered_bytes(gathers, M, parts->K, x_dtype, config);
+    splits.partials = static_cast<float*>(behind_x);
+    if (tiles_of(parts, count, M, config) <= kTickets) splits.tickets = tickets_for(stream);
+  }
   if (gathers) {
     gather_x(*parts, x, x_dtype, M, workspace, stream);
     x = workspace;
@@ -81,7 +93,7 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
   for (int64_t first = 0; first < count; first += kMaxParts) {
     const int64_t together = std::min<int64_t>(count - first, kMaxParts);
     const GemmArguments arguments{parts + first, together, columns_before, columns, x, x_dtype, gathers, M,
-                                  out,           partials};
+                                  out,           splits};
     switch (config.algorithm) {
       case Algorithm::kScalar:
         launch_gemm_scalar(arguments, config, stream);
@@ -97,10 +109,10 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
     }
     columns_before += columns_of(parts + first, together);
   }
-  if (!partials) return;
+  if (!splits.partials || splits.tickets) return;
   const int64_t elements = M * columns;
   add_splits<<<grid_of(divide_up(elements, kSplitThreads), "add_splits"), kSplitThreads, 0, to_cuda(stream)>>>(
-      partials, static_cast<int>(config.split_k), elements, out, x_dtype);
+      splits.partials, static_cast<int>(config.split_k), elements, out, x_dtype);
   check(cudaGetLastError(), "add_splits");
 }
 

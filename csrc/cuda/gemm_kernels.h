@@ -3,6 +3,7 @@
 
 #include "cuda.h"
 #include "parts.h"
+#include "splits.h"
 
 namespace exllama::cuda {
 
@@ -16,7 +17,7 @@ struct GemmArguments {
   bool x_is_gathered;  // the columns of x are in the order of the words, whatever order the weight has
   int64_t M;
   void* out;
-  float* partials;  // (split_k, M, columns) to be added up, or null if sums go to out at once
+  Splits splits;  // of (split_k, M, columns) sums
 };
 
 // The parts as a kernel takes them, whose tiles have tile_columns columns.

@@ -56,7 +56,7 @@ void launch_gemm_mma(const GemmArguments& a, const Config& config, Stream stream
           const int64_t tiles = parts.column_tiles * divide_up(a.M, kOctet * octets);
           const dim3 grid(grid_of(tiles, "gemm_mma"), static_cast<unsigned>(config.split_k));
           gemm_mma<bits(), T, octets(), unit_k()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
-              parts, static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.partials, static_cast<T*>(a.out));
+              parts, static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.splits, static_cast<T*>(a.out));
         });
       });
     });

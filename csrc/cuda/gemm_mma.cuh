@@ -16,11 +16,11 @@
 #include "mma_sums.cuh"
 #include "mma_words.cuh"
 #include "parts.h"
+#include "split_k.cuh"
 
 namespace exllama::cuda {
 
-// The product of one tile and one split. It goes to partials (split_k, M, columns) if there are several splits, else to
-// out (M, columns).
+// The product of one tile and one split. It goes to out (M, columns), by way of splits if there are several.
 template <int bits, typename T, int octets, int unit_k>
 struct MmaProduct {
   using Stage = cuda::Stage<bits, T, octets, unit_k>;
@@ -68,7 +68,7 @@ struct MmaProduct {
   }
 
   static __device__ __forceinline__ void multiply(const Parts& parts, const T* x, int64_t M, const MmaCut& cut,
-                                                  float* partials, T* out) {
+                                                  const Splits& splits, T* out) {
     __shared__ Shared shared;
     __shared__ StageSource source;
     const MmaThread thread;
@@ -110,23 +110,29 @@ struct MmaProduct {
     __syncthreads();  // the last stage has been read
     if (thread.warp_k > 0) sums.leave(shared.of_warps, thread);
     __syncthreads();
-    if (thread.warp_k > 0 || column >= N) return;
-    const auto write = [&](const auto& store) {
-      sums.write_out(shared.of_warps, thread, first_token, M, tile.columns_before + column, store);
-    };
-    if (partials) {
-      write([&](int64_t token, int64_t n, float sum) { partials[(blockIdx.y * M + token) * parts.columns + n] = sum; });
-    } else {
-      write([&](int64_t token, int64_t n, float sum) { out[token * parts.columns + n] = rounded<T>(sum); });
+    if (thread.warp_k == 0 && column < N) {
+      const auto write = [&](const auto& store) {
+        sums.write_out(shared.of_warps, thread, first_token, M, tile.columns_before + column, store);
+      };
+      if (splits.partials) {
+        float* const partials = splits.partials + blockIdx.y * M * parts.columns;
+        write([&](int64_t token, int64_t n, float sum) { partials[token * parts.columns + n] = sum; });
+      } else {
+        write([&](int64_t token, int64_t n, float sum) { out[token * parts.columns + n] = rounded<T>(sum); });
+      }
     }
+    if (!splits.tickets) return;
+    add_splits_of_tile<kMmaColumns>(splits, M, parts.columns, first_token, tokens, tile.columns_before + first_column,
+                                    min(N - first_column, kMmaColumns),
+                                    [&](int64_t at, float sum) { out[at] = rounded<T>(sum); });
   }
 };
 
 template <int bits, typename T, int octets, int unit_k>
 __global__ void __launch_bounds__(kMmaThreads, mma_thread_blocks_per_sm(bits, octets))
-    gemm_mma(Parts parts, const T* x, int64_t M, MmaCut cut, float* partials, T* out) {
+    gemm_mma(Parts parts, const T* x, int64_t M, MmaCut cut, Splits splits, T* out) {
   if constexpr (has_mma<T>()) {
-    MmaProduct<bits, T, octets, unit_k>::multiply(parts, x, M, cut, partials, out);
+    MmaProduct<bits, T, octets, unit_k>::multiply(parts, x, M, cut, splits, out);
   } else {
     __trap();  // select_gemm knows the archs
   }

@@ -30,7 +30,7 @@ void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream str
         const dim3 grid(grid_of(parts.column_tiles * divide_up(a.M, rows), "gemm_scalar"),
                         static_cast<unsigned>(config.split_k));
         gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
-            parts, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.partials, a.out);
+            parts, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.splits, a.out);
       });
     });
   });

@@ -9,6 +9,7 @@
 
 #include "gemm_scalar.h"
 #include "parts.h"
+#include "split_k.cuh"
 #include "words.cuh"
 
 namespace exllama::cuda {
@@ -167,14 +168,14 @@ struct ScalarSums {
   }
 };
 
-// The product of one tile and one split, which has stages_per_split stages. It goes to partials (split_k, M, columns)
-// if there are several splits, else to out (M, columns).
+// The product of one tile and one split, which has stages_per_split stages. It goes to out (M, columns),
+// by way of splits if there are several.
 //
 // The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and
 // spills.
 template <int bits, bool shuffled, int rows>
 __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(rows))
-    gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, float* partials,
+    gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, Splits splits,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);
   constexpr int kBatch = kWords < 4 ? 4 / kWords : 1;  // blocks of words that are loaded together
@@ -244,12 +245,17 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
     if (m >= M || n >= weight.N) continue;
     const float sum = sums.of_all_warps(s_floats, i);
     const int64_t to = tile.columns_before + n;
-    if (partials) {
-      partials[(blockIdx.y * M + m) * parts.columns + to] = sum;
+    if (splits.partials) {
+      splits.partials[(blockIdx.y * M + m) * parts.columns + to] = sum;
     } else {
       store_number(sum, out, dtype, m * parts.columns + to);
     }
   }
+  if (!splits.tickets) return;
+  const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
+  const auto columns = static_cast<int>(min(weight.N - first_column, static_cast<int64_t>(kScalarColumns)));
+  add_splits_of_tile<kScalarColumns>(splits, M, parts.columns, first_row, rows_of_x, tile.columns_before + first_column,
+                                     columns, [&](int64_t at, float sum) { store_number(sum, out, dtype, at); });
 }
 
 }  // namespace exllama::cuda

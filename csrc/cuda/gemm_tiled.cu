@@ -26,7 +26,7 @@ void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M
   if (M == 0 || weight.K == 0) return;
   if (weight.perm()) fill_with_nan(dx, M * weight.K * bytes_of(grad_dtype), stream, "gemm_dx");
   // The tiles and the results are those of the rows of W.
-  Parts parts = parts_of({&weight, 1, 0, weight.K, grad, grad_dtype, false, M, dx, nullptr}, kTiledColumns);
+  Parts parts = parts_of({&weight, 1, 0, weight.K, grad, grad_dtype, false, M, dx, {}}, kTiledColumns);
   parts.column_tiles = parts.part[0].end_tile = grid_of(divide_up(weight.K, kTiledColumns), "gemm_tiled");
   launch<true>(parts, grad, grad_dtype, M, dx, stream);
 }

@@ -34,6 +34,9 @@ inline constexpr Rates kRates[] = {
 
 // A kernel of one thread block in a graph of many takes this long: it is what a launch adds to the time of its work.
 inline constexpr double kLaunchUs = 2;
+// What it adds to a kernel that the last thread block of a tile adds up the sums of the others: a fence, a ticket, and a
+// load from L2, one after the other.
+inline constexpr double kTicketUs = 1;
 // From a load to its data in DRAM, while others load too. Fewer bytes in flight than this times the rate leave it idle.
 inline constexpr double kDramLatencyUs = 0.7;
 // The part of the DRAM's nominal rate that a kernel which only reads gets.

@@ -112,6 +112,13 @@ class PlainOps:
         sizes = (ctypes.c_int64(count), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
         return config, function(self.weights, *sizes, ALGORITHMS[algorithm], ctypes.byref(config))
 
+    def _workspace_bytes(self, config: _Config, x: Array, count: int) -> int:
+        function = self.device.library.plain_workspace_bytes
+        function.restype = ctypes.c_int64
+        sizes = (ctypes.c_int64(count), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
+        found: int = function(self.weights, *sizes, ctypes.byref(config))
+        return found
+
     def gemm(
         self,
         x: Array,
@@ -134,7 +141,7 @@ class PlainOps:
             pieces = -(-self.weights[0].K // PIECES[algorithm])
             config.k_per_split = -(-pieces // splits) * PIECES[algorithm]
             config.split_k = -(-self.weights[0].K // config.k_per_split)
-            workspace_bytes = 0 if config.split_k == 1 else 4 * config.split_k * len(x) * columns
+            workspace_bytes = self._workspace_bytes(config, x, count)
         if workspace is None:
             workspace = fresh(workspace_bytes, dtype=np.uint8)
         if out is None:

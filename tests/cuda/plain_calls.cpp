@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/cuda.h"
+#include "cuda/splits.h"
 
 using namespace exllama::cuda;
 
@@ -34,12 +35,20 @@ void plain_device(int64_t* out) {
   out[4] = device.dram_mb_per_s;
 }
 
+// The tickets of a launch on a stream, or null.
+void* plain_tickets(int64_t stream) { return tickets_for(reinterpret_cast<Stream>(stream)); }
+
 // The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
 int64_t plain_config(const Weight* parts, int64_t count, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
   const Gemm& chosen = gemm_of(static_cast<Algorithm>(algorithm));
   const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
   if (!chosen.can(problem)) return -1;
   *config = chosen.config(problem);
+  return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
+}
+
+int64_t plain_workspace_bytes(const Weight* parts, int64_t count, int32_t dtype, int64_t M, const Config* config) {
+  const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
   return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
 }
 

@@ -30,13 +30,13 @@ KERNELS = """
 using namespace exllama::cuda;
 #define INSTANTIATE(bits, shuffled) \\
   template __global__ void gemm_scalar<bits, shuffled, 1>( \\
-      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+      Parts, const void*, DType, int64_t, int64_t, Splits, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 2>( \\
-      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+      Parts, const void*, DType, int64_t, int64_t, Splits, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 4>( \\
-      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+      Parts, const void*, DType, int64_t, int64_t, Splits, void*); \\
   template __global__ void gemm_scalar<bits, shuffled, 8>( \\
-      Parts, const void*, DType, int64_t, int64_t, float*, void*); \\
+      Parts, const void*, DType, int64_t, int64_t, Splits, void*); \\
   template __global__ void gemm_tiled<bits, shuffled, false>(Parts, const void*, DType, int64_t, void*); \\
   template __global__ void gemm_tiled<bits, shuffled, true>(Parts, const void*, DType, int64_t, void*); \\
   template __global__ void dequantize_columns<bits, shuffled>(Weight, int64_t, int64_t, void*, DType); \\
@@ -49,9 +49,9 @@ INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8,
   template __global__ void gather_columns<T, false>(const T*, int64_t, const int32_t*, int64_t, uint32_t, T*); \\
   template __global__ void gather_rows<T>(const T*, int64_t, const int32_t*, int64_t, int64_t, T*);
 INSTANTIATE_GATHER(uint16_t) INSTANTIATE_GATHER(uint32_t)
-template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaCut, float*, __half*);
+template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaCut, Splits, __half*);
 template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
-    Parts, const __nv_bfloat16*, int64_t, MmaCut, float*, __nv_bfloat16*);
+    Parts, const __nv_bfloat16*, int64_t, MmaCut, Splits, __nv_bfloat16*);
 }
 """
 
@@ -66,6 +66,7 @@ INSTANCES = {
     "gemm_scalar": 4 * 2 * 4,
     "gemm_tiled": 4 * 2 * 2,
     "shuffle": 4 * 2 + 1,
+    "tickets": 0,
 }
 
 

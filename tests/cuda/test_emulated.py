@@ -491,20 +491,19 @@ def test_what_a_permutation_with_duplicates_leaves_out_is_nan(
 def test_sums_of_a_split_K(ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     check_gemm(ops, algorithm, build(Case(4, 3144, 40, 128, "perm")), 3, torch.float16)
-    kernels = [call["kernel"] for call in ops.calls]
-    assert len(kernels) == 2
-    assert "add_splits" in kernels[1]
+    (launch,) = ops.calls
+    assert launch["grid"][1] > 1
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)
 @pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
 def test_parts_are_one_launch(ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that adds up their splits; nine are two, for a launch has eight."""
+    """They add up their splits too; nine are two, for a launch has eight."""
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     for columns, launches in (([40], 1), ([40, 72, 64], 1), ([40, *[8] * 8], 2)):
-        kernels = check_parts(ops, algorithm, build_parts(Case(4, 3144, 40, 128, "perm"), columns), 3)
-        assert [algorithm in kernel for kernel in kernels[:launches]] == [True] * launches
-        assert ["add_splits" in kernel for kernel in kernels[launches:]] == [True] * (algorithm != "tiled")
+        kernels = check_parts(ops, algorithm, build_parts(Case(4, 3144, 40, 128), columns), 3)
+        assert [algorithm in kernel for kernel in kernels] == [True] * launches
+        assert algorithm == "tiled" or all(call["grid"][1] > 1 for call in ops.calls)
 
 
 @pytest.mark.parametrize("ops", EVERY_ARCH, indirect=True)

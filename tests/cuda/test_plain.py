@@ -10,7 +10,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from conformance.weights import DTYPES, Case, Weight, build
 from cuda import bounds, emulated
 from cuda.plain import Array, PlainOps, every_call, fresh, save, sparse
 from exllama_ops.testing.bounds import assert_within_bound
-from ptx_emulator.emulator import DEVICES, EmulationError, Emulator, reasons_against, sanitizer_environment
+from ptx_emulator.emulator import DEVICES, EmulationError, Emulator, Recording, reasons_against, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate: {', '.join(reasons_against())}")
 
@@ -241,7 +242,7 @@ def test_every_op_replays_with_new_data(arch: int, bits: int, order: str) -> Non
     with emulator.record() as recording:
         results = every_call(ops, given, all_products)
     assert {call["call"] for call in recording.calls} <= {"launch", "memcpy", "memset"}
-    assert any("add_splits" in call.get("kernel", "") for call in recording.calls)
+    assert any(call["grid"][1] > 1 for call in recording.calls if call["call"] == "launch")
     for part, other in zip(parts, others, strict=True):
         for name in ("qweight", "qzeros", "scales", "row_order"):
             getattr(part, name).copy_(getattr(other, name))
@@ -254,6 +255,94 @@ def test_every_op_replays_with_new_data(arch: int, bits: int, order: str) -> Non
         results["shuffle"][:] = build(replace(others[0].case, shuffled=False)).qweight.numpy()
     emulator.replay(recording)
     check(results, others, given, all_products)
+
+
+@contextmanager
+def no_tickets(emulator: Emulator) -> Iterator[None]:
+    """A capture whose graph cannot give tickets back has none."""
+    emulator.set_graphs_keep_objects(False)
+    emulator.set_stream(0, is_capturing=True, capture=77)
+    yield
+    emulator.set_graphs_keep_objects(True)
+    emulator.set_stream(0)
+
+
+def kernels_of(recording: Recording) -> list[str]:
+    return [call["kernel"] for call in recording.calls]
+
+
+@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_splits_are_added_in_one_order_whichever_thread_block_is_last(arch: int, algorithm: str) -> None:
+    """The bits are those of the second kernel, which adds from the first split to the last. Counters are left at 0.
+
+    The last 256 rows take away what the first have brought, so that any other order rounds to other numbers.
+    """
+    K, N = 1280, 72
+    q = torch.randint(0, 16, (K, N), generator=torch.Generator().manual_seed(0))
+    q[-256:] = q[:256]
+    weight = build(Case(4, K, N, 128), q=q)
+    for per_group in (weight.scales, weight.qzeros):
+        per_group[-2:] = per_group[:2]
+    x = inputs(weight.case)["x float16"]
+    x[:, :256] *= 1000
+    x[:, -256:] = -x[:, :256]
+    emulator = device(arch)
+    ops = PlainOps(emulator, [described(weight)])
+    for rows, truncates in ((1, False), (M, True)):
+        emulator.set_mma(truncates=truncates)
+        with no_tickets(emulator), emulator.record() as recording:
+            expected = ops.gemm(x[:rows], algorithm, splits=5)
+        assert [("add_splits" in kernel) for kernel in kernels_of(recording)] == [False, True]
+        for order, seed in (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2), ("random", 3)):
+            emulator.set_order(order, seed)
+            with emulator.record() as recording:
+                out = ops.gemm(x[:rows], algorithm, splits=5)
+            assert [algorithm in kernel for kernel in kernels_of(recording)] == [True]
+            assert np.array_equal(out, expected), (order, seed)
+
+
+def tickets(emulator: Emulator, stream: int, capture: int | None = None) -> int | None:
+    """The address of the tickets that a launch gets."""
+    emulator.set_stream(stream, is_capturing=capture is not None, capture=capture or 0)
+    function = emulator.library.plain_tickets
+    function.restype = ctypes.c_void_p
+    address: int | None = function(ctypes.c_int64(stream))
+    emulator.set_stream(0)
+    emulator.check()
+    return address
+
+
+def test_launches_that_may_run_at_a_time_have_tickets_of_their_own() -> None:
+    """Streams, graphs, and the streams of a graph; what follows on one has the same."""
+    emulator = device(80)
+    users = [(1, None), (2, None), (1, 1001), (2, 1001), (1, 1002)]
+    given = [tickets(emulator, *user) for user in users]
+    assert None not in given
+    assert len(set(given)) == len(users)
+    assert [tickets(emulator, *user) for user in users] == given
+    emulator.destroy_graph(1001)
+    again = [tickets(emulator, *user) for user in ((2, 1003), (3, 1003), (4, 1003))]
+    assert set(given[2:4]) <= set(again)
+    assert not {given[0], given[1], given[4]} & set(again)
+    for graph in (1002, 1003):
+        emulator.destroy_graph(graph)
+
+
+def test_a_launch_without_tickets_is_told_so() -> None:
+    """Streams may come and go: they leave sets to graphs. A graph that cannot give its set back gets none."""
+    emulator = device(75)
+    streams = [tickets(emulator, 100 + i) for i in range(300)]
+    assert None in streams
+    assert len({address for address in streams if address}) == 256 == streams.index(None)
+    graphs = [tickets(emulator, 1, 2000 + i) for i in range(800)]
+    assert len(set(graphs) - {None}) == 768 == graphs.index(None)
+    for i in range(800):
+        emulator.destroy_graph(2000 + i)
+    with no_tickets(emulator):
+        assert emulator.library.plain_tickets(ctypes.c_int64(1)) is None
+    assert tickets(emulator, 1, 3000) in graphs
+    emulator.destroy_graph(3000)
 
 
 def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: list[tuple[str, str]]) -> None:
@@ -386,6 +475,8 @@ def test_more_than_2_to_the_32_sums_of_a_split_K(last_block: Emulator, algorithm
     x, out = sparse(rows, 512, dtype=np.float16), sparse(rows, 64, dtype=np.float16)
     x[-1, 256:] = np.linspace(-1, 1, 256)
     ops = PlainOps(last_block, [described(weight)])
-    ops.gemm(x, algorithm, out, splits=2, workspace=sparse(2, rows, 64, dtype=np.float32))
+    with last_block.record() as recording:
+        ops.gemm(x, algorithm, out, splits=2, workspace=sparse(2, rows, 64, dtype=np.float32))
+    assert "add_splits" in kernels_of(recording)[1], "there are fewer tickets than tiles"
     error = bounds.gemm_error(algorithm, weight, torch.float16)
     assert_within_bound(as_tensor(out[-1:].copy()), as_tensor(x[-1:].copy()), weight.dense, error)

@@ -165,7 +165,7 @@ def cycles_of(p: Problem, blocks: int, dram: float, l2: float, sm_cycles: float,
 
 
 def modelled_us(p: Problem, c: Config) -> float:
-    """The model of cost.h and gemm_*.h, again. A launch takes 2 us."""
+    """The model of cost.h and gemm_*.h, again. A launch takes 2 us, a ticket 1."""
     gpu, weights = DEVICES[p.arch], p.K * p.N
     words = weights * p.bits / 8 + p.K / p.group_size * p.N * (2 + p.bits / 8)
     number = 4 if p.x_dtype == FLOAT32 else 2
@@ -207,14 +207,17 @@ def modelled_us(p: Problem, c: Config) -> float:
     passes, tiles = -(-p.M // c.rows), -(-p.N // columns)
     blocks = passes * tiles * c.split_k
     l2, sm_cycles = words * passes + x * tiles + out, weights * passes * a_weight
-    if p.has_perm:
+    us = 2.0
+    if p.has_perm and (p.M >= 5 or c.rows > 8):
+        us += 2 + cycles_of(p, p.sm_count, 0, 2 * x, p.M * p.K / 8) / p.clock_khz * 1000
+    elif p.has_perm:
         l2 += 4 * p.K * passes * tiles
         sm_cycles += p.M * p.K * tiles / 8
-    us = 2.0
     if c.split_k > 1:
         partials = 4 * c.split_k * p.M * p.N
-        l2 += partials
-        us += 2 + cycles_of(p, p.sm_count, 0, partials + out, 0) / p.clock_khz * 1000
+        in_one_launch = passes * tiles <= 512
+        l2 += partials * (1 + in_one_launch)
+        us += 1 if in_one_launch else 2 + cycles_of(p, p.sm_count, 0, partials + out, 0) / p.clock_khz * 1000
     in_flight = loads * min(resident, -(-blocks // p.sm_count))
     return us + cycles_of(p, blocks, words + x + out, l2, sm_cycles, in_flight) / p.clock_khz * 1000
 

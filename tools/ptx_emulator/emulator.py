@@ -143,10 +143,19 @@ class Emulator:
         self._set("mma_truncates", truncates)
         self._set("mma_flushes_subnormals", flushes_subnormals)
 
-    def set_stream(self, stream: int, *, is_capturing: bool = False) -> None:
-        """What aoti_torch_get_current_cuda_stream and cudaStreamIsCapturing say."""
+    def set_stream(self, stream: int, *, is_capturing: bool = False, capture: int = 1) -> None:
+        """What aoti_torch_get_current_cuda_stream says, and whether that is captured, by which capture."""
         self._set("current_stream", stream)
         self._set("is_capturing", is_capturing)
+        self._set("capture", capture)
+
+    def set_graphs_keep_objects(self, keep: bool) -> None:
+        """Whether cudaGraphRetainUserObject is supported."""
+        self._set("no_graph_keeps_objects", not keep)
+
+    def destroy_graph(self, capture: int) -> None:
+        """As when the graph of a capture is destroyed: it gives up what it has retained."""
+        self.library.emu_destroy_graph(ctypes.c_longlong(capture))
 
     def set_current_device(self, index: int) -> None:
         """As the host thread would by cudaSetDevice; there are two devices, alike."""

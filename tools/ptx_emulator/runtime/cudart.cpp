@@ -31,6 +31,8 @@ std::map<std::string, s64> device = {
     {"memory_khz", 1593000},
     {"memory_bits", 5120},
     {"is_capturing", 0},
+    {"capture", 0},
+    {"no_graph_keeps_objects", 0},
     {"current_stream", 0},
 };
 
@@ -54,6 +56,15 @@ std::map<std::string, ModuleVariable>& variables() {
     static std::map<std::string, ModuleVariable> all;
     return all;
 }
+// What they are when a context begins, and the names of their host variables.
+std::map<std::string, std::vector<unsigned char>> initial_values;
+std::map<const void*, std::string> name_of_variable;
+// What a graph that is being captured keeps until it is destroyed.
+struct UserObject {
+    cudaHostFn_t destroy;
+    void* pointer;
+};
+std::map<s64, std::vector<UserObject*>> kept_by_graph;
 // Handles of host functions and of __cudaGetKernel: a kernel is loaded when it is first asked for.
 std::map<const void*, std::string> name_of_function;
 int (*loader)(const char* name) = nullptr;
@@ -196,6 +207,7 @@ void add_kernel(const Kernel* kernel) {
 void add_variable(const ModuleVariable& variable) {
     if (!variables().emplace(variable.name, variable).second)
         refuse_library("two variables are named " + std::string(variable.name));
+    initial_values[variable.name].assign(variable.address, variable.address + variable.bytes);
     const u64 begin = reinterpret_cast<u64>(variable.address);
     variable_ranges.push_back({begin, begin + variable.bytes});
 }
@@ -217,7 +229,8 @@ void __cudaRegisterFunction(void**, const char* host, char*, const char* name, i
                             int*) {
     name_of_function[host] = name;
 }
-void __cudaRegisterVar(void**, char*, char*, const char* name, int, size_t, int, int) {
+void __cudaRegisterVar(void**, char* host, char*, const char* name, int, size_t, int, int) {
+    name_of_variable[host] = name;
     if (!variables().count(name)) refuse_library("the variable " + std::string(name) + " was not translated");
 }
 void __cudaRegisterManagedVar(void**, void**, char*, const char* name, int, size_t, int, int) {
@@ -299,6 +312,40 @@ cudaError_t cudaSetDevice(int index) {
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* capturing) {
     *capturing = device["is_capturing"] ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+// A capture is a graph, which has the number of the capture.
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* capturing, unsigned long long* id,
+                                     cudaGraph_t* graph, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+    *capturing = device["is_capturing"] ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *id = static_cast<unsigned long long>(device["capture"]);
+    *graph = device["is_capturing"] ? reinterpret_cast<cudaGraph_t>(device["capture"]) : nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+    *id = reinterpret_cast<u64>(stream);
+    return cudaSuccess;
+}
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* pointer, cudaHostFn_t destroy, unsigned, unsigned) {
+    *object = reinterpret_cast<cudaUserObject_t>(new UserObject{destroy, pointer});
+    return cudaSuccess;
+}
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned) {
+    auto* released = reinterpret_cast<UserObject*>(object);
+    released->destroy(released->pointer);
+    delete released;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned flags) {
+    if (flags != cudaGraphUserObjectMove) return refuse("cudaGraphRetainUserObject of an object that is not moved");
+    if (device["no_graph_keeps_objects"]) return cudaErrorNotSupported;
+    kept_by_graph[reinterpret_cast<s64>(graph)].push_back(reinterpret_cast<UserObject*>(object));
+    return cudaSuccess;
+}
+cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
+    const auto found = name_of_variable.find(symbol);
+    if (found == name_of_variable.end()) return cudaErrorInvalidSymbol;
+    *address = variables().at(found->second).address;
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -469,7 +516,20 @@ void emu_set_ranges(const u64* begin_and_end, u64 count) {
     for (u64 i = 0; i < count; ++i) ranges.push_back({begin_and_end[2 * i], begin_and_end[2 * i + 1]});
 }
 const char* emu_fault() { return fault_text.c_str(); }
-void emu_clear_fault() { fault_text.clear(); }
+// A fault ends a context. In the next one the variables of a module are as they were in the beginning.
+void emu_clear_fault() {
+    if (!fault_text.empty()) {
+        for (const auto& [name, bytes] : initial_values)
+            memcpy(variables().at(name).address, bytes.data(), bytes.size());
+    }
+    fault_text.clear();
+}
+// What a graph has kept is destroyed with it.
+void emu_destroy_graph(long long capture) {
+    for (UserObject* object : kept_by_graph[capture])
+        cudaUserObjectRelease(reinterpret_cast<cudaUserObject_t>(object), 1);
+    kept_by_graph.erase(capture);
+}
 void emu_set_loader(int (*load)(const char* name)) { loader = load; }
 void emu_record_begin() {
     recordings.emplace_back();
