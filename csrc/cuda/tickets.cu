@@ -68,8 +68,12 @@ bool give_to(cudaGraph_t graph, Lease* lease) {
 uint32_t* tickets_of(Sets& sets, const User& user, bool& joined) {
   const std::lock_guard lock(sets.mutex);
   if (!sets.first) {
+    // This may load the module. While a stream is captured that is allowed in this mode alone.
     void* address = nullptr;
-    if (cudaGetSymbolAddress(&address, all_tickets) != cudaSuccess) return nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return nullptr;
+    const cudaError_t error = cudaGetSymbolAddress(&address, all_tickets);
+    if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess || error != cudaSuccess) return nullptr;
     sets.first = static_cast<uint32_t*>(address);
   }
   auto found = sets.of_user.find(user);

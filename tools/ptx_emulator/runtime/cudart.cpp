@@ -65,6 +65,7 @@ struct UserObject {
     void* pointer;
 };
 std::map<s64, std::vector<UserObject*>> kept_by_graph;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 // Handles of host functions and of __cudaGetKernel: a kernel is loaded when it is first asked for.
 std::map<const void*, std::string> name_of_function;
 int (*loader)(const char* name) = nullptr;
@@ -322,6 +323,10 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* capt
     *graph = device["is_capturing"] ? reinterpret_cast<cudaGraph_t>(device["capture"]) : nullptr;
     return cudaSuccess;
 }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, capture_mode);
+    return cudaSuccess;
+}
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
     *id = reinterpret_cast<u64>(stream);
     return cudaSuccess;
@@ -343,6 +348,8 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
     return cudaSuccess;
 }
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
+    if (device["is_capturing"] && capture_mode != cudaStreamCaptureModeRelaxed)
+        return refuse("cudaGetSymbolAddress: not allowed while a graph is captured, but in relaxed mode");
     const auto found = name_of_variable.find(symbol);
     if (found == name_of_variable.end()) return cudaErrorInvalidSymbol;
     *address = variables().at(found->second).address;

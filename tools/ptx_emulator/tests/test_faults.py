@@ -101,6 +101,14 @@ def test_a_fault_does_not_outlive_its_report(kernels: Kernels) -> None:
     assert kernels.run("reverse_right") == REVERSED
 
 
+def test_variables_are_as_in_the_beginning_after_a_fault(kernels: Kernels) -> None:
+    """A device's context ends with it."""
+    assert [kernels.run("count_until")[0] for _ in range(3)] == [1.0, 2.0, 3.0]
+    with pytest.raises(EmulationError, match="trap"):
+        kernels.run("count_until", 4)
+    assert kernels.run("count_until")[0] == 1.0
+
+
 CAUGHT = [
     ("copy_float4_from", 1, r"faults.cu:\d+: a global access of 16 bytes at 0x\w+ is misaligned"),
     ("shared_beyond_end", 64, r"faults.cu:\d+: a shared access of 1 bytes at 0x440 is out of bounds"),

@@ -155,6 +155,15 @@ LAUNCH(fenced_sum, (last_block_adds<true><<<5, 32, 0, stream>>>(to + 8, reinterp
 LAUNCH(unfenced_sum, (last_block_adds<false><<<5, 32, 0, stream>>>(to + 8, reinterpret_cast<unsigned*>(to + 1), to)),
        32)
 
+// How often it ran, in a variable of the module; it traps at the number `value`.
+__device__ int runs;
+__global__ void count_runs(float* to, int value) {
+    if (threadIdx.x != 0) return;
+    to[0] = ++runs;
+    if (runs == value) __trap();
+}
+LAUNCH(count_until, (count_runs<<<1, 32, 0, stream>>>(to, value)), 32)
+
 extern "C" cudaError_t allow_shared(int bytes) {
     return cudaFuncSetAttribute(uninitialized_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
