@@ -80,8 +80,10 @@ void rates(int64_t arch, double* out) {
 
 // What the model takes for the instructions of a weight, by a kernel for so many rows of x.
 double instructions(const int64_t* problem, int64_t algorithm, int64_t rows) {
-  const bool scalar = static_cast<Algorithm>(algorithm) == Algorithm::kScalar;
-  return (scalar ? GemmScalar::instructions : GemmMma::instructions)(problem_of(problem), rows);
+  const Problem p = problem_of(problem);
+  if (static_cast<Algorithm>(algorithm) == Algorithm::kScalar) return GemmScalar::instructions(p, rows);
+  if (static_cast<Algorithm>(algorithm) == Algorithm::kPipelined) return GemmPipelined::instructions(p, rows);
+  return GemmMma::instructions(p, rows);
 }
 
 int64_t additions(int64_t algorithm, int64_t K, int64_t groups) {

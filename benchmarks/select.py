@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.gpus import Gpu, gpu_named
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ("scalar", "mma", "tiled", "dense")
+ALGORITHMS = ("scalar", "mma", "tiled", "dense", "pipelined")  # by their numbers
 DTYPES = ("float16", "bfloat16", "float32")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

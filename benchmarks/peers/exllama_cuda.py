@@ -16,7 +16,7 @@ from exllama_ops.backends import cuda, serving, triton
 
 # What is left to select_gemm, and the algorithms that it chooses from.
 AUTO = "auto"
-ALGORITHMS = ("scalar", "mma", "tiled", "dense")
+ALGORITHMS = ("scalar", "mma", "pipelined", "tiled", "dense")
 VARIABLE = "EXLLAMA_OPS_CUDA_ALGORITHM"
 
 

@@ -43,7 +43,9 @@ int64_t gathered_bytes(bool has_perm, int64_t M, int64_t K, DType x_dtype, const
 
 // Tiles of a product whose K is split, in all its launches.
 int64_t tiles_of(const Weight* parts, int64_t count, int64_t M, const Config& config) {
-  const int64_t tile_columns = config.algorithm == Algorithm::kMma ? kMmaColumns : kScalarColumns;
+  const int64_t tile_columns = config.algorithm == Algorithm::kMma         ? kMmaColumns
+                               : config.algorithm == Algorithm::kPipelined ? kPipelineColumns
+                                                                           : kScalarColumns;
   int64_t tiles = 0;
   for (const Weight* part = parts; part != parts + count; ++part) tiles += divide_up(part->N, tile_columns);
   return tiles * divide_up(M, config.rows);
@@ -100,6 +102,9 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
         break;
       case Algorithm::kMma:
         launch_gemm_mma(arguments, config, stream);
+        break;
+      case Algorithm::kPipelined:
+        launch_gemm_pipelined(arguments, config, stream);
         break;
       case Algorithm::kTiled:
         launch_gemm_tiled(arguments, stream);

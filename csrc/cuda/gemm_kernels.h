@@ -25,6 +25,7 @@ Parts parts_of(const GemmArguments& arguments, int tile_columns);
 
 void launch_gemm_scalar(const GemmArguments& arguments, const Config& config, Stream stream);
 void launch_gemm_mma(const GemmArguments& arguments, const Config& config, Stream stream);
+void launch_gemm_pipelined(const GemmArguments& arguments, const Config& config, Stream stream);
 void launch_gemm_tiled(const GemmArguments& arguments, Stream stream);
 
 }  // namespace exllama::cuda

@@ -54,12 +54,12 @@ struct MmaProduct {
           const int i = run * Words::kRunSteps + step, k = run * kWarpsRunK + step * Words::kStepK;
           if (step > 0 && k % kExitK == 0 && k_left <= k) break;
           const UnitGroup& group = groups[k / unit_k * Stage::kFours];
-          if (k % unit_k == 0) sums.begin_unit(group);
+          if (k % unit_k == 0) sums.begin_unit(group.negative_zeros);
           sums.multiply_step(lane, words.of_step(i), x + k, kOctet * Stage::kPitch);
           words.load(i + Words::kAhead, row_bytes);
-          if (unit_k < kMmaRunK) sums.end_unit(group);
+          if (unit_k < kMmaRunK) sums.end_unit(group.scales);
         }
-        if (unit_k == kMmaRunK) sums.end_unit(groups[run * kWarpsRunK / unit_k * Stage::kFours]);
+        if (unit_k == kMmaRunK) sums.end_unit(groups[run * kWarpsRunK / unit_k * Stage::kFours].scales);
       }
       words.next_turn(row_bytes);
       x += kTurnK;

@@ -32,8 +32,8 @@ struct MmaSums {
   float unit_sum[octets][2][4];  // of x * (q - z) in the present unit
   typename Pairs<bits, T>::Zero zero[4];
 
-  __device__ __forceinline__ void begin_unit(const UnitGroup& group) {
-    const uint4 four = group.negative_zeros;
+  // four: the negative zero points of the lane's columns, as Pairs has them.
+  __device__ __forceinline__ void begin_unit(const uint4& four) {
     zero[0].set(four.x);
     zero[1].set(four.y);
     zero[2].set(four.z);
@@ -42,8 +42,7 @@ struct MmaSums {
     for (int i = 0; i < kSums; ++i) unit_sum[i / 8][i / 4 % 2][i % 4] = 0;
   }
 
-  __device__ __forceinline__ void end_unit(const UnitGroup& group) {
-    const float4 four = group.scales;
+  __device__ __forceinline__ void end_unit(const float4& four) {
     const float scale[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {

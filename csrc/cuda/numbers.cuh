@@ -38,10 +38,8 @@ __device__ inline float load_number(const void* array, DType dtype, int64_t inde
   return static_cast<const float*>(array)[index];
 }
 
-// Four numbers from an index on, at which they are aligned.
-__device__ inline float4 load_four(const void* array, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(array) + index));
-  const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + index));
+// Four numbers of 16 bits.
+__device__ inline float4 floats_of(const uint2& pairs, DType dtype) {
   if (dtype == DType::kBFloat16) {
     return make_float4(__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xFFFF0000u),
                        __uint_as_float(pairs.y << 16), __uint_as_float(pairs.y & 0xFFFF0000u));
@@ -49,6 +47,12 @@ __device__ inline float4 load_four(const void* array, DType dtype, int64_t index
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&pairs.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&pairs.y));
   return make_float4(low.x, low.y, high.x, high.y);
+}
+
+// Four numbers from an index on, at which they are aligned.
+__device__ inline float4 load_four(const void* array, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(array) + index));
+  return floats_of(__ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + index)), dtype);
 }
 
 __device__ inline void store_number(float value, void* array, DType dtype, int64_t index) {

@@ -35,7 +35,7 @@ struct Problem {
 };
 
 // Each has a struct of this name in a header gemm_*.h, which is a row of the table in select.h.
-enum class Algorithm : int32_t { kScalar, kMma, kTiled, kDense };
+enum class Algorithm : int32_t { kScalar, kMma, kTiled, kDense, kPipelined };
 
 struct Config {
   Algorithm algorithm;

@@ -7,6 +7,7 @@
 
 #include "gemm_dense.h"
 #include "gemm_mma.h"
+#include "gemm_pipelined.h"
 #include "gemm_scalar.h"
 #include "gemm_tiled.h"
 #include "problem.h"
@@ -30,7 +31,7 @@ struct GemmList {
 };
 
 // Every algorithm. Batch-invariant mode takes the first that can.
-using Gemms = GemmList<GemmMma, GemmScalar, GemmTiled, GemmDense>;
+using Gemms = GemmList<GemmMma, GemmScalar, GemmPipelined, GemmTiled, GemmDense>;
 
 constexpr const Gemm& gemm_of(Algorithm algorithm) {
   const Gemm* gemm = Gemms::kAll;

@@ -129,13 +129,17 @@ template <int bits>
 struct FourZeros {
   uint32_t fields;
 
-  // row: the group's, from a column on at which a word begins. column: counted from there, below 2**29.
-  __device__ FourZeros(const uint32_t* row, uint32_t column) {
+  // word(i): word i of the group's row, from a column on at which a word begins. column: counted from there, below 2**29.
+  template <typename Word>
+  __device__ FourZeros(const Word& word, uint32_t column) {
     const uint32_t first = column * bits, shift = first % 32;
-    fields = __ldg(row + first / 32) >> shift;
+    fields = word(first / 32) >> shift;
     // The fields may go on in the next word, which need not be there otherwise.
-    if (32 % bits != 0 && shift > 32 - 4 * bits) fields |= __ldg(row + first / 32 + 1) << (32 - shift);
+    if (32 % bits != 0 && shift > 32 - 4 * bits) fields |= word(first / 32 + 1) << (32 - shift);
   }
+  // row: the same words in memory.
+  __device__ FourZeros(const uint32_t* row, uint32_t column)
+      : FourZeros([&](uint32_t i) { return __ldg(row + i); }, column) {}
   __device__ FourZeros(const Weight& weight, int64_t group, int64_t column)
       : FourZeros(weight.qzeros + group * (weight.N * bits / 32) + column / 32 * bits, column % 32) {}
 

@@ -104,8 +104,9 @@ def cuda_gemm_error(algorithm: str, dtype: torch.dtype, *, K: int, G: int, by_ro
     """The error of ``x @ W`` by an algorithm of the native CUDA backend.
 
     One warp of ``scalar`` adds 64 rows of each stage of 256, then come a sum per group, four warps and the splits of K.
-    ``mma`` is alike with 128 rows of every 512. In both (q - z) and its products with x are exact. ``tiled`` and
-    ``dense`` are one chain of K, and ``dense`` rounds W first.
+    ``mma`` is alike with 128 rows of every 512. ``pipelined`` adds 128 rows, then the units of 32 or more rows of a
+    split, then the splits. In all of them (q - z) and its products with x are exact. ``tiled`` and ``dense`` are one
+    chain of K, and ``dense`` rounds W first.
 
     Args:
         algorithm: its name in EXLLAMA_OPS_CUDA_ALGORITHM.
@@ -119,6 +120,8 @@ def cuda_gemm_error(algorithm: str, dtype: torch.dtype, *, K: int, G: int, by_ro
         return Error(gamma(64 * splits + groups + 4 + splits))
     if algorithm == "mma":
         return Error(gamma(128 * -(-K // 512) + groups + 4 + splits, TENSOR_CORE_UNIT))
+    if algorithm == "pipelined":
+        return Error(gamma(128 + -(-K // 32) + splits, TENSOR_CORE_UNIT))
     if algorithm == "tiled":
         return Error(gamma(K + 2))
     assert algorithm == "dense", algorithm

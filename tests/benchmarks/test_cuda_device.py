@@ -172,7 +172,7 @@ CONFORMANCE_CASES = [weights.Case(bits, 512, 64, size) for bits, size in ((2, 64
 def test_the_bounds_are_those_of_the_conformance_tests(case: weights.Case, dtype: torch.dtype) -> None:
     tested = weights.build(case)
     weight = cases.Weight(cases.Case(case.K, case.N, case.bits, case.group_size))
-    for algorithm in exllama_cuda.ALGORITHMS if dtype != torch.float32 else ("scalar", "mma", "tiled"):
+    for algorithm in exllama_cuda.ALGORITHMS if dtype != torch.float32 else ("scalar", "mma", "pipelined", "tiled"):
         expected = bounds.gemm_error(algorithm, tested, dtype)
         assert cuda_bounds.native_error(algorithm, weight, dtype) == expected
     for M in (1, 16, 100):
@@ -245,7 +245,7 @@ def test_a_run_measures_every_algorithm_and_says_what_is_missing(
         ("gptq_gemm", 1), ("gptq_gemm", 64), ("gptq_gemm_dx", 64),
     ]  # fmt: skip
     gemm, _, dx = ({kernel["name"]: kernel for kernel in m["kernels"]} for m in result["measurements"])
-    ours = {f"exllama_ops {name}" for name in ("auto", "scalar", "tiled", "dense")}
+    ours = {f"exllama_ops {name}" for name in ("auto", "scalar", "pipelined", "tiled", "dense")}
     assert set(gemm) == {*ours, "torch dense fp32", "torch dense bf16", "torch dense fp16"}
     assert set(dx) == {"exllama_ops dx"}
     assert all(kernel["relative_error"] < 1e-3 for name, kernel in gemm.items() if name in ours)

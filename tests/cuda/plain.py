@@ -21,8 +21,8 @@ import numpy as np
 from ptx_emulator.emulator import Emulator
 
 # The numbers of the enumerations in csrc. kDense is not one launch: its caller multiplies.
-ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2}
-PIECES = {"scalar": 256, "mma": 128}  # rows of W that no split divides
+ALGORITHMS = {"scalar": 0, "mma": 1, "tiled": 2, "pipelined": 4}
+PIECES = {"scalar": 256, "mma": 128, "pipelined": 128}  # rows of W that no split divides
 DTYPES = (np.dtype(np.float16), np.dtype(np.uint16), np.dtype(np.float32))
 
 ARRAYS = ("qweight", "qzeros", "scales", "row_order")
@@ -127,12 +127,14 @@ class PlainOps:
         *,
         count: int = 1,
         splits: int | None = None,
+        rows: int | None = None,
         workspace: Array | None = None,
     ) -> Array:
         """The product by an algorithm, with the first `count` parts.
 
         Args:
             splits: up to so many thread blocks share the rows of W; by default as many as select_gemm says.
+            rows: of x that a thread block multiplies, of those that the algorithm knows; likewise.
             workspace: for the splits.
         """
         config, workspace_bytes = self._config(algorithm, x, count)
@@ -142,6 +144,8 @@ class PlainOps:
             config.k_per_split = -(-pieces // splits) * PIECES[algorithm]
             config.split_k = -(-self.weights[0].K // config.k_per_split)
             workspace_bytes = self._workspace_bytes(config, x, count)
+        if rows is not None:
+            config.rows = rows
         if workspace is None:
             workspace = fresh(workspace_bytes, dtype=np.uint8)
         if out is None:

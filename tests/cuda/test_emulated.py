@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(bool(reasons_against()), reason=f"cannot emulate
 
 ARCHS = (80, 75, 90)
 ORDERS = [("sorted", True), ("perm", True), ("sorted", False), ("raw", False)]
-ALGORITHMS = ("scalar", "mma", "tiled", "dense")
+ALGORITHMS = ("scalar", "mma", "pipelined", "tiled", "dense")
 MMA_UNIT = 32  # rows of W, of which every group must have a whole number in gemm_mma
 # (K, N): beyond a stage, a run and a tile, and no multiple of them.
 SHAPES = {2: (592, 80), 3: (544, 96), 4: (552, 72), 8: (548, 68)}
@@ -55,9 +55,12 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def can(algorithm: str, arch: int, case: Case, dtype: torch.dtype) -> bool:
     """Which algorithms can compute a case, as README and the headers gemm_*.h say."""
-    if algorithm == "mma":
+    if algorithm in ("mma", "pipelined"):
         tensor_cores = arch >= {torch.float16: 75, torch.bfloat16: 80}.get(dtype, math.inf)
         one_group = case.group_size >= case.K
+        runs = case.group_size % 128 == 0 or one_group  # of 128 rows, which lie in one group
+        if algorithm == "pipelined" and (arch < 80 or (case.bits == 3 and not runs)):
+            return False
         return tensor_cores and case.shuffled and (case.group_size % MMA_UNIT == 0 or one_group)
     return algorithm != "dense" or dtype == torch.float16 or (dtype == torch.bfloat16 and arch >= 80)
 
@@ -254,6 +257,8 @@ def test_a_filled_weight_is_multiplied_by_every_algorithm(
     x = torch.zeros(3, K, dtype=torch.float16)
     x[0, 0], x[1, K - 1], x[2, 7] = torch.inf, torch.inf, 1
     for algorithm in ALGORITHMS:
+        if not can(algorithm, ops.arch, weight.case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         for dtype in DTYPES:
             if can(algorithm, ops.arch, weight.case, dtype):
@@ -298,6 +303,8 @@ def test_many_tokens_in_any_order_of_blocks(
     ops.device.set_order(order, seed=bits)
     ops.device.set_mma(truncates=truncates)
     for algorithm in ALGORITHMS:
+        if not can(algorithm, ops.arch, weight.case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         for M in (33, 300):
             check_gemm(ops, algorithm, weight, M, torch.float16)
@@ -326,6 +333,8 @@ def test_scales_of_any_dtype_are_taken_exactly(
     weight = build(Case(bits, *SHAPES[bits], 128, scales_dtype=scales_dtype))
     assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(scales_dtype))
     for algorithm in ALGORITHMS:
+        if not can(algorithm, ops.arch, weight.case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         check_gemm(ops, algorithm, weight, 3, torch.float16)
 
@@ -342,6 +351,8 @@ def test_nan_and_inf_stay_in_their_row(ops: emulated.EmulatedOps, bits: int, mon
     weight = build(Case(bits, *SHAPES[bits], 128, "perm"))
     x = activations(4, weight.case.K, torch.float16)
     for value, algorithm in itertools.product((float("nan"), float("inf"), float("-inf")), ALGORITHMS):
+        if not can(algorithm, ops.arch, weight.case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         x[2, 5] = value
         out = ops.gptq_gemm(x, *weight.args)
@@ -361,6 +372,8 @@ def test_nothing_overflows_before_the_final_rounding(
     weight.scales.fill_(2.0**-14)
     x = torch.full((2, K), 4000.0 if bits in (3, 8) else 30000.0, dtype=torch.float16)
     for algorithm in ALGORITHMS:
+        if not can(algorithm, ops.arch, weight.case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         out = ops.gptq_gemm(x, *weight.args)
         assert out.isfinite().all()
@@ -400,7 +413,9 @@ def test_outliers_where_q_equals_z_leave_no_trace(
     with_outlier = x.clone()
     with_outlier[:, 3] = 30000.0
     x[:, 3] = 0.0
-    for algorithm in ("scalar", "mma", "tiled"):
+    for algorithm in ("scalar", "mma", "pipelined", "tiled"):
+        if not can(algorithm, ops.arch, case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         assert torch.equal(ops.gptq_gemm(with_outlier, *weight.args), ops.gptq_gemm(x, *weight.args))
 
@@ -525,6 +540,8 @@ def test_one_part_at_any_address_is_enough_for_scalar(
 def test_scales_of_parts_have_dtypes_of_their_own(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [build(Case(4, *SHAPES[4], 128, "perm", scales_dtype=dtype)) for dtype in DTYPES]
     for algorithm in ALGORITHMS:
+        if not can(algorithm, ops.arch, parts[0].case, torch.float16):
+            continue
         monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
         check_parts(ops, algorithm, parts, 3)
 
@@ -535,8 +552,10 @@ def test_every_call_can_be_captured_in_a_graph(
     ops: emulated.EmulatedOps, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launches and copies on the current stream, and nothing else: the emulator refuses calls that sync or allocate."""
-    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     weight = build(Case(4, *SHAPES[4], 128, "perm"))
+    if not can(algorithm, ops.arch, weight.case, torch.float16):
+        pytest.skip(f"no {algorithm} on sm_{ops.arch}")
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", algorithm)
     stream = 0x5EED
     ops.device.set_stream(stream, is_capturing=True)
     try:
@@ -610,7 +629,7 @@ def test_the_current_device_stays_where_an_op_fails(ops: emulated.EmulatedOps, m
     weight = build(Case(4, *SHAPES[4], 128))
     ops.device.set_current_device(1)
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "fast")
-    message = "gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of mma, scalar, tiled, dense; got fast"
+    message = "gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of mma, scalar, pipelined, tiled, dense; got fast"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args)
     assert ops.device.current_device == 1

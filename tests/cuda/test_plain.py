@@ -92,6 +92,8 @@ def products(case: Case, arch: int) -> list[tuple[str, str]]:
     found = [(algorithm, name) for algorithm in ("scalar", "tiled") for name in NAMES.values()]
     if case.shuffled:
         found += [("mma", "float16"), ("mma", "bfloat16")][: 2 if arch >= 80 else 1]
+        # sm_90 has the same PTX.
+        found += [("pipelined", "float16")] if arch == 80 else []
     return found
 
 
@@ -138,7 +140,7 @@ def test_a_thread_block_that_has_many_rows_of_W(order: str, group_size: int) -> 
     weight = build(Case(4, 1096, 72, group_size, order, shuffled=order != "raw"))
     x = inputs(weight.case)["x float16"]
     ops = PlainOps(device(80), [described(weight)])
-    for algorithm in ("scalar", "mma", "tiled"):
+    for algorithm in ("scalar", "mma", "pipelined", "tiled"):
         if not ops.can(algorithm, x):
             continue
         for rows in (1, M):
@@ -402,7 +404,7 @@ def within(described_weight: dict[str, Any], **sizes: int) -> dict[str, Any]:
     return larger
 
 
-@pytest.mark.parametrize("algorithm", ["scalar", "mma", "tiled"])
+@pytest.mark.parametrize("algorithm", ["scalar", "mma", "pipelined", "tiled"])
 def test_a_weight_of_more_than_2_to_the_32_words(last_block: Emulator, algorithm: str) -> None:
     """The last 64 columns, of which the others are zeros. There are more than 2**32 scales and words of zero points."""
     weight = build(Case(4, 4224, 64, 32))
@@ -444,8 +446,9 @@ def test_rows_of_W_beyond_2_to_the_32_words(last_block: Emulator, op: str) -> No
 
 @pytest.mark.parametrize(
     ("algorithm", "order"),
-    [("scalar", "sorted"), ("mma", "perm"), ("mma", "sorted"), ("tiled", "sorted"), ("gemm_dx", "sorted")],
-)
+    [("scalar", "sorted"), ("mma", "perm"), ("mma", "sorted"), ("pipelined", "sorted"), ("tiled", "sorted"),
+     ("gemm_dx", "sorted")],
+)  # fmt: skip
 def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algorithm: str, order: str) -> None:
     """The last row, and its last 64 columns: beyond 2**32 numbers of both, signed or not, gathered or not."""
     weight = build(Case(4, 128, 128, 128, order))
@@ -465,7 +468,7 @@ def test_activations_of_more_than_2_to_the_32_numbers(last_block: Emulator, algo
     assert_within_bound(last, last_x, dense[:, -64:], error)
 
 
-@pytest.mark.parametrize("algorithm", ["scalar", "mma"])
+@pytest.mark.parametrize("algorithm", ["scalar", "mma", "pipelined"])
 def test_more_than_2_to_the_32_sums_of_a_split_K(last_block: Emulator, algorithm: str) -> None:
     """The last thread block has the second of two splits, and x is 0 for all other rows of W.
 
