@@ -2,10 +2,11 @@
 
     python -m benchmarks.device_code                 # every architecture: many minutes of nvcc on one core
     python -m benchmarks.device_code --arch 80       # this one anew, beside what the file has of the others
+    python -m benchmarks.device_code --source gemm_mma  # these kernels anew, likewise
 
 The instructions are counted by `benchmarks.sass` in the loop over rows of W, with its loads and the end of each group
 of 128. They are divided by the weights that a lane has had. For `mma` they are counted once more with what brings x,
-scales and zero points into shared memory.
+scales and zero points into shared memory. `pipelined` has these copies in its loop.
 
 nvdisasm is looked for in PATH, in CUDA's folder, and in the wheels of PyPI that have it (`pip install --no-deps
 nvidia-cuda-nvdisasm`).
@@ -33,28 +34,40 @@ from exllama_ops.backends.native.compile import CUDA
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-device-code"
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-SOURCES = ("gemm_mma", "gemm_scalar", "gemm_tiled", "dequantize", "shuffle")
+SOURCES = ("gemm_mma", "gemm_pipelined", "gemm_scalar", "gemm_tiled", "dequantize", "shuffle")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device_code", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="only this compute capability")
+    parser.add_argument("--source", action="append", choices=SOURCES, help="only the kernels of this file")
     args = parser.parse_args()
+    sources = tuple(args.source or SOURCES)
     nvcc = run_tool("nvcc", "--version").splitlines()[-1]
     file = RESULTS.with_suffix(".json")
     measured: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if measured.get("nvcc") != nvcc:
         measured = {"command": "python -m benchmarks.device_code", "nvcc": nvcc, "kernels": []}
     for arch in args.arch or ARCHS:
-        others = [kernel for kernel in measured["kernels"] if kernel["arch"] != arch]
-        measured["kernels"] = sorted([*others, *_kernels_of(arch)], key=lambda kernel: int(kernel["arch"]))
+        anew = {source.removeprefix("gemm_") for source in sources}
+        others = [kernel for kernel in measured["kernels"] if kernel["arch"] != arch or _source(kernel) not in anew]
+        measured["kernels"] = sorted([*others, *_kernels_of(arch, sources)], key=lambda kernel: int(kernel["arch"]))
         file.write_text(json.dumps(measured, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(report(measured))
 
 
-def _kernels_of(arch: int) -> Iterator[dict[str, Any]]:
+def _source(kernel: dict[str, Any]) -> str:
+    """The file of a kernel, without what all of them begin with."""
+    names = {"dequantize_columns": "dequantize", "gemm_tiled": "tiled"}
+    name: str = kernel["kernel"]
+    return names.get(name, name if name in ("mma", "pipelined", "scalar") else "shuffle")
+
+
+def _kernels_of(arch: int, sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
+        for source in sources:
+            if source == "gemm_pipelined" and arch < 80:  # which has no kernel, but a trap
+                continue
             sys.stderr.write(f"sm_{arch} {source}\n")
             cubin = Path(folder) / f"{source}.cubin"
             code = f"arch={_ptx_for(arch)},code=sm_{arch}"
@@ -96,9 +109,9 @@ def _described(mangled: str) -> dict[str, Any]:
     name = mangled[start : start + int(match[1])]
     arguments = re.findall(r"L[ib](\d+)E", mangled)
     dtype = "bfloat16" if "nv_bfloat16" in mangled else "float16"
-    if name == "gemm_mma":
+    if name in ("gemm_mma", "gemm_pipelined"):
         bits, octets, unit = map(int, arguments)
-        return {"kernel": "mma", "bits": bits, "dtype": dtype, "tokens": 8 * octets, "unit": unit}
+        return {"kernel": name.removeprefix("gemm_"), "bits": bits, "dtype": dtype, "tokens": 8 * octets, "unit": unit}
     if name == "gemm_scalar":
         bits, shuffled, rows = map(int, arguments)
         return {"kernel": "scalar", "bits": bits, "shuffled": bool(shuffled), "tokens": rows}
@@ -116,6 +129,8 @@ def _per_weight(kernel: dict[str, Any], text: str) -> dict[str, Any]:
         if (kernel["unit"], tokens) == (GROUP, 8):
             counts["staged"] = {str(M): round(_staged(code, bits, M), 3) for M in (1, 8)}
         return counts
+    if kernel["kernel"] == "pipelined":
+        return {"per_weight": round(_pipelined(Code(text), kernel["bits"], kernel["tokens"], kernel["unit"]), 2)}
     if kernel["kernel"] == "scalar" and kernel["shuffled"]:
         # A trip has the rows of W that a warp takes in a stage. The last trip of a group ends it, and begins the next
         # one with four scales.
@@ -145,6 +160,20 @@ def _staged(code: Code, bits: int, M: int) -> float:
         "STS.128": M + 2,
     }
     return code.cheapest_cycle(needs) / rows
+
+
+def _pipelined(code: Code, bits: int, tokens: int, unit: int) -> float:
+    """Instructions a weight in 128 rows, with a thread's copies of as many: words, x, and a part of each group."""
+    stage = {3: 128, 8: 32}.get(bits, 64)
+    stages, units = GROUP // stage, GROUP // unit
+    words, x = (stage * bits // 32 + 3) // 4, tokens * stage // (8 * 128)
+    needs = {
+        "macs": GROUP * 32 * tokens,
+        "FFMA": units * tokens,
+        "BAR.SYNC": stages,
+        "LDGSTS": stages * (words + x) + min(stages, units),
+    }
+    return code.cheapest_cycle(needs) / GROUP
 
 
 # --- programs

@@ -37,6 +37,7 @@ def report(measured: dict[str, Any]) -> str:
         "These are the instructions of a lane, in groups of 128, with loads and the end of the group. Rows with",
         "staging count also what brings x, scales and zero points into shared memory once for a thread block, in",
         "stages of 2048 rows, with x in order and scales of 16 bits. A loop for 8 tokens takes the same for fewer.",
+        "The loops of pipelined bring all of this into shared memory themselves.",
         "",
     ]
     rows = [
@@ -44,6 +45,8 @@ def report(measured: dict[str, Any]) -> str:
         ("mma bfloat16, 1 to 8 tokens", {"kernel": "mma", "dtype": "bfloat16", "tokens": 8, "unit": GROUP}),
         ("mma float16, 9 to 16", {"kernel": "mma", "dtype": "float16", "tokens": 16, "unit": GROUP}),
         ("mma float16, 17 to 32", {"kernel": "mma", "dtype": "float16", "tokens": 32, "unit": GROUP}),
+        ("pipelined float16, 17 to 32", {"kernel": "pipelined", "dtype": "float16", "tokens": 32, "unit": GROUP}),
+        ("pipelined float16, 33 and more", {"kernel": "pipelined", "dtype": "float16", "tokens": 64, "unit": GROUP}),
         ("mma float16, 1 to 8, groups of 32", {"kernel": "mma", "dtype": "float16", "tokens": 8, "unit": 32}),
         ("scalar, 1 token", {"kernel": "scalar", "tokens": 1}),
         ("scalar, 2", {"kernel": "scalar", "tokens": 2}),
