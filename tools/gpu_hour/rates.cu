@@ -163,6 +163,18 @@ __global__ void gather(const uint16_t* data, uint32_t mask, int loads, uint32_t*
   if (all == 1) *out = all;
 }
 
+// A store, a fence, a ticket and a load from L2, one after the other. The memory holds zeros, and still does after it.
+__global__ void tickets(uint32_t* data, uint32_t* counter, int count, uint32_t* out) {
+  uint32_t last = 0;
+  for (int i = 0; i < count; ++i) {
+    data[32 * i + last] = 0;
+    __threadfence();
+    const uint32_t ticket = atomicAdd(counter + last, 1u);
+    last = __ldcg(data + 32 * (ticket % 1024));
+  }
+  if (last == 1) *out = last;
+}
+
 __global__ void nothing(uint32_t*) {}
 
 template <typename F>
@@ -250,6 +262,9 @@ int main() {
                             gather<<<sms * 8, 256>>>(reinterpret_cast<uint16_t*>(data),
                                                      static_cast<uint32_t>(l2_bytes / 2 - 1), kLoads, out);
                           });
+  constexpr int kTickets = 4096;
+  auto* words = reinterpret_cast<uint32_t*>(data);
+  const double ticket = seconds_of([&] { tickets<<<1, 1>>>(words, words + (1 << 27), kTickets, out); }) / kTickets;
   const double launch = launch_seconds(out);
 
   std::printf("arch %d\nsm_count %d\nghz %.4f\n", arch, sms, ghz);
@@ -258,6 +273,7 @@ int main() {
   std::printf("kDramEfficiency %.4f\n", nominal_bytes > 0 ? dram / nominal_bytes : 0);
   std::printf("kDramLatencyUs %.4f\n", 16.0 * sms * kThreads / waiting * 1e6);
   std::printf("kL2BytesPerCycle %.3f\nkGatheredPerCycle %.3f\n", l2 / cycles_per_s, gathered / cycles_per_s);
+  std::printf("kTicketUs %.4f\n", ticket * 1e6);
   std::printf("kLaunchUs %.4f\nkLaunchCycles %.1f\n", launch * 1e6, launch * ghz * 1e9);
   check(cudaGetLastError(), "a launch");
 }
