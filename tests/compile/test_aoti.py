@@ -14,7 +14,7 @@ import torch
 from test_export import HIDDEN, TOKENS, K
 from torch import Tensor, nn
 
-from exllama_ops import ExllamaLinear, freeze, quantize
+from exllama_ops import ExllamaExperts, ExllamaLinear, GptqWeight, freeze, quantize
 from exllama_ops.backends.cpu import BACKEND
 from exllama_ops.backends.native import cache
 from exllama_ops.backends.native.compile import SCHEMA, find_compiler
@@ -199,3 +199,29 @@ def test_the_packaged_demo_model_gives_the_logits_of_the_compiled_model(tmp_path
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "demo.pt2"))
         result = torch._inductor.aoti_load_package(path)(ids)
         assert torch.equal(result, torch.compile(model, fullgraph=True)(ids))
+
+
+@needs_compiler
+def test_a_package_of_experts_serves_every_routing(tmp_path: Path) -> None:
+    """`FuseSharedInput` leaves their products as they are."""
+
+    def weights(inputs: int, outputs: int) -> list[GptqWeight]:
+        return [quantize(torch.randn(outputs, inputs), 4, 32) for _ in range(4)]
+
+    def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = torch.rand(tokens, 4).topk(2)
+        return torch.randn(tokens, 64), chosen.indices, chosen.values
+
+    model = ExllamaExperts(weights(64, 32), weights(64, 32), weights(32, 64))
+    program = torch.export.export(model, routed(3), dynamic_shapes=(TOKENS[0],) * 3)
+    options = {"pre_grad_custom_pass": FuseSharedInput()}
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "experts.pt2"), inductor_configs=options
+    )
+    with zipfile.ZipFile(path) as archive:
+        (calls,) = (json.loads(archive.read(name)) for name in archive.namelist() if name.endswith(".wrapper.json"))
+    assert [node["node"]["target"] for node in calls["nodes"]] == ["exllama::gptq_moe_gemm.no_autograd"] * 3
+    loaded = torch._inductor.aoti_load_package(path)
+    for tokens in (2, 7, 65):
+        inputs = routed(tokens)
+        torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-4, atol=1e-4)
