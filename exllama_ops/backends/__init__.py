@@ -15,7 +15,7 @@ from exllama_ops.backends import cpu, cuda, reference, triton
 from exllama_ops.backends._types import VARIABLE, Backend, Choice, Report
 from exllama_ops.ops import _library
 
-__all__ = ["PRIORITY", "Backend", "Choice", "Report", "register", "report", "serving"]
+__all__ = ["PRIORITY", "Backend", "Choice", "Report", "has_kernel", "register", "report", "serving"]
 
 # The order in which backends are asked, by dispatch key. ROCm uses the key CUDA.
 PRIORITY: dict[str, tuple[Backend, ...]] = {
@@ -83,6 +83,12 @@ def _reasons_against(backend: Backend, op: str, key: str) -> tuple[str, ...]:
 def serving(op: str, dispatch_key: str) -> Backend:
     """The backend that serves an op on a device."""
     return _choose(op, dispatch_key, PRIORITY[dispatch_key]).backend
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether kernels serve an op on a type of device, such as "cuda", and not the reference."""
+    key = device.upper()
+    return key in PRIORITY and serving(op, key) is not reference.BACKEND
 
 
 def report() -> Report:

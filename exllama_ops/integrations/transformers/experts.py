@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from exllama_ops import backends
-from exllama_ops.backends import reference
 from exllama_ops.integrations.transformers.names import ExpertPlace
 from exllama_ops.integrations.transformers.pending import initialized
 from exllama_ops.nn import ExllamaLinear
@@ -189,10 +188,7 @@ def _is_served(device: str) -> bool:
 
     On a GPU the reference would take all rows for each expert, where the layers have kernels.
     """
-    if device in ("cpu", "meta"):
-        return True
-    key = device.upper()
-    return key in backends.PRIORITY and backends.serving("gptq_moe_gemm", key) is not reference.BACKEND
+    return device in ("cpu", "meta") or backends.has_kernel("gptq_moe_gemm", device)
 
 
 def _order(module: Any) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Mixtures of experts in vLLM: one product for each projection of each expert that a token chose."""
+"""Mixtures of experts in vLLM: one product of all experts for each projection."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 
+from exllama_ops import backends
 from exllama_ops.checkpoint import CheckpointError
 from exllama_ops.integrations.vllm.loading import hold, refill
 from exllama_ops.integrations.vllm.parts import part_of
 from exllama_ops.nn import ExllamaLinear
-from exllama_ops.nn.experts import sum_of_experts
+from exllama_ops.nn.experts import sum_of_experts, sum_of_sorted_rows
+from exllama_ops.nn.packed_experts import PackedExperts
 
 if TYPE_CHECKING:
     from exllama_ops.integrations.vllm.config import ExllamaConfig
@@ -107,12 +109,13 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         refill(layer, self._products(layer), next(iter(self.names.values())))
 
-    def _products(self, layer: RoutedExperts) -> nn.ModuleDict:
+    def _products(self, layer: RoutedExperts) -> nn.Module:
+        """The stacks of each projection; or, of experts that differ in more than their values, all layers by expert."""
         parallel = layer.moe_config.moe_parallel_config
         local = range(layer.global_num_experts)
         if layer.expert_map is not None:  # this process has some of the experts
             local = layer.expert_map.ge(0).nonzero().flatten().tolist()
-        experts = {}
+        experts, stacks = {}, Stacks(len(local))
         for expert in local:
             into = [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name is not None]
             products = []
@@ -124,7 +127,8 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 shard = weight.shard(rows=run, bias=False) if down else weight.shard(columns=run, bias=False)
                 products.append(ExllamaLinear.from_weight(shard).to(layer.exllama_device))
             experts[str(expert)] = nn.ModuleList(products)
-        return nn.ModuleDict(experts)
+            stacks.put(products)
+        return stacks.all or nn.ModuleDict(experts)
 
     def apply(
         self,
@@ -139,17 +143,59 @@ class ExllamaExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if layer.apply_router_weight_on_input:  # of one expert a token
             x, topk_weights = (x * topk_weights).to(x.dtype), torch.ones_like(topk_weights)
 
+        def activated(into: list[Tensor]) -> Tensor:
+            inner = torch.cat(into, -1)
+            out = inner.new_empty(inner.shape[0], layer.exllama_part)
+            apply_moe_activation(layer.activation, out, inner)
+            return out
+
+        def experts(rows: Tensor, offsets: Tensor, own: Tensor) -> Tensor:
+            *into, down = layer.exllama
+            y: Tensor = down(activated([stack(rows, offsets, own) for stack in into]), offsets, own)
+            return y
+
         def expert(index: int, rows: Tensor) -> Tensor | None:
             if str(index) not in layer.exllama:
                 return None
             *into, down = layer.exllama[str(index)]
-            inner = torch.cat([product(rows) for product in into], -1)
-            activated = inner.new_empty(inner.shape[0], layer.exllama_part)
-            apply_moe_activation(layer.activation, activated, inner)
-            y: Tensor = down(activated)
+            y: Tensor = down(activated([product(rows) for product in into]))
             return y
 
-        return sum_of_experts(x, topk_ids, topk_weights, expert)
+        if isinstance(layer.exllama, nn.ModuleDict):
+            return sum_of_experts(x, topk_ids, topk_weights, expert)
+        # Those of other processes are numbered -1, which is none.
+        local = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
+        E = layer.exllama[0].qweight.shape[0]
+        return sum_of_sorted_rows(x, local, topk_weights, E, experts)
+
+
+class Stacks:
+    """The weights of experts in stacks, one for each projection, while they are alike.
+
+    Args:
+        num_experts: of this process.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self._stacks: list[PackedExperts] = []
+        self._put = 0
+
+    def put(self, products: list[ExllamaLinear]) -> None:
+        """Take the layers of the next expert, which compute with views from now on."""
+        device = products[0].qweight.device.type
+        if self._put == 0 and (device == "cpu" or backends.has_kernel("gptq_moe_gemm", device)):
+            self._stacks = [PackedExperts(product, self._num_experts) for product in products]
+        if any(stack.reason_against(product) for stack, product in zip(self._stacks, products, strict=False)):
+            self._stacks = []
+        for stack, product in zip(self._stacks, products, strict=False):
+            stack.put(self._put, product)
+        self._put += 1
+
+    @property
+    def all(self) -> nn.ModuleList | None:
+        """A stack for each projection, or None where they are not alike."""
+        return nn.ModuleList(self._stacks) if self._stacks else None
 
 
 def _check_adapters(prefix: str) -> None:
