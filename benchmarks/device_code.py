@@ -34,7 +34,7 @@ from exllama_ops.backends.native.compile import CUDA
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-device-code"
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-SOURCES = ("gemm_mma", "gemm_pipelined", "gemm_scalar", "gemm_tiled", "dequantize", "shuffle")
+SOURCES = ("gemm_mma", "gemm_pipelined", "gemm_scalar", "gemm_tiled", "dequantize", "shuffle", "gather", "add_limbs")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 // select_gemm as C functions, for benchmarks.select and the tests. Nothing here needs CUDA.
 #include "cuda/select.h"
+#include "cuda/gemm_dx.h"
 
 using namespace exllama::cuda;
 
@@ -47,6 +48,9 @@ extern "C" {
 // The fields of what is chosen for a problem, whose fields are in their order.
 void chosen(const int64_t* problem, int64_t* config) { give(select_gemm(problem_of(problem)), config); }
 
+// Likewise of gptq_gemm_dx, whose x is the gradient.
+void chosen_dx(const int64_t* problem, int64_t* config) { give(select_dx(problem_of(problem)), config); }
+
 // The best config of an algorithm, if it can.
 bool best(const int64_t* problem, int64_t algorithm, int64_t* config) {
   const Problem p = problem_of(problem);
@@ -89,5 +93,7 @@ double instructions(const int64_t* problem, int64_t algorithm, int64_t rows) {
 int64_t additions(int64_t algorithm, int64_t K, int64_t groups) {
   return gemm_of(static_cast<Algorithm>(algorithm)).additions(K, groups);
 }
+
+int64_t dx_additions(int64_t N) { return GemmDxDense::additions(N); }
 
 }  // extern "C"

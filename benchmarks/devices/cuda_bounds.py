@@ -15,6 +15,7 @@ from exllama_ops.backends.triton import tiles
 from exllama_ops.testing.errors import Error, cuda_dx_error, cuda_gemm_error, triton_gemm_error
 
 TRITON = "triton"
+DX_ALGORITHMS = ("tiled", "dense")  # of gptq_gemm_dx
 
 
 def cuda_gate(
@@ -38,7 +39,13 @@ def cuda_gate(
         for name, relative in declared.items():
             yield name, Error(relative)
 
-    return Gate(weight, x, grad, errors=errors, dx_error=cuda_dx_error)
+    return Gate(
+        weight,
+        x,
+        grad,
+        errors=errors,
+        dx_error=lambda N: max(cuda_dx_error(algorithm, N) for algorithm in DX_ALGORITHMS),
+    )
 
 
 def native_error(algorithm: str, weight: Weight, dtype: torch.dtype) -> float:

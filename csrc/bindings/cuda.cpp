@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -18,16 +17,16 @@
 
 #include "bindings/arguments.h"
 #include "bindings/blas.h"
+#include "bindings/dense.h"
 #include "bindings/device_scope.h"
 #include "bindings/ops.h"
 #include "bindings/registration.h"
 #include "bindings/workspace.h"
 #include "cuda/cuda.h"
+#include "cuda/gemm_dx.h"
 
 namespace exllama::bindings {
 namespace {
-
-using torch::stable::detail::to;
 
 #ifdef EXLLAMA_CUDA_ON_CPU
 constexpr const char* kDispatchKey = "CPU";
@@ -45,11 +44,12 @@ const char* name_of(layout::DType dtype) {
   return dtype == layout::DType::kFloat16 ? "float16" : dtype == layout::DType::kBFloat16 ? "bfloat16" : "float32";
 }
 
-// What three variables say. They are read when the library is loaded and when a program asks for it. Ops do not read them:
+// What four variables say. They are read when the library is loaded and when a program asks for it. Ops do not read them:
 // getenv does not survive another thread that sets a variable.
 struct Settings {
   std::string algorithm;  // EXLLAMA_OPS_CUDA_ALGORITHM: the one to use, if it is not empty
   bool log;               // EXLLAMA_OPS_CUDA_LOG=1: a line on stderr for every choice
+  int64_t dense_mib;      // EXLLAMA_OPS_CUDA_DENSE_MIB: the scratch memory of a dense W, or 0
   bool blas_repeats;      // CUBLAS_WORKSPACE_CONFIG has one of the values with which torch calls BLAS deterministic
 };
 
@@ -57,22 +57,24 @@ struct Settings {
 const Settings* read_settings() {
   const char* algorithm = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
   const char* log = std::getenv("EXLLAMA_OPS_CUDA_LOG");
+  const char* dense_mib = std::getenv("EXLLAMA_OPS_CUDA_DENSE_MIB");
   const char* workspace = std::getenv("CUBLAS_WORKSPACE_CONFIG");
   const bool repeats =
       workspace != nullptr && (std::strcmp(workspace, ":4096:8") == 0 || std::strcmp(workspace, ":16:8") == 0);
-  return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0, repeats};
+  return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0,
+                      dense_mib != nullptr ? std::atoll(dense_mib) : 0, repeats};
 }
 
 std::atomic<const Settings*> settings{read_settings()};
 
-void log_choice(const cuda::Problem& problem, const cuda::Config& config) {
+void log_choice(const char* op, const cuda::Problem& problem, const cuda::Config& config) {
   if (!settings.load(std::memory_order_acquire)->log) return;
   std::fprintf(stderr,
-               "exllama_ops: gptq_gemm M=%lld K=%lld N=%lld bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
+               "exllama_ops: %s M=%lld K=%lld N=%lld bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
                "rows=%lld split_k=%lld chunk=%lld\n",
-               static_cast<long long>(problem.M), static_cast<long long>(problem.K), static_cast<long long>(problem.N),
-               problem.bits, static_cast<long long>(problem.group_size), name_of(problem.x_dtype),
-               name_of(problem.scales_dtype),
+               op, static_cast<long long>(problem.M), static_cast<long long>(problem.K),
+               static_cast<long long>(problem.N), problem.bits, static_cast<long long>(problem.group_size),
+               name_of(problem.x_dtype), name_of(problem.scales_dtype),
                problem.raw_g_idx  ? "g_idx"
                : problem.has_perm ? "perm"
                : problem.shuffled ? "shuffled"
@@ -96,39 +98,24 @@ cuda::Config choose(const cuda::Problem& problem) {
   throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of " + names + "; got " + given);
 }
 
-torch::stable::Tensor new_reference(const Tensor& tensor) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.handle(), &handle));
-  return torch::stable::Tensor(handle);
+// What select_dx says, unless the settings name one of the two ways, and it can compute the problem.
+cuda::Config choose_dx(const cuda::Problem& problem) {
+  const std::string& given = settings.load(std::memory_order_acquire)->algorithm;
+  if (given == cuda::GemmTiled::kName) return cuda::GemmTiled::config(cuda::transposed(problem));
+  if (given == cuda::GemmDense::kName && cuda::GemmDxDense::can(problem)) return cuda::GemmDxDense::config(problem);
+  return cuda::select_dx(problem);
 }
 
-// a @ b, summed in float32, whatever the user allows BLAS to reduce in.
-torch::stable::Tensor float32_product(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-  using torch::stable::detail::from;
-  StableIValue stack[3] = {from(a), from(b), from(torch::headeronly::ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack, TORCH_ABI_VERSION));
-  return to<torch::stable::Tensor>(stack[0]);
-}
-
-// The columns of out from first_column on = x @ W. Each chunk of columns of W is rounded to x's dtype, and multiplied with
-// some rows of x at a time.
-void gemm_dense(const layout::Weight& weight, const Tensor& x, const Tensor& out, int64_t first_column,
-                const cuda::Config& config, const DeviceScope& scope) {
-  using torch::stable::narrow;
-  torch::stable::Tensor whole_x = new_reference(x), whole_out = new_reference(out);
-  const int64_t M = x.size(0);
-  for (int64_t first = 0; first < weight.N; first += config.chunk) {
-    const int64_t columns = std::min(config.chunk, weight.N - first);
-    const int64_t sizes[] = {weight.K, columns};
-    const Tensor dense = Tensor::empty(sizes, x.dtype(), x);
-    cuda::dequantize(weight, first, columns, dense.data<void>(), dtype_of(x), scope.stream());
-    for (int64_t m = 0; m < M; m += config.rows) {
-      const int64_t rows = std::min(config.rows, M - m);
-      torch::stable::Tensor rows_of_out = narrow(whole_out, 0, m, rows);
-      torch::stable::Tensor part = narrow(rows_of_out, 1, first_column + first, columns);
-      torch::stable::copy_(part, float32_product(narrow(whole_x, 0, m, rows), new_reference(dense)));
-    }
-  }
+// A product as the choice sees it, by what torch says at this moment.
+cuda::Problem problem_of(const layout::Weight* parts, int64_t count, const Tensor& x, const cuda::Device& device) {
+  const layout::DType dtype = dtype_of(x);
+  cuda::Problem problem =
+      cuda::problem_of(parts, count, dtype, x.size(0), device, batch_invariant.load(std::memory_order_relaxed));
+  problem.fp16_accumulation = blas::fp16_accumulation();
+  problem.blas_refused = blas::deterministic() && !settings.load(std::memory_order_acquire)->blas_repeats;
+  problem.dense_mib = settings.load(std::memory_order_acquire)->dense_mib;
+  problem.blas_rounds_once = blas::reduces_in_float32(dtype == layout::DType::kBFloat16);
+  return problem;
 }
 
 // An index in the device's memory, whose values no host can look at without a sync. Kernels check what they read.
@@ -169,16 +156,13 @@ struct Cuda {
       for (layout::Weight& part : plain) part = without_order(part);
       return gemm(plain.data(), count, gathered, out);
     }
-    cuda::Problem problem =
-        cuda::problem_of(parts, count, dtype_of(x), M, scope.device(), batch_invariant.load(std::memory_order_relaxed));
-    problem.fp16_accumulation = blas::fp16_accumulation();
-    problem.blas_refused = blas::deterministic() && !settings.load(std::memory_order_acquire)->blas_repeats;
+    const cuda::Problem problem = problem_of(parts, count, x, scope.device());
     const cuda::Config config = choose(problem);
-    log_choice(problem, config);
+    log_choice("gptq_gemm", problem, config);
     if (config.algorithm == cuda::Algorithm::kDense) {
       int64_t first_column = 0;
       for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
-        gemm_dense(*part, x, out, first_column, config, scope);
+        gemm_dense(*part, x, out, first_column, config, problem.blas_rounds_once, scope.stream());
       }
       return;
     }
@@ -196,6 +180,10 @@ struct Cuda {
       return cuda::gather_dx(weight, of_all_rows.data<const void>(), dtype_of(dx), grad.size(0), dx.data<void>(),
                              scope.stream());
     }
+    const cuda::Problem problem = problem_of(&weight, 1, grad, scope.device());
+    const cuda::Config config = choose_dx(problem);
+    log_choice("gptq_gemm_dx", problem, config);
+    if (config.algorithm == cuda::Algorithm::kDense) return gemm_dx_dense(weight, grad, dx, config, scope.stream());
     cuda::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), grad.size(0), dx.data<void>(), scope.stream());
   }
 

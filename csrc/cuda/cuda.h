@@ -45,6 +45,16 @@ void dequantize(const Weight& weight, int64_t first_column, int64_t columns, voi
 // out (M, K) = the columns of x that the rows of the words name. Weights without an order multiply it.
 void gather_x(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Stream stream);
 
+// A product with W^T by a BLAS that must not round W. limbs.h says what limbs are, and whether there are any.
+//
+// dequantize_limbs: out (limbs, rows, N) of 16 bits = the limbs of the rows of the words from first_row on.
+// add_limbs: the columns of dx (M, K) that these are, by the float32 products (M, rows_of_w) with each limb.
+// fill_dx: to be called before; it fills dx with NaN if the weight has an order.
+void dequantize_limbs(const Weight& weight, int64_t first_row, int64_t rows, void* out, DType out_dtype, Stream stream);
+void add_limbs(const Weight& weight, int64_t first_row, int64_t rows_of_w, const float* const* products, int64_t M,
+               void* dx, DType dtype, Stream stream);
+void fill_dx(const Weight& weight, DType dtype, int64_t M, void* dx, Stream stream);
+
 // The kernels above take no filled weight, in which some rows name no column of x. They take the same words without an
 // order, for an x that was gathered. These take from their results what belongs to a column of x. row_order has
 // (K + in_features,) entries here: after what the rows name, the row of each column of x.

@@ -22,9 +22,13 @@ void launch_gemm_tiled(const GemmArguments& a, Stream stream) {
   launch<false>(parts_of(a, kTiledColumns), a.x, a.dtype, a.M, a.out, stream);
 }
 
+void fill_dx(const Weight& weight, DType dtype, int64_t M, void* dx, Stream stream) {
+  if (weight.perm()) fill_with_nan(dx, M * weight.K * bytes_of(dtype), stream, "gemm_dx");
+}
+
 void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream) {
   if (M == 0 || weight.K == 0) return;
-  if (weight.perm()) fill_with_nan(dx, M * weight.K * bytes_of(grad_dtype), stream, "gemm_dx");
+  fill_dx(weight, grad_dtype, M, dx, stream);
   // The tiles and the results are those of the rows of W.
   Parts parts = parts_of({&weight, 1, 0, weight.K, grad, grad_dtype, false, M, dx, {}}, kTiledColumns);
   parts.column_tiles = parts.part[0].end_tile = grid_of(divide_up(weight.K, kTiledColumns), "gemm_tiled");

@@ -31,6 +31,8 @@ struct Problem {
   bool batch_invariant;
   bool fp16_accumulation;  // torch's BLAS may sum float16 in float16, and refuses a float32 result
   bool blas_refused;       // torch refuses its BLAS altogether
+  bool blas_rounds_once;   // torch's BLAS makes a result of 16 bits of float32 sums, by one rounding
+  int64_t dense_mib;       // scratch memory of kDense in MiB; 0 for its own choice
   Device device;
 };
 
@@ -42,7 +44,7 @@ struct Config {
   int64_t rows;     // of x, for which a word is read once; kDense: of one matmul
   int64_t split_k;  // thread blocks that share the rows of W
   int64_t k_per_split;
-  int64_t chunk;  // columns of W that kDense dequantizes at a time
+  int64_t chunk;  // columns of W that kDense dequantizes at a time, or rows for the gradient
 };
 
 }  // namespace exllama::cuda

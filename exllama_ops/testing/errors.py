@@ -128,9 +128,21 @@ def cuda_gemm_error(algorithm: str, dtype: torch.dtype, *, K: int, G: int, by_ro
     return Error(_DENSE_ROUNDING[dtype] + gamma(K + 2))
 
 
-def cuda_dx_error(N: int) -> Error:
-    """The error of ``grad @ W.T`` on the native CUDA backend: a chain of N, and two roundings of the weight."""
-    return Error(gamma(N + 2))
+def cuda_dx_error(algorithm: str, N: int) -> Error:
+    """The error of ``grad @ W.T`` by an algorithm of the native CUDA backend.
+
+    ``tiled`` is a chain of N, and two roundings of the weight. ``dense`` takes the weight as an exact sum of up to
+    three numbers of 16 bits. Tensor cores have a chain of N for each, and two additions follow. Each number is what
+    rounding to 8 bits or more left of the one before, so that their sizes add up to less than 1 + 2^-6 weights.
+
+    Args:
+        algorithm: "tiled" or "dense".
+        N: columns of W.
+    """
+    if algorithm == "tiled":
+        return Error(gamma(N + 2))
+    assert algorithm == "dense", algorithm
+    return Error((1 + 2.0**-6) * gamma(N + 2, TENSOR_CORE_UNIT))
 
 
 def triton_gemm_error(plan: Plan, bits: int, *, truncates: bool) -> Error:

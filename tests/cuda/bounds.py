@@ -14,6 +14,6 @@ def gemm_error(algorithm: str, weight: Weight, dtype: torch.dtype) -> float:
     return cuda_gemm_error(algorithm, dtype, K=weight.rows, G=G, by_row=weight.case.order == "raw").relative
 
 
-def dx_error(N: int) -> float:
+def dx_error(N: int, algorithm: str = "tiled") -> float:
     """The relative error of gptq_gemm_dx."""
-    return cuda_dx_error(N).relative
+    return cuda_dx_error(algorithm, N).relative

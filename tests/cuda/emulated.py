@@ -45,12 +45,17 @@ def _build(arch: int, bindings: list[Path], *, link: tuple[str, ...] = (), sanit
     )
 
 
+# (rows, columns) of each product by the matmul with a wider result.
+float32_products: list[tuple[int, int]] = []
+
+
 @functools.cache
 def _aten_for_cpu() -> torch.library.Library:
     """The matmul with a wider result, which gemm_dense calls and aten has for CUDA alone."""
 
     def multiply(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         assert out_dtype == torch.float32, "the result is rounded once, from float32"
+        float32_products.append((len(a), b.shape[1]))
         return a.float() @ b.float()
 
     aten = torch.library.Library("aten", "IMPL")

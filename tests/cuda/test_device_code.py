@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 # One kernel of each kind and width; those that nvcc compiles from the .cu files differ in types alone.
 KERNELS = """
+#include "cuda/add_limbs.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/gather.cuh"
 #include "cuda/gemm_mma.cuh"
@@ -39,7 +40,10 @@ using namespace exllama::cuda;
       Parts, const void*, DType, int64_t, int64_t, Splits, void*); \\
   template __global__ void gemm_tiled<bits, shuffled, false>(Parts, const void*, DType, int64_t, void*); \\
   template __global__ void gemm_tiled<bits, shuffled, true>(Parts, const void*, DType, int64_t, void*); \\
-  template __global__ void dequantize_columns<bits, shuffled>(Weight, int64_t, int64_t, void*, DType); \\
+  template __global__ void dequantize_columns<bits, shuffled, false>(Weight, DenseW); \\
+  template __global__ void dequantize_columns<bits, shuffled, true>(Weight, DenseW); \\
+  template __global__ void dequantize_eights<bits, shuffled, false>(Weight, DenseW); \\
+  template __global__ void dequantize_eights<bits, shuffled, true>(Weight, DenseW); \\
   template __global__ void reorder<bits, shuffled>(const uint32_t*, const int32_t*, int64_t, int64_t, uint32_t*);
 namespace exllama::cuda {
 INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
@@ -58,7 +62,8 @@ template __global__ void gemm_mma<8, __nv_bfloat16, 1, 128>(
 
 # How many __global__ functions a file has: widths, orders of words, rows of x (or dtypes, tiles and units).
 INSTANCES = {
-    "dequantize": 4 * 2,
+    "add_limbs": 1,
+    "dequantize": 4 * 2 * 4,
     "device": 0,
     "gather": 2 * 3,
     "gemm": 1,

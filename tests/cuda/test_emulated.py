@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.extremes import extremes
 from conformance.weights import BLOCK_VALUES, DTYPES, Case, Weight, build, build_parts, multi_args
 from cuda import bounds, emulated
 from exllama_ops.testing.bounds import assert_within_bound
@@ -174,19 +175,29 @@ def test_parts_are_within_the_bound(ops: emulated.EmulatedOps, bits: int, monkey
                 check_parts(ops, algorithm, parts, M)
 
 
-@pytest.mark.parametrize("ops", [on(75, quick=True)], indirect=True)
-def test_dense_goes_by_chunks_of_columns(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the L2 of a T4 holds 64 columns of so many rows, for whatever part they belong to."""
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_dense_goes_by_chunks_of_columns_and_of_rows(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MiB holds 64 columns of so many rows of W, of whatever part they are, and 64 rows of so long a result."""
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
     parts = build_parts(Case(4, 8200, 136, 128), [136, 72])
-    kernels = check_parts(ops, "dense", parts, 2)
-    assert [("dequantize" in kernel) for kernel in kernels] == [True] * (3 + 2)
+    assert ["dequantize" in kernel for kernel in check_parts(ops, "dense", parts, 2)] == [True] * 2
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_DENSE_MIB", "1")
+    emulated.float32_products.clear()
+    assert ["dequantize" in kernel for kernel in check_parts(ops, "dense", parts, 2)] == [True] * (3 + 2)
+    assert emulated.float32_products == [(2, 64), (2, 64), (2, 8), (2, 64), (2, 8)]
+    emulated.float32_products.clear()
+    check_gemm(ops, "dense", build(Case(4, 32, 4352, 32)), 70, torch.float16)
+    assert emulated.float32_products == [(64, 4352), (6, 4352)]
 
 
 @pytest.fixture
 def torch_settings() -> Iterator[None]:
     yield
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
 
 
 @pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
@@ -226,16 +237,42 @@ def test_dense_is_left_out_where_torch_refuses_its_blas(
     assert taken() == (True, True)
 
 
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_blas_writes_the_result_of_dense_where_it_rounds_once(
+    ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch, torch_settings: None
+) -> None:
+    """That is where torch must not add up the splits of a sum in 16 bits; each dtype has a setting of its own."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    parts = build_parts(EVERYWHERE, [72, 40])
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        for allowed, float32_results in ((True, 2), (False, 0)):
+            setattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", allowed)
+            emulated.float32_products.clear()
+            x = activations(3, EVERYWHERE.K, dtype)
+            out = ops.gptq_gemm_multi(x, *multi_args(parts))
+            assert len(emulated.float32_products) == float32_results
+            for part, result in zip(parts, out.split([72, 40], 1), strict=True):
+                assert_within_bound(result.contiguous(), x, part.dense, bounds.gemm_error("dense", part, dtype))
+
+
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
 def test_dequantize_is_exact_up_to_one_rounding(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     assert torch.equal(ops.gptq_dequantize(*weight.args), weight.dense.float().to(case.scales_dtype))
 
 
-def check_dx(ops: emulated.EmulatedOps, weight: Weight, M: int, dtype: torch.dtype = torch.float16) -> None:
+def check_dx(ops: emulated.EmulatedOps, weight: Weight, M: int, dtype: torch.dtype = torch.float16) -> str:
+    """Returns its algorithm."""
     grad = activations(M, weight.case.N, dtype)
     dx = ops.gptq_gemm_dx(grad, *weight.args)
-    assert_within_bound(dx, grad, weight.dense.t(), bounds.dx_error(weight.case.N))
+    algorithm = dx_algorithm(ops)
+    assert_within_bound(dx, grad, weight.dense.t(), bounds.dx_error(weight.case.N, algorithm))
+    return algorithm
+
+
+def dx_algorithm(ops: emulated.EmulatedOps) -> str:
+    """What the last call went by."""
+    return "dense" if any("add_limb" in call.get("kernel", "") for call in ops.calls) else "tiled"
 
 
 @pytest.mark.parametrize(("ops", "case"), EVERY_WEIGHT, indirect=["ops"])
@@ -243,6 +280,70 @@ def test_dx_is_within_the_bound(ops: emulated.EmulatedOps, case: Case) -> None:
     weight = build(case)
     for dtype in DTYPES:
         check_dx(ops, weight, 5, dtype)
+
+
+# dtypes of a gradient and of scales, by which W is a sum of numbers in the first one.
+LIMBS = [(torch.float16, torch.float16), (torch.bfloat16, torch.float16), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("ops", "bits"), EVERY_WIDTH, indirect=["ops"])
+def test_dx_of_a_dense_w_is_within_the_bound(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    for (order, shuffled), (dtype, scales_dtype) in itertools.product(ORDERS, LIMBS):
+        weight = build(Case(bits, *SHAPES[bits], 128, order, shuffled, scales_dtype=scales_dtype))
+        can_be = dtype == torch.float16 or ops.arch >= 80  # BLAS refuses bfloat16
+        assert check_dx(ops, weight, 3, dtype) == ("dense" if can_be else "tiled")
+
+
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_dx_is_tiled_where_w_is_no_sum_of_16_bits(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    for dtype, scales_dtype in set(itertools.product(DTYPES, DTYPES)) - set(LIMBS):
+        assert check_dx(ops, build(Case(4, 32, 16, 32, scales_dtype=scales_dtype)), 2, dtype) == "tiled"
+
+
+@pytest.mark.parametrize(("ops", "bits"), [on(80, bits, quick=True) for bits in SHAPES], indirect=["ops"])
+def test_one_hot_dx_of_a_dense_w_returns_its_columns(
+    ops: emulated.EmulatedOps, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, whatever the scales are: the numbers of 16 bits add up to W. An infinite gradient meets no zero of them.
+
+    The gradient's one is 2**-9 in float16, which has most products in its range.
+    """
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    rng = torch.Generator().manual_seed(bits)
+    for (order, group_size), (dtype, scales_dtype) in itertools.product((("perm", 32), ("sorted", 24)), LIMBS):
+        weight = build(Case(bits, 96, SHAPES[bits][1], group_size, order, scales_dtype=scales_dtype))
+        # Below the limit of |W|, beyond which a bfloat16 may be inf.
+        weight.scales.copy_(
+            extremes(tuple(weight.scales.shape), scales_dtype, rng).double().clamp(-(2.0**118), 2.0**118)
+        )
+        W, one = weight.dense.t(), 2.0**-9 if dtype == torch.float16 else 1.0
+        grad = torch.eye(len(W), dtype=dtype) * one
+        expected = (W * one).float().to(dtype)
+        dx = ops.gptq_gemm_dx(grad, *weight.args)
+        assert dx_algorithm(ops) == "dense"
+        assert torch.equal(dx, expected)
+        grad[2, 2] = torch.inf
+        dx = ops.gptq_gemm_dx(grad, *weight.args)[2]
+        assert torch.equal(dx.isnan(), W[2] == 0)
+        assert torch.equal(dx.nan_to_num(0.0, 1.0, -1.0), W[2].sign().to(dtype))
+
+
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_dx_of_a_dense_w_goes_by_chunks(ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MiB holds both numbers of 128 rows of so many columns of W, and both products of 64 rows of so long a dx."""
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_ALGORITHM", "dense")
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_DENSE_MIB", "1")
+    for order, (K, N), M, products in (
+        ("perm", (296, 2048), 3, [(3, 128)] * 4 + [(3, 40)] * 2),
+        ("sorted", (2080, 8), 70, [(64, 2080)] * 2 + [(6, 2080)] * 2),
+    ):
+        emulated.float32_products.clear()
+        assert check_dx(ops, build(Case(4, K, N, 8, order)), M) == "dense"
+        assert emulated.float32_products == products
 
 
 @pytest.mark.parametrize(("ops", "bits"), [on(80, bits, quick=bits == 4) for bits in SHAPES], indirect=["ops"])

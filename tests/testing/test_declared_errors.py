@@ -84,7 +84,10 @@ def test_the_cuda_kernels_declare_the_depths_of_their_sums() -> None:
         cuda_gemm_error("dense", torch.float32, **size)
     with pytest.raises(AssertionError, match="sparse"):
         cuda_gemm_error("sparse", half, **size)
-    assert cuda_dx_error(64).relative == gamma(66)
+    assert cuda_dx_error("tiled", 64).relative == gamma(66)
+    assert cuda_dx_error("dense", 64).relative == (1 + 2.0**-6) * gamma(66, 2.0**-22)
+    with pytest.raises(AssertionError):
+        cuda_dx_error("mma", 64)
 
 
 def test_the_triton_kernels_declare_the_depths_of_their_plans() -> None:
