@@ -122,8 +122,10 @@ struct MmaProduct {
       }
     }
     if (!splits.tickets) return;
-    add_splits_of_tile<kMmaColumns>(splits, M, parts.columns, first_token, tokens, tile.columns_before + first_column,
-                                    min(N - first_column, kMmaColumns),
+    // What is known of the tile is read from memory and computed anew, or the loop would spill the registers for it.
+    const int64_t tile_column = tile.columns_before + column - (thread.warp_n * 32 + 4 * thread.g);
+    const int tile_columns = min(static_cast<int>(source.last_column) + 4, kMmaColumns);
+    add_splits_of_tile<kMmaColumns>(splits, M, parts.columns, first_token, source.tokens, tile_column, tile_columns,
                                     [&](int64_t at, float sum) { out[at] = rounded<T>(sum); });
   }
 };
