@@ -146,7 +146,7 @@ def cuda_dx_error(algorithm: str, N: int) -> Error:
 
 
 def triton_gemm_error(plan: Plan, bits: int, *, truncates: bool) -> Error:
-    """The error of ``x @ W`` by a plan of the Triton backend.
+    """The error of ``x @ W`` by a plan of the Triton backend, which all experts of a mixture have in common.
 
     ``gemv`` adds the values of a block, the steps of a split, the blocks of a step in halves, then the splits.
     ``dot`` adds the rows of a step, the steps, then the splits. ``float_dot``, and ``gemv`` where a block has many

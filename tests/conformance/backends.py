@@ -172,10 +172,11 @@ class BackendUnderTest:
         """Whether gptq_moe_gemm divides the sums of an expert as gptq_gemm does."""
         return self.served_by <= {"cpu", "reference"}
 
-    def gemm_error(self, x: Tensor, weight: Weight) -> Error:
-        """The error of ``x @ W``."""
+    def gemm_error(self, x: Tensor, weight: Weight, tokens: int | None = None, experts: int = 1) -> Error:
+        """The error of ``x @ W``; of gptq_moe_gemm, where x are the rows of one of ``experts`` among ``tokens``."""
         if self.served_by == {"triton"}:
-            return Error(triton_bounds.gemm_error(x, weight, truncates=self.device != "cpu"))
+            truncates = self.device != "cpu"
+            return Error(triton_bounds.gemm_error(x, weight, truncates=truncates, tokens=tokens, experts=experts))
         if self.served_by == {"cuda"}:
             algorithms = ("scalar", "tiled") if x.dtype == torch.float32 else ("scalar", "mma", "tiled", "dense")
             return Error(max(cuda_bounds.gemm_error(algorithm, weight, x.dtype) for algorithm in algorithms))

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from exllama_ops.backends.triton import dequantize, gemm, gemm_dx, shuffle, tiles
+from exllama_ops.backends.triton import dequantize, gemm, gemm_dx, moe_gemm, shuffle, tiles
 from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
@@ -63,6 +63,8 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     """Every kernel for a class of devices and a width, in every tile of the table; with 4 bits, every option too."""
     values = FORMATS[bits].block_values
     weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0, "HAS_ROW_ORDER": False, "GROUPS_OF": "tile"}
+    one = {"expert_offsets_ptr": None, "E": 0}
+    experts = {"E": 128}
     raw = {"SHUFFLED": False, "HAS_ROW_ORDER": True, "GROUPS_OF": "row"}
 
     def product(name: str, kernel: Any, rows: int, tile: tiles.Tile, **options: Any) -> Variant:
@@ -74,22 +76,26 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
 
     def gemv(name: str, M: int, **options: Any) -> Variant:
         tile = tiles.tile_of("gemv", arch, bits, M, options.get("GROUPS_OF", "tile"))
+        options = (experts if name.endswith("experts") else one) | options
         return product(f"gemv-{M}-{name}", gemm.gemv_kernel, tiles.gemv_blocks(bits) * values, tile, **options)
 
     def dot(name: str, M: int, step: int, dtype: torch.dtype = torch.float16, **options: Any) -> Variant:
         tile = tiles.tile_of("dot", arch, bits, M, "tile")
         operand = {"SCALED": False, "OPERAND": tl.float16 if dtype == torch.float16 else tl.bfloat16}
+        options = (experts if name.endswith("experts") else one) | options
         name = f"dot-{M}-{TYPES[dtype]}-{step}{name}"
         return product(name, gemm.dot_kernel, step, tile, dtype=dtype, **operand, **options)
 
-    def float_dot(groups: str, **options: Any) -> Variant:
+    def float_dot(groups: str, name: str = "", **options: Any) -> Variant:
         tile, rows = tiles.tile_of("float_dot", arch, bits, 100, groups), tiles.float_dot_rows(bits, arch)
         options |= {"GROUPS_OF": groups, "SCALED": True, "OPERAND": tl.float32, "dtype": torch.float32}
-        return product(f"float_dot-{groups}", gemm.dot_kernel, rows, tile, **options)
+        options = (experts if name.endswith("experts") else one) | options
+        return product(f"float_dot-{groups}{name}", gemm.dot_kernel, rows, tile, **options)
 
     def dx(name: str, **options: Any) -> Variant:
         plan = tiles.plan_dx(bits, tiles.Device(arch, 1))
         tile = plan.tile._replace(block_n=plan.step)
+        options = {"FILLED": False} | (experts if name.endswith("experts") else one) | options
         return product(f"dx-{name}", gemm_dx.gemm_dx_kernel, plan.tile.block_n, tile, **options)
 
     def dequantized(name: str, **options: Any) -> Variant:
@@ -112,6 +118,8 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         yield gemv("block-perm", M, GROUPS_OF="block", HAS_ROW_ORDER=True)
         yield gemv("row", M, GROUPS_OF="row")
     yield gemv("tile-3parts", 1, parts=3)
+    for M in (1, tiles.GEMV_ROWS):
+        yield gemv("block-perm-experts", M, GROUPS_OF="block", HAS_ROW_ORDER=True)
     if has_matrix_units:
         for dtype in (torch.float16, torch.bfloat16):
             for bucket in tiles.BUCKETS:
@@ -119,6 +127,9 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
             for step in tiles.DOT_ROWS[bits][1:]:
                 yield dot("", 16, step, dtype)
         yield dot("-3parts", 16, widest, parts=3)
+        for bucket in tiles.BUCKETS:
+            yield dot("-experts", bucket or 65, widest)
+    yield float_dot("tile", "-experts")
     for groups in ("tile", "row"):
         yield float_dot(groups)
         yield dx(groups, GROUPS_OF=groups)
@@ -137,8 +148,14 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         yield dot("-v1-to-bf16", 16, widest, torch.bfloat16, ZERO_OFFSET=1, out=torch.bfloat16)
         yield dot("-odd", 16, widest, size=4104)
     yield float_dot("block", HAS_ROW_ORDER=True)
+    yield gemv("raw-experts", 1, **raw)
+    for is_filled in (False, True):
+        constants = {"FILLED": is_filled, "E": 128, "BLOCK_M": moe_gemm.BLOCK_M, "BLOCK_K": moe_gemm.BLOCK_K}
+        yield Variant(f"gather-experts-{is_filled}", moe_gemm.gather_kernel, constants, out=torch.float16)
     yield dx("block-perm", GROUPS_OF="block", HAS_ROW_ORDER=True, out=torch.float16)
     yield dx("raw", **raw)
+    yield dx("block-perm-experts", GROUPS_OF="block", HAS_ROW_ORDER=True)
+    yield dx("tile-filled-experts", HAS_ROW_ORDER=True, FILLED=True)
     yield dequantized("-tile")
     yield dequantized("-raw", **raw)
     yield reordered("shuffle-sorted", False, True, False)

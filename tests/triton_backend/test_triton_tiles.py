@@ -89,7 +89,7 @@ def test_classes_of_devices() -> None:
 BITS = """
 import itertools, torch
 import exllama_ops
-from conformance.weights import Case, build
+from conformance.weights import Case, build, build_experts, experts_args
 from exllama_ops.backends.triton import gemm, tiles
 from exllama_ops.layout.weight import Weight
 
@@ -112,6 +112,13 @@ for case, form in ((Case(4, 488, 24, 32), "dot"), (Case(4, 488, 24, 24), "gemv")
         gemm.compute(tiles.Tile(m, n, 4, 1), [plan], x, [packed]) for m, n in sizes
     ]
     assert all(torch.equal(result, results[0]) for result in results)
+# Experts
+exllama_ops.set_batch_invariant(True)
+experts = build_experts(Case(4, 40, 24, 16, "perm"), 3)
+x = torch.randn(9, 40, dtype=torch.float16)
+out = torch.ops.exllama.gptq_moe_gemm(x, *experts_args(experts, (0, 2, 2, 9)))
+for rows, expert in ((slice(0, 2), experts[0]), (slice(2, 9), experts[2])):
+    assert torch.equal(out[rows], torch.ops.exllama.gptq_gemm(x[rows], *expert.args))
 print("the same bits")
 """
 

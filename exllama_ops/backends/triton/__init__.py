@@ -23,7 +23,16 @@ from exllama_ops.layout.weight import Weight
 __all__ = ["BACKEND", "OPS", "TritonBackend"]
 
 # The ops that have kernels in `exllama_ops.backends.triton.ops`, whose import takes Triton; a test compares the two.
-OPS = ("gptq_dequantize", "gptq_gemm", "gptq_gemm_dx", "gptq_gemm_multi", "gptq_shuffle", "gptq_unshuffle")
+OPS = (
+    "gptq_dequantize",
+    "gptq_gemm",
+    "gptq_gemm_dx",
+    "gptq_gemm_multi",
+    "gptq_moe_gemm",
+    "gptq_moe_gemm_dx",
+    "gptq_shuffle",
+    "gptq_unshuffle",
+)
 
 # What Triton compiles for at all; its tl.dot uses tensor cores from 8.0 on.
 _FIRST_CAPABILITY = (7, 5)

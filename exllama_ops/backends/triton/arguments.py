@@ -1,4 +1,4 @@
-"""What the kernels are given of a `Weight`: pointers, sizes, and what is compiled into them."""
+"""What the kernels are given of a `Weight` or of `Experts`: pointers, sizes, and what is compiled into them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exllama_ops.layout.experts import Experts
 from exllama_ops.layout.formats import FORMATS
 from exllama_ops.layout.weight import Weight
 
 
-def pointers(weight: Weight) -> dict[str, Tensor]:
-    """The tensors of every kernel that computes with one weight."""
+def pointers(weight: Weight | Experts) -> dict[str, Tensor]:
+    """The tensors of every kernel that computes with one weight, or with one weight of each expert."""
     return {f"{name}_ptr": getattr(weight, name) for name in Weight.TENSORS}
 
 
@@ -30,6 +31,18 @@ def constants(weight: Weight) -> dict[str, Any]:
         "ZERO_OFFSET": weight.zero_offset,
         "HAS_ROW_ORDER": weight.row_order.shape[0] > 0,
     }
+
+
+def offsets_of(experts: Experts | None) -> dict[str, Tensor]:
+    """What the kernels of products are given of a mixture beside its stacks; nothing for one weight."""
+    return {"expert_offsets_ptr": experts.offsets} if experts else {}
+
+
+def constants_of_experts(experts: Experts | None) -> dict[str, Any]:
+    """What is compiled into the kernels of products for a mixture, and for one weight."""
+    if experts is None:
+        return {"expert_offsets_ptr": None, "E": 0}
+    return {"E": experts.E}
 
 
 def groups_of(weight: Weight, tile_rows: int) -> str:

@@ -19,12 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.arguments import constants, sizes, without_order
+from exllama_ops.backends.triton.arguments import constants, constants_of_experts, offsets_of, sizes, without_order
+from exllama_ops.backends.triton.experts import place_of, pointers_of, row_tiles
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
 from exllama_ops.backends.triton.tiles import Plan, Tile, check_width, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
+from exllama_ops.layout.experts import Experts
 from exllama_ops.layout.weight import Parts, Weight, from_op_arguments
 
 # Parts of a gptq_gemm_multi in one launch: q, k and v, or gate and up. The kernels' arguments are counted by it.
@@ -98,6 +100,7 @@ def gemv_kernel(
     qzeros_ptrs: tl.tuple,
     scales_ptrs: tl.tuple,
     row_order_ptr: tl.tensor,
+    expert_offsets_ptr: tl.tensor,  # (E + 1,), None if E is 0: of one weight, or of several that are parts
     out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
@@ -112,6 +115,7 @@ def gemv_kernel(
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     HAS_ROW_ORDER: tl.constexpr,
+    E: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -123,10 +127,15 @@ def gemv_kernel(
         qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
     )
     column_tiles = tl.cdiv(n, BLOCK_N)
-    split = program // column_tiles // row_tiles
     offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_m = (program // column_tiles % row_tiles).to(tl.int64) * BLOCK_M
     mask_n = offs_n < n
+    split, expert, first_m, end_m = place_of(
+        expert_offsets_ptr, program // column_tiles, row_tiles, tl.cdiv(steps, steps_per_split), M, E, BLOCK_M
+    )
+    if E > 0:
+        steps = tl.where(expert < 0, 0, steps)
+        qweight_ptr, qzeros_ptr, scales_ptr = pointers_of(expert, qweight_ptr, qzeros_ptr, scales_ptr, K, n, G, BITS)
+        row_order_ptr += expert.to(tl.int64) * K
     totals = zero_sums(BLOCK_M, BLOCK_B, BLOCK_N)
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, steps)):
@@ -143,7 +152,7 @@ def gemv_kernel(
                 columns = checked_rows(row_order_ptr, columns, mask_b, K)
             added = ()
             for m in tl.static_range(BLOCK_M):
-                mask = blocks < tl.where(first_m + m < M, K // VALUES, 0)
+                mask = blocks < tl.where(first_m + m < end_m, K // VALUES, 0)
                 x = tl.load(x_ptr + (first_m + m) * K + columns, mask, 0).to(tl.float32)
                 added = added + (tl.fma(x[:, None], weights[j], sums[m]),)
             sums = added
@@ -156,7 +165,7 @@ def gemv_kernel(
             totals = scaled
     for m in tl.static_range(BLOCK_M):
         ptrs = out_ptr + (split.to(tl.int64) * M + first_m + m) * sum_of(N) + first_column + offs_n[None, :]
-        mask = offs_n < tl.where(first_m + m < M, n, 0)
+        mask = offs_n < tl.where(first_m + m < end_m, n, 0)
         tl.store(ptrs, sum_blocks(totals[m]).to(out_ptr.dtype.element_ty), mask[None, :])
 
 
@@ -167,6 +176,7 @@ def dot_kernel(
     qzeros_ptrs: tl.tuple,
     scales_ptrs: tl.tuple,
     row_order_ptr: tl.tensor,
+    expert_offsets_ptr: tl.tensor,  # (E + 1,), None if E is 0: of one weight, or of several that are parts
     out_ptr: tl.tensor,  # (splits, M, all N)
     M: tl.tensor,
     K: tl.tensor,
@@ -181,6 +191,7 @@ def dot_kernel(
     SHUFFLED: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     HAS_ROW_ORDER: tl.constexpr,
+    E: tl.constexpr,
     GROUPS_OF: tl.constexpr,
     SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -195,10 +206,16 @@ def dot_kernel(
         qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
     )
     column_tiles = tl.cdiv(n, BLOCK_N)
-    split = program // column_tiles // row_tiles
     offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = (program // column_tiles % row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m, mask_n = offs_m < M, offs_n < n
+    split, expert, first_m, end_m = place_of(
+        expert_offsets_ptr, program // column_tiles, row_tiles, tl.cdiv(steps, steps_per_split), M, E, BLOCK_M
+    )
+    if E > 0:
+        steps = tl.where(expert < 0, 0, steps)
+        qweight_ptr, qzeros_ptr, scales_ptr = pointers_of(expert, qweight_ptr, qzeros_ptr, scales_ptr, K, n, G, BITS)
+        row_order_ptr += expert.to(tl.int64) * K
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    mask_m, mask_n = offs_m < end_m, offs_n < n
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, steps)):
@@ -247,11 +264,14 @@ def add_splits_kernel(
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask)
 
 
-def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weight]) -> Tensor:
+def compute(
+    tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weight], experts: Experts | None = None
+) -> Tensor:
     """``[x @ W[0], x @ W[1], ...]`` in one launch, each part by its plan, in one tile; M > 0.
 
     The parts share K, the groups, the options and the dtype of their scales; so their plans differ in the splits alone.
-    With a permutation, x has the columns of `in_order_of_rows`.
+    With a permutation, x has the columns of `in_order_of_rows`. The weights of
+    `experts` take the place of the one weight, which is that of any of them.
     """
     M, N = x.shape[0], tuple(weight.N for weight in weights)
     plan, weight = plans[0], weights[0]
@@ -272,19 +292,22 @@ def compute(tile: Tile, plans: Sequence[Plan], x: Tensor, weights: Sequence[Weig
         compiled_in["SCALED"] = plan.form == "float_dot"
         compiled_in["OPERAND"] = _OPERANDS[dtype if plan.form == "dot" else torch.float32]
     tiles_and_splits = sum(triton.cdiv(N[i], tile.block_n) * plans[i].splits for i in range(len(N)))
+    sources = weights if experts is None else [experts]
+    steps = _numbered("steps", [plan.steps_per_split for plan in plans])
     launch(
         kernel,
-        (tiles_and_splits * triton.cdiv(M, tile.block_m),),
+        (tiles_and_splits * row_tiles(M, experts.E if experts else 0, tile.block_m),),
         {
             "x_ptr": x,
-            "qweight_ptrs": tuple(weight.qweight for weight in weights),
-            "qzeros_ptrs": tuple(weight.qzeros for weight in weights),
-            "scales_ptrs": tuple(weight.scales for weight in weights),
-            "row_order_ptr": weight.row_order,
+            "qweight_ptrs": tuple(source.qweight for source in sources),
+            "qzeros_ptrs": tuple(source.qzeros for source in sources),
+            "scales_ptrs": tuple(source.scales for source in sources),
+            "row_order_ptr": sources[0].row_order,
+            **offsets_of(experts),
             "out_ptr": target,
         },
-        {"M": M, **sizes(weight), "N": N, **_numbered("steps", [plan.steps_per_split for plan in plans])},
-        {**constants(weight), **compiled_in},
+        {"M": M, **sizes(weight), "N": N, **steps},
+        {**constants(weight), **constants_of_experts(experts), **compiled_in},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

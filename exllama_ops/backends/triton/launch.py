@@ -44,8 +44,8 @@ def compile_options(constants: Mapping[str, Any]) -> dict[str, Any]:
     return {
         # Sums are written as fma where they are to be fused: their bits do not depend on the compiler's choice.
         "enable_fp_fusion": False,
-        # The assertions in `checked_rows`, and no others: Triton would add its own for integer overflow.
-        "debug": bool(constants.get("HAS_ROW_ORDER")),
+        # The assertions on orders and offsets, and no others: Triton would add its own for integer overflow.
+        "debug": bool(constants.get("HAS_ROW_ORDER") or constants.get("E")),
         "sanitize_overflow": False,
     }
 

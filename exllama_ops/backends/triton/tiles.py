@@ -193,8 +193,19 @@ def form_of(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_in
     return "gemv" if M <= GEMV_ROWS or batch_invariant else "float_dot"
 
 
-def plan_gemm(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool) -> Plan:
-    """How a gptq_gemm is computed. In batch-invariant mode a row's sum is the same whatever M is."""
+def rows_of_each(M: int, experts: int) -> int:
+    """The rows of x that an expert has by a plan."""
+    return -(-M // experts)
+
+
+def plan_gemm(
+    M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_invariant: bool, experts: int = 1
+) -> Plan:
+    """How a gptq_gemm is computed, or a gptq_moe_gemm. In batch-invariant mode a row's sum is the same whatever M is.
+
+    The host does not know the rows of an expert. It plans for as many as each has where all have equally many.
+    """
+    with_rows, M = min(experts, M), rows_of_each(M, experts)
     form = form_of(M, weight, dtype, device, batch_invariant)
     values = FORMATS[weight.bits].block_values
     if form == "gemv":
@@ -205,7 +216,7 @@ def plan_gemm(M: int, weight: Weight, dtype: torch.dtype, device: Device, batch_
     reach = groups_of(weight, block_b * values)
     tile = tile_of(form, device.arch, weight.bits, 1 if batch_invariant and form == "dot" else M, reach)
     steps = -(-weight.K // (block_b * values))
-    programs = -(-weight.N // tile.block_n) * (1 if batch_invariant else -(-M // tile.block_m))
+    programs = -(-weight.N // tile.block_n) * (1 if batch_invariant else with_rows * -(-M // tile.block_m))
     # Four programs on each processor, and two steps in each program.
     wanted = -(-4 * device.processors // programs)
     steps_per_split = -(-steps // max(1, min(wanted, steps // 2)))

@@ -85,10 +85,12 @@ def value_of(words: tl.tuple, BITS: tl.constexpr, SHUFFLED: tl.constexpr, J: tl.
 
 
 @triton.jit
-def checked_rows(row_order_ptr: tl.tensor, k: tl.tensor, mask: tl.tensor, limit: tl.tensor) -> tl.tensor:
-    """Entries ``k`` of a permutation or g_idx. One outside of [0, limit) stops the kernel, as torch's gathers do."""
+def checked_rows(
+    row_order_ptr: tl.tensor, k: tl.tensor, mask: tl.tensor, limit: tl.tensor, FIRST: tl.constexpr = 0
+) -> tl.tensor:
+    """Entries ``k`` of a permutation or g_idx. One outside of [FIRST, limit) stops the kernel."""
     rows = tl.load(row_order_ptr + k, mask, 0)
-    tl.device_assert((rows >= 0) & (rows < limit), "an index in g_idx or a permutation leads outside", mask)
+    tl.device_assert((rows >= FIRST) & (rows < limit), "an index in g_idx or a permutation leads outside", mask)
     return rows
 
 
