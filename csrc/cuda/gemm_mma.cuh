@@ -8,8 +8,6 @@
 //   mma_sums.cuh      begin a unit, multiply a step, end a unit; add up the warps
 #pragma once
 
-#include <type_traits>
-
 #include "mma_operands.cuh"
 #include "mma_shape.h"
 #include "mma_stage.cuh"
@@ -20,6 +18,11 @@
 
 namespace exllama::cuda {
 
+// Where the tile of a thread block begins in the result. It lies in shared memory, for the loop would spill it.
+struct PlaceInResult {
+  int64_t row, column;
+};
+
 // The product of one tile and one split. It goes to out (M, columns), by way of splits if there are several.
 template <int bits, typename T, int octets, int unit_k>
 struct MmaProduct {
@@ -27,9 +30,6 @@ struct MmaProduct {
   using Words = WordsAhead<bits, T, octets, unit_k>;
   using Sums = MmaSums<bits, T, octets>;
   using Lane = typename Stage::Lane;
-  // 3 bits count tokens in 32 bits, for which GemmMma::can sees to M: without that, bfloat16 spills a register on
-  // sm_90. 4 bits would spill with it on sm_80.
-  using Token = std::conditional_t<bits == 3, int32_t, int64_t>;
   static constexpr int kWarpsRunK = kMmaWarpsK * kMmaRunK, kTurnK = Words::kTurnRuns * kWarpsRunK;
   static constexpr int kRunUnits = kMmaRunK / unit_k, kStageRuns = Stage::kK / kMmaRunK;
   // Rows after which a run may be left at the end of K. This saves little, but keeps the compiler from delaying loads.
@@ -71,16 +71,17 @@ struct MmaProduct {
                                                   const Splits& splits, T* out) {
     __shared__ Shared shared;
     __shared__ StageSource source;
+    __shared__ PlaceInResult place;
     const MmaThread thread;
     const Tile tile(parts, kMmaColumns, Stage::kTokens);
     const Weight& weight = tile.weight;
     const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
     const auto first_column = static_cast<int32_t>(tile.first_column);
     const int32_t column = first_column + thread.warp_n * 32 + 4 * thread.g;
-    const auto first_token = static_cast<Token>(tile.first_row);
-    const auto tokens = static_cast<int>(min(M - first_token, static_cast<int64_t>(Stage::kTokens)));
+    const auto tokens = static_cast<int>(min(M - tile.first_row, static_cast<int64_t>(Stage::kTokens)));
     if (threadIdx.x == 0) {
-      source = stage_source<bits>(weight, x + static_cast<int64_t>(first_token) * K, tokens, first_column);
+      source = stage_source<bits>(weight, x + tile.first_row * K, tokens, first_column);
+      place = {tile.first_row, tile.columns_before + first_column};
     }
 
     const auto first_run = static_cast<int32_t>(blockIdx.y * cut.runs_per_split);
@@ -110,9 +111,12 @@ struct MmaProduct {
     __syncthreads();  // the last stage has been read
     if (thread.warp_k > 0) sums.leave(shared.of_warps, thread);
     __syncthreads();
-    if (thread.warp_k == 0 && column < N) {
+    const uint32_t tile_column = threadIdx.x / 4 * 4;  // of a lane of the first warps along K
+    // 3 bits keep their column through the loop: without that, bfloat16 spills on sm_120. 4 bits would spill with it.
+    const bool has_column = bits == 3 ? column < N : tile_column <= source.last_column;
+    if (thread.warp_k == 0 && has_column) {
       const auto write = [&](const auto& store) {
-        sums.write_out(shared.of_warps, thread, first_token, M, tile.columns_before + column, store);
+        sums.write_out(shared.of_warps, thread, place.row, M, place.column + tile_column, store);
       };
       if (splits.partials) {
         float* const partials = splits.partials + blockIdx.y * M * parts.columns;
@@ -122,10 +126,8 @@ struct MmaProduct {
       }
     }
     if (!splits.tickets) return;
-    // What is known of the tile is read from memory and computed anew, or the loop would spill the registers for it.
-    const int64_t tile_column = tile.columns_before + column - (thread.warp_n * 32 + 4 * thread.g);
     const int tile_columns = min(static_cast<int>(source.last_column) + 4, kMmaColumns);
-    add_splits_of_tile<kMmaColumns>(splits, M, parts.columns, first_token, source.tokens, tile_column, tile_columns,
+    add_splits_of_tile<kMmaColumns>(splits, M, parts.columns, place.row, source.tokens, place.column, tile_columns,
                                     [&](int64_t at, float sum) { out[at] = rounded<T>(sum); });
   }
 };

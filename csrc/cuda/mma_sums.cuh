@@ -90,8 +90,8 @@ struct MmaSums {
 
   // Adds the sums of the warps along K, from the first to the last, and calls store(token, column, sum) for each. The
   // tile begins at first_token, and the lane's four columns at first_column of the result.
-  template <typename Token, typename Store>
-  __device__ __forceinline__ void write_out(const OfWarps& of_warps, const MmaThread& thread, Token first_token,
+  template <typename Store>
+  __device__ __forceinline__ void write_out(const OfWarps& of_warps, const MmaThread& thread, int64_t first_token,
                                             int64_t M, int64_t first_column, const Store& store) const {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
