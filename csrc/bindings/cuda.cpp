@@ -49,7 +49,7 @@ const char* name_of(layout::DType dtype) {
 struct Settings {
   std::string algorithm;  // EXLLAMA_OPS_CUDA_ALGORITHM: the one to use, if it is not empty
   bool log;               // EXLLAMA_OPS_CUDA_LOG=1: a line on stderr for every choice
-  int64_t dense_mib;      // EXLLAMA_OPS_CUDA_DENSE_MIB: the scratch memory of a dense W, or 0
+  std::string dense_mib;  // EXLLAMA_OPS_CUDA_DENSE_MIB: the scratch memory of a dense W, if it is not empty
   bool blas_repeats;      // CUBLAS_WORKSPACE_CONFIG has one of the values with which torch calls BLAS deterministic
 };
 
@@ -62,7 +62,7 @@ const Settings* read_settings() {
   const bool repeats =
       workspace != nullptr && (std::strcmp(workspace, ":4096:8") == 0 || std::strcmp(workspace, ":16:8") == 0);
   return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0,
-                      dense_mib != nullptr ? std::atoll(dense_mib) : 0, repeats};
+                      dense_mib != nullptr ? dense_mib : "", repeats};
 }
 
 std::atomic<const Settings*> settings{read_settings()};
@@ -106,6 +106,17 @@ cuda::Config choose_dx(const cuda::Problem& problem) {
   return cuda::select_dx(problem);
 }
 
+// The scratch memory that a dense W may take, as the settings name it; 0 if they do not.
+int64_t dense_mib() {
+  const std::string& given = settings.load(std::memory_order_acquire)->dense_mib;
+  if (given.empty()) return 0;
+  char* end = nullptr;
+  const long long mib = std::strtoll(given.c_str(), &end, 10);
+  if (*end == '\0' && mib > 0 && mib <= 1 << 20) return mib;
+  throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_DENSE_MIB must be a number of MiB from 1 to 1048576; got " +
+                              given);
+}
+
 // A product as the choice sees it, by what torch says at this moment.
 cuda::Problem problem_of(const layout::Weight* parts, int64_t count, const Tensor& x, const cuda::Device& device) {
   const layout::DType dtype = dtype_of(x);
@@ -113,7 +124,7 @@ cuda::Problem problem_of(const layout::Weight* parts, int64_t count, const Tenso
       cuda::problem_of(parts, count, dtype, x.size(0), device, batch_invariant.load(std::memory_order_relaxed));
   problem.fp16_accumulation = blas::fp16_accumulation();
   problem.blas_refused = blas::deterministic() && !settings.load(std::memory_order_acquire)->blas_repeats;
-  problem.dense_mib = settings.load(std::memory_order_acquire)->dense_mib;
+  problem.dense_mib = dense_mib();
   problem.blas_rounds_once = blas::reduces_in_float32(dtype == layout::DType::kBFloat16);
   return problem;
 }

@@ -736,6 +736,18 @@ def test_the_current_device_stays_where_an_op_fails(ops: emulated.EmulatedOps, m
     assert ops.device.current_device == 1
 
 
+@pytest.mark.parametrize("given", ["0", "-3", "64 MiB", "many", "99999999999999999999"])
+@pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
+def test_a_size_of_a_dense_w_that_is_none_is_refused(
+    ops: emulated.EmulatedOps, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = build(Case(4, *SHAPES[4], 128))
+    monkeypatch.setenv("EXLLAMA_OPS_CUDA_DENSE_MIB", given)
+    message = f"gptq_gemm: EXLLAMA_OPS_CUDA_DENSE_MIB must be a number of MiB from 1 to 1048576; got {given}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ops.gptq_gemm(activations(1, weight.case.K, torch.float16), *weight.args)
+
+
 @pytest.mark.parametrize("ops", [on(80, quick=True)], indirect=True)
 def test_the_log_has_a_line_for_every_choice(
     ops: emulated.EmulatedOps, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
