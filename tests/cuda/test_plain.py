@@ -192,9 +192,10 @@ def test_arrays_that_begin_anywhere(name: str, order: str, offset: int) -> None:
         return fresh_at(max(offset, np.dtype(dtype).itemsize) if name == "results" else 0, *shape, dtype=dtype)
 
     ops = PlainOps(device(80), [arrays], allocate)
-    aligned_for_mma = name not in ("qweight", "scales", "float32 scales")
-    all_products = [p for p in products(case, 80) if p[0] != "mma" or aligned_for_mma]
-    assert ops.can("mma", given["x float16"]) == (aligned_for_mma and case.shuffled)
+    aligned = name not in ("qweight", "scales", "float32 scales")
+    all_products = [p for p in products(case, 80) if p[0] not in ("mma", "pipelined") or aligned]
+    for algorithm in ("mma", "pipelined"):
+        assert ops.can(algorithm, given["x float16"]) == (aligned and case.shuffled)
     check(every_call(ops, given, all_products), [weight], given, all_products)
 
 
@@ -335,8 +336,10 @@ def test_a_launch_without_tickets_is_told_so() -> None:
     """Streams may come and go: they leave sets to graphs. A graph that cannot give its set back gets none."""
     emulator = device(75)
     streams = [tickets(emulator, 100 + i) for i in range(300)]
-    assert None in streams
-    assert len({address for address in streams if address}) == 256 == streams.index(None)
+    count = streams.index(None)
+    assert 250 < count <= 256  # other tests of this process may have used streams before
+    assert len(set(streams[:count])) == count
+    assert set(streams[count:]) == {None}
     graphs = [tickets(emulator, 1, 2000 + i) for i in range(800)]
     assert len(set(graphs) - {None}) == 768 == graphs.index(None)
     for i in range(800):
