@@ -62,14 +62,29 @@ class PackedExperts(nn.Module):
     def put(self, expert: int, layer: ExllamaLinear) -> None:
         """Copy the weight of a layer into the stacks, and let it compute with views of them.
 
+        The layer then refuses to have its tensors replaced, which the product of all experts would not see.
+
         Raises:
             ValueError: see `reason_against`; nothing has changed then.
         """
         if reason := self.reason_against(layer):
             raise ValueError(f"PackedExperts: {reason}")
         self._layers[expert] = layer
-        for name in _STACKED:
-            self._share(expert, layer, name)
+        layer._in_stacks = (self, expert)
+        self.share(expert)
+
+    def share(self, expert: int) -> None:
+        """Copy what a layer holds now into the stacks. It has views of them from then on."""
+        layer = self._layers[expert]
+        if layer is not None:
+            for name in _STACKED:
+                self._share(expert, layer, name)
+
+    def release(self) -> None:
+        """Let go of the layers: each computes with its own tensors alone, and they may be replaced again."""
+        for layer in self._layers:
+            if layer is not None:
+                layer._in_stacks = None
 
     def reason_against(self, layer: ExllamaLinear) -> str:
         """Why the weight of a layer cannot be in the stacks; empty if it can."""
@@ -121,27 +136,18 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """``.to(device)`` gives each layer tensors of its own, of which new stacks are made."""
-        self._follow_the_layers()
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """What was loaded into the layers is in the stacks already, but for the orders."""
-        self._follow_the_layers()
-
-    def _follow_the_layers(self) -> None:
         first = self._layers[0]
         if first is None:
-            return
+            return self
         for name in _STACKED:
             tensor, stack = self._of(first, name), self._buffers[name]
             if tensor is None or stack is None or not tensor.numel():
                 self._buffers[name] = tensor
-                continue
-            if (tensor.device, tensor.dtype) != (stack.device, stack.dtype):
+            elif (tensor.device, tensor.dtype) != (stack.device, stack.dtype):
                 self._buffers[name] = _stack_of(tensor, len(self._layers))
-            for expert, layer in enumerate(self._layers):
-                if layer is not None:
-                    self._share(expert, layer, name)
+        for expert in range(len(self._layers)):
+            self.share(expert)
+        return self
 
 
 _STACKED = ("qweight", "qzeros", "scales", "row_order", "bias")

@@ -37,13 +37,16 @@ class PackedModule(nn.Module):
     g_idx: Tensor
     bias: Tensor | None
     source_groups: Tensor
+    # The `PackedExperts` of whose stacks the tensors are views, and the number of this expert there.
+    _in_stacks: tuple[Any, int] | None = None
 
     def set_packed(self, weight: PackedWeight) -> None:
         """Compute with another weight from now on: the buffers are replaced by those of ``weight``.
 
         Raises:
-            ValueError: a buffer is parametrized.
+            ValueError: a buffer is parametrized, or lies in a stack of `exllama_ops.nn.packed_experts.PackedExperts`.
         """
+        self._check_is_not_stacked("set_packed")
         if parametrize.is_parametrized(self):
             raise ValueError(
                 "ExllamaLinear: set_packed replaces buffers, of which some are parametrized; call "
@@ -73,8 +76,18 @@ class PackedModule(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
 
+    def _check_is_not_stacked(self, what: str) -> None:
+        """A tensor of its own would be one that the product of all experts does not see."""
+        if self._in_stacks is not None:
+            raise ValueError(
+                f"ExllamaLinear: {what} would replace a tensor that lies in the stack of all experts. Write into the "
+                "tensor, load a state_dict, or put another module in the place of the layer"
+            )
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Who assigns scales means their dtype; a weight that is assigned would not be computed with."""
+        if name in self.__dict__.get("_buffers", ()) and isinstance(value, Tensor):
+            self._check_is_not_stacked(f"assigning {name}")
         if name == "weight":
             raise AttributeError(
                 "ExllamaLinear: weight cannot be assigned; set_packed(prepare(weight)) puts another GptqWeight in",
@@ -230,10 +243,14 @@ class PackedModule(nn.Module):
         # alive, so that a layer which loads the same order has the same tensor again, at its address.
         shared = self._row_order
         self._buffers[self._order_name] = shared.clone()
+        in_stacks, self._in_stacks = self._in_stacks, None  # torch may assign what it loads
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._buffers[self._order_name] = intern(self._row_order)
+        if in_stacks is not None:
+            stacks, expert = self._in_stacks = in_stacks
+            stacks.share(expert)
 
     def _reasons_against(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         if self._order_name not in self._buffers:

@@ -129,7 +129,7 @@ def test_the_layers_compute_with_views_of_the_stacks() -> None:
     assert not any(name.startswith("stacks") for name in module.state_dict())
 
 
-@pytest.mark.parametrize("change", ["half", "copy", "load", "load with orders", "meta and back"])
+@pytest.mark.parametrize("change", ["half", "copy", "load", "load with orders", "load by assigning", "meta and back"])
 def test_what_becomes_of_the_layers_becomes_of_the_stacks(change: str) -> None:
     module = experts(act_order=change == "load with orders")
     inputs = routing(5)
@@ -148,10 +148,39 @@ def test_what_becomes_of_the_layers_becomes_of_the_stacks(change: str) -> None:
             weights(HIDDEN, INNER, module.up[0].act_order, seed=40),
             weights(INNER, HIDDEN, module.up[0].act_order, seed=50),
         )
-        module.load_state_dict(other.state_dict())
-        assert torch.equal(module(*inputs), other(*inputs))
+        expected = other(*inputs)
+        module.load_state_dict(other.state_dict(), assign=change == "load by assigning")
+        assert torch.equal(module(*inputs), expected)
     assert stacks_are_the_layers_memory(module)
     assert torch.equal(module(*inputs), one_by_one(module, *inputs))
+
+
+def test_what_one_layer_loads_is_computed_with() -> None:
+    module, inputs = experts(act_order=True), routing(5)
+    other = ExllamaLinear.from_weight(next(weights(HIDDEN, INNER, act_order=True, seed=60)))
+    module.up[1].load_state_dict(other.state_dict())
+    assert stacks_are_the_layers_memory(module)
+    assert torch.equal(module(*inputs), one_by_one(module, *inputs))
+
+
+@pytest.mark.parametrize(
+    ("replace", "what"),
+    [
+        (lambda layer: layer.set_packed(layer.to_packed()), "set_packed"),
+        (lambda layer: setattr(layer, "scales", layer.scales.clone()), "assigning scales"),
+        (lambda layer: setattr(layer, "qweight", layer.qweight.clone()), "assigning qweight"),
+    ],
+)
+def test_a_tensor_in_a_stack_is_not_replaced(replace: Callable[[ExllamaLinear], None], what: str) -> None:
+    module = experts()
+    with pytest.raises(ValueError, match=f"^ExllamaLinear: {what} would replace a tensor that lies in the stack"):
+        replace(module.up[1])
+    module.up[1].scales.mul_(2)  # in place it is seen
+    inputs = routing(5)
+    assert torch.equal(module(*inputs), one_by_one(module, *inputs))
+    for stack in module.stacks:
+        stack.release()
+    replace(module.up[1])
 
 
 def test_biases_are_those_of_each_rows_expert() -> None:

@@ -142,3 +142,22 @@ def test_adapters_of_experts_are_refused_by_name(
             experts._check_adapters("mlp.experts")
     else:
         experts._check_adapters("mlp.experts")
+
+
+def test_experts_that_differ_are_called_one_by_one_and_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def of_bits(bits: int) -> list[ExllamaLinear]:
+        return [ExllamaLinear.from_weight(quantize(torch.randn(64, 64), bits, 32)) for _ in range(3)]
+
+    alike = experts.Stacks(2)
+    alike.put(of_bits(4))
+    alike.put(of_bits(4))
+    assert alike.all is not None
+    assert len(alike.all) == 3
+    first, mixed = of_bits(4), experts.Stacks(2)
+    mixed.put(first)
+    with caplog.at_level(logging.WARNING):
+        mixed.put(of_bits(8))
+    assert mixed.all is None
+    assert "exllama_ops calls experts one by one, which is slow, and on a GPU needs --enforce-eager: all" in caplog.text
+    assert "bits 8, not 4" in caplog.text
+    first[0].scales = first[0].scales.clone()  # no stack has it any more

@@ -35,8 +35,14 @@ class _Expert(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and isinstance(self._modules.get(name), ExllamaLinear):
-            self._experts[0]._modules.pop(_STACKS, None)
+            _release(self._experts[0]._modules.pop(_STACKS, None))
         super().__setattr__(name, value)
+
+
+def _release(stacks: nn.Module | None) -> None:
+    for stack in () if stacks is None else stacks.modules():
+        if isinstance(stack, PackedExperts):
+            stack.release()
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -152,10 +158,11 @@ class ExpertStacks:
             module: Any = model.get_submodule(name)
             stacks[projection] = PackedExperts(layer, module.num_experts) if can_be else None
         stack = stacks[projection]
-        if stack is None or not can_be or stack.reason_against(layer):
-            stacks[projection] = None
-        else:
+        if stack is not None and can_be and not stack.reason_against(layer):
             stack.put(int(index), layer)
+        elif stack is not None:
+            stack.release()
+            stacks[projection] = None
 
     def finish(self, model: nn.Module) -> None:
         """Hand each module of experts its stacks, if it has all of them.
@@ -168,9 +175,12 @@ class ExpertStacks:
                 for owned in (parameter, f"{parameter}_bias"):
                     vars(module).pop(owned, None)
             found = [stacks[projection] for projection in getattr(module, _PROJECTIONS)]
-            if all(stack is not None and stack.is_full for stack in found):
+            full = nn.ModuleList(stack for stack in found if stack is not None and stack.is_full)
+            if len(full) == len(found):
                 # After the layers: what is done to modules is done to those first.
-                module.add_module(_STACKS, nn.ModuleList(stack for stack in found if stack is not None))
+                module.add_module(_STACKS, full)
+            else:
+                _release(full)
 
 
 def run_in_graphs(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 
@@ -21,6 +22,10 @@ from exllama_ops.nn.packed_experts import PackedExperts
 
 if TYPE_CHECKING:
     from exllama_ops.integrations.vllm.config import ExllamaConfig
+
+_ONE_BY_ONE = "exllama_ops calls experts one by one, which is slow, and on a GPU needs --enforce-eager: %s"
+
+logger = init_logger(f"vllm.{__name__}")
 
 _EXPERT = re.compile(r"([0-9]+)\.(\w+)")
 
@@ -186,7 +191,13 @@ class Stacks:
         device = products[0].qweight.device.type
         if self._put == 0 and (device == "cpu" or backends.has_kernel("gptq_moe_gemm", device)):
             self._stacks = [PackedExperts(product, self._num_experts) for product in products]
-        if any(stack.reason_against(product) for stack, product in zip(self._stacks, products, strict=False)):
+        elif self._put == 0:
+            logger.warning_once(_ONE_BY_ONE, f"no kernel takes all of them on {device}; install Triton")
+        reasons = [stack.reason_against(product) for stack, product in zip(self._stacks, products, strict=False)]
+        if any(reasons):
+            logger.warning_once(_ONE_BY_ONE, "; ".join(filter(None, reasons)))
+            for stack in self._stacks:
+                stack.release()
             self._stacks = []
         for stack, product in zip(self._stacks, products, strict=False):
             stack.put(self._put, product)
