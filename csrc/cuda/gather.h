@@ -5,8 +5,8 @@
 
 namespace exllama::cuda {
 
-// A kernel that multiplies in the order of the words looks up the column of x for each of its rows, in every tile of
-// columns again. From so many rows of x on, one kernel does it before: it brings x into the order of the words. For
+// A kernel that multiplies in the order of the words looks up the column of x for each of its rows. It does so again in
+// every tile of columns. From so many rows of x on, one kernel does it before: it brings x into the order of the words. For
 // fewer rows that launch would take longer than the look-ups. Kernels for more rows at a time look nothing up. Rows of a
 // dense W are written in the order of x.
 inline constexpr int64_t kGatheredRows = 5;

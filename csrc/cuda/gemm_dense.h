@@ -10,8 +10,8 @@ constexpr int64_t dense_scratch_bytes(const Problem& p) {
   return p.dense_mib > 0 ? p.dense_mib << 20 : int64_t{64} << 20;
 }
 
-// So many columns of W, or rows, of all that the scratch memory has room for them, in equal chunks of whole tiles of a
-// BLAS; 64 at least.
+// How many of all columns of W, or of its rows, the scratch memory has room for. Chunks are equal, have whole tiles of a
+// BLAS, and 64 at least.
 constexpr int64_t dense_chunk(const Problem& p, int64_t all, int64_t bytes_of_one) {
   using namespace cost;
   const int64_t room = dense_scratch_bytes(p) / at_least(bytes_of_one, 1), tile = room < 128 ? 64 : 128;

@@ -1,7 +1,7 @@
 // gemm on the tensor cores for many tokens: x and W are copied into shared memory some stages ahead.
 //
-// pipeline_shape.h draws how the product is cut, pipeline_stage.cuh has what is copied, and mma_operands.cuh and
-// mma_sums.cuh the arithmetic, which is that of gemm_mma but for the order in which its units are added up.
+// pipeline_shape.h draws how the product is cut, and pipeline_stage.cuh has what is copied. The arithmetic is in
+// mma_operands.cuh and mma_sums.cuh. It is that of gemm_mma but for the order in which its units are added up.
 #pragma once
 
 #include "mma_sums.cuh"

@@ -48,7 +48,7 @@ inline constexpr double kGatheredPerCycle = 8;
 // The part of the time of all resources but the slowest that is not hidden behind it.
 inline constexpr double kNotOverlapped = 0.1;
 
-// A BLAS computes tiles of so many numbers of the result, of which an SM has one at a time, at this part of its rate.
+// A BLAS computes tiles of so many numbers of the result. An SM has one of them at a time, at this part of its rate.
 struct BlasTile {
   int64_t rows, columns;
   double efficiency;

@@ -2,7 +2,7 @@
 //
 // A kernel that splits K writes its sums to splits.partials, from all its thread blocks (tile, split). Where there are
 // tickets it calls add_splits_of_tile then, and its product is done in one launch. Any kernel can: it says which numbers
-// of the result the tile has. Both ways add in the same order, from the first split to the last, so they give the same
+// of the result the tile has. Both ways add in the same order, from the first split to the last. So they give the same
 // bits, whichever thread block is the last.
 #pragma once
 
@@ -35,8 +35,8 @@ static __device__ inline bool is_last_of_splits(uint32_t* tickets) {
   return s_is_last;
 }
 
-// The last thread block of a tile adds up its numbers, which the others and itself have written to splits.partials
-// (gridDim.y, M, columns), and calls store(index in the result, sum) for each. The tile has `rows` rows, from first_row
+// The last thread block of a tile adds up its numbers, and calls store(index in the result, sum) for each. The others and
+// itself have written them to splits.partials (gridDim.y, M, columns). The tile has `rows` rows, from first_row
 // on, and kTileColumns columns of which tile_columns are there, from first_column of the result on.
 template <int kTileColumns, typename Store>
 __device__ __forceinline__ void add_splits_of_tile(const Splits& splits, int64_t M, int64_t columns, int64_t first_row,

@@ -133,7 +133,7 @@ def cuda_dx_error(algorithm: str, N: int) -> Error:
 
     ``tiled`` is a chain of N, and two roundings of the weight. ``dense`` takes the weight as an exact sum of up to
     three numbers of 16 bits. Tensor cores have a chain of N for each, and two additions follow. Each number is what
-    rounding to 8 bits or more left of the one before, so that their sizes add up to less than 1 + 2^-6 weights.
+    rounding to 8 bits or more left of the one before. So their sizes add up to less than 1 + 2^-6 weights.
 
     Args:
         algorithm: "tiled" or "dense".
