@@ -21,6 +21,7 @@ from exllama_ops.checkpoint.choice import MEANT_FIELDS, choose_files
 from exllama_ops.checkpoint.disk import file_type, open_file
 from exllama_ops.checkpoint.errors import CheckpointError, shown
 from exllama_ops.checkpoint.fields import CONFIG_NAME, QUANTIZE_CONFIG_NAME
+from exllama_ops.checkpoint.stacks import unstacked
 from exllama_ops.extras import require
 from exllama_ops.huge_pages import empty_in_huge_pages
 
@@ -158,7 +159,9 @@ class TensorFiles:
         meant: the name of the file to read, without its suffix; None for what the directory says.
 
     Attributes:
-        tensors: name -> what the header says, in the order of the files and of the data in them.
+        tensors: name -> what the header says, in the order of the files and of the data in them. Those of experts in
+            stacks are there one by one.
+        stacks: the number of experts by the name of a stack; see `stacks.unstacked`.
 
     Raises:
         CheckpointError: no safetensors, or a file that is broken, missing or contradicts the index.
@@ -188,6 +191,7 @@ class TensorFiles:
                 )
         if strays:
             warnings.warn(f"{directory}: not in the index, so ignored: {', '.join(strays)}", stacklevel=4)
+        self.tensors, self.stacks = unstacked(self.tensors)
 
     def info(self, name: str) -> TensorInfo:
         """What the header says of one tensor.

@@ -70,6 +70,7 @@ class FileCheckpoint(Checkpoint):
         members = {name for module in modules.values() for name in (*module.names.values(), *module.others)}
         self.quantized: tuple[str, ...] = tuple(modules)
         self.dense: tuple[str, ...] = tuple(name for name in files.tensors if name not in members | skipped)
+        self.stacks: Mapping[str, int] = files.stacks
         self.weight_bytes: int = sum(info.num_bytes for info in files.tensors.values())
 
     def __repr__(self) -> str:

@@ -63,6 +63,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         topk_group=1,
         first_k_dense_replace=1,
     ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_TEXT, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    ),
     "mamba": lambda: transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, time_step_rank=32
     ),
@@ -134,7 +137,9 @@ def write(
         return _dense(weight)
 
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):  # of experts, which begin as 0
+                parameter.normal_(std=0.1)
             parameter.copy_(parameter.half().float())
         for name, module in model.named_modules():
             if not _IN_BLOCKS.search(f"{name}.") and not (head and module is model.get_output_embeddings()):
@@ -148,8 +153,13 @@ def write(
             elif (
                 quantizes_experts and hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter)
             ):
-                half = module.gate_up_proj.shape[1] // 2
                 for index, (into, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+                    if module.is_transposed:  # and in turns
+                        bias = module.gate_up_proj_bias[index], module.down_proj_bias[index]
+                        into.copy_(pack(f"{name}.gate_up.{index}", into.t(), bias[0]).t())
+                        down.copy_(pack(f"{name}.down.{index}", down.t(), bias[1]).t())
+                        continue
+                    half = len(into) // 2
                     into[:half] = pack(f"{name}.{index}.gate_proj", into[:half])
                     into[half:] = pack(f"{name}.{index}.up_proj", into[half:])
                     down.copy_(pack(f"{name}.{index}.down_proj", down))

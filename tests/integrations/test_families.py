@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,75 @@ def test_an_image_is_seen_by_a_model_with_a_vision_tower(tmp_path: Path) -> None
     assert tokens.shape == (1, prompt.shape[1] + 4)
 
 
+# What files call the projections of GPT-OSS's experts: GPTQModel's name, and what its other releases have for it.
+GPT_OSS_NAMES = {
+    "former names": ((r"\.(gate_up|down)\.(\d)", r".\1_projs.\2"),),
+    "numbers first": ((r"\.down\.(\d)", r".\1.down_proj"),),
+    "stacks": ((r"\.(gate_up|down)\.(\d)", r".\1_proj.\2"),),
+}
+
+
+@pytest.mark.parametrize("names", GPT_OSS_NAMES)
+def test_gpt_oss_has_its_experts_by_several_names(names: str, tmp_path: Path) -> None:
+    dense = families.write("gpt_oss", tmp_path / "a", names=GPT_OSS_NAMES[names], act_order=True)
+    if names == "stacks":
+        put_in_stacks(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_model(tmp_path / "a", torch.float32, progress=False)
+    assert_same(model, dense)
+    model.save_pretrained(tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name].to(before[name].dtype)) for name in before)
+    assert torch.equal(
+        families.logits(load_model(tmp_path / "b", torch.float32, progress=False)), families.logits(model)
+    )
+
+
+def put_in_stacks(path: Path) -> None:
+    """Make one tensor of those of all experts, as GPTQModel does when it saves GPT-OSS."""
+    tensors = load_file(path / "model.safetensors")
+    for name in sorted(tensors):
+        matched = re.fullmatch(r"(.*\.experts\.\w+)\.0\.(\w+)", name)
+        if matched:
+            own = [tensors.pop(f"{matched[1]}.{index}.{matched[2]}") for index in range(4)]
+            stack = f"{matched[1]}_bias" if matched[2] == "bias" else f"{matched[1]}.{matched[2]}"
+            tensors[stack] = torch.stack(own)
+    assert not any(re.search(r"experts\.\w+\.\d", name) for name in tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_gate_and_up_of_gpt_oss_may_be_two_layers(tmp_path: Path) -> None:
+    """Outputs that the model wants in turns are made so."""
+    dense = families.write("gpt_oss", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if ".gate_up." in name]:
+        tensor = tensors.pop(name)
+        experts, index, leaf = re.fullmatch(r"(.*\.experts)\.gate_up\.(\d)\.(\w+)", name).groups()
+        if leaf == "qzeros":  # symmetric
+            parts = [tensor[:, : tensor.shape[1] // 2]] * 2
+        elif leaf == "g_idx":
+            parts = [tensor] * 2
+        else:
+            parts = [tensor[..., 0::2], tensor[..., 1::2]]
+        for part, own in zip(("gate_proj", "up_proj"), parts, strict=True):
+            tensors[f"{experts}.{index}.{part}.{leaf}"] = own.clone()
+    for name in [name for name in tensors if ".down." in name]:
+        tensors[re.sub(r"\.down\.(\d)", r".\1.down_proj", name)] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(load_model(tmp_path, torch.float32, progress=False), dense)
+
+
+def test_experts_of_gpt_oss_without_their_biases_are_refused(tmp_path: Path) -> None:
+    families.write("gpt_oss", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lacking = {name: tensor for name, tensor in tensors.items() if not re.search(r"experts\..*bias", name)}
+    save_file(lacking, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.\w+\.\d has a bias in the model, which the files lack"):
+        load_model(tmp_path, torch.float32, progress=False)
+
+
 def test_dense_experts_are_merged_as_transformers_does(tmp_path: Path) -> None:
     dense = families.write("mixtral", tmp_path, quantizes_experts=False)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -104,7 +174,7 @@ def test_a_row_of_experts_has_the_same_bits_whatever_is_beside_it(tmp_path: Path
     assert not experts(x, torch.full_like(choices, 4), weights).any()  # a number past the last expert: no expert
 
 
-MIXTURES = pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+MIXTURES = pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 
 
 @MIXTURES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -86,8 +86,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _finished(module: Any, into: list[Tensor], down: Callable[[Tensor], Tensor]) -> Tensor:
-    """What experts do to the results of their first projections, side by side."""
-    inner = torch.cat(into, -1)
+    """What experts do to the results of their first projections, which their gate takes as one tensor."""
+    # Side by side, or in turns; one projection may have made both.
+    inner = torch.cat(into, -1) if module.is_concatenated else torch.stack(into, -1).flatten(-2)
     y = down(module._apply_gate(inner) if module.has_gate else module.act_fn(inner))
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
@@ -118,7 +119,8 @@ def take_experts(
             problems.append(f"{module_name}: {reason}")
             continue
         by_parameter = {(place.parameter, place.part): place.projection for place in places.values()}
-        setattr(module, _PROJECTIONS, tuple(by_parameter[key] for key in _order(module)))
+        order = _order(module, by_parameter)
+        setattr(module, _PROJECTIONS, tuple(by_parameter[key] for key in order))
         for parameter in {place.parameter for place in places.values()}:
             for owned in (parameter, f"{parameter}_bias"):
                 if module._parameters.pop(owned, None) is not None:
@@ -126,6 +128,7 @@ def take_experts(
         for name, place in places.items():
             if str(place.index) not in module._modules:
                 module.add_module(str(place.index), _Expert(module))
+            layers[name].register_buffer("bias", None)  # a loader would look for it by a name that files may not have
             module.get_submodule(str(place.index)).add_module(place.projection, layers[name])
             taken[name] = f"{module_name}.{place.index}.{place.projection}"
         module.config._experts_implementation = IMPLEMENTATION
@@ -201,33 +204,40 @@ def _is_served(device: str) -> bool:
     return device in ("cpu", "meta") or backends.has_kernel("gptq_moe_gemm", device)
 
 
-def _order(module: Any) -> list[tuple[str, int]]:
-    """The projections of an expert as `experts_forward` wants them: (parameter, part)."""
-    if module.has_gate:
-        return [("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 0)]
-    return [("up_proj", 0), ("down_proj", 0)]
+def _order(module: Any, found: Container[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+    """The projections of an expert as `experts_forward` wants them, (parameter, part), by those that were found."""
+    if not module.has_gate:
+        return [("up_proj", 0), ("down_proj", 0)]
+    if ("gate_up_proj", None) in found:
+        return [("gate_up_proj", None), ("down_proj", 0)]
+    return [("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 0)]
 
 
 def _reason_against(module: Any, places: Mapping[str, ExpertPlace], layers: Mapping[str, nn.Module]) -> str:
     """Why quantized experts cannot run in a module; empty if they can."""
     if not hasattr(module, "has_gate"):
         return f"{type(module).__name__} does not take its experts through transformers' interface for experts"
-    if module.is_transposed or not module.is_concatenated:
-        return f"{type(module).__name__} keeps its experts transposed or interleaved, unlike packed layers"
-    order = _order(module)
+    kinds = {(place.parameter, place.part) for place in places.values()}
+    order = _order(module, kinds)
     missing = set(range(module.num_experts)) - {place.index for place in places.values()}
     if missing or len(places) != module.num_experts * len(order):
         return (
             f"all {module.num_experts} experts must be quantized, with {len(order)} projections each; the files have "
             f"{len(places)} such layers"
         )
-    if {(place.parameter, place.part) for place in places.values()} != set(order):
+    if kinds != set(order):
         return f"{type(module).__name__} merges other projections than gate, up and down"
     for name, place in places.items():
-        parameter = getattr(module, place.parameter)
-        outputs = parameter.shape[1] // (2 if place.parameter == "gate_up_proj" else 1)
-        expected = (parameter.shape[2], outputs)
+        outputs, inputs = getattr(module, place.parameter).shape[1:]
+        if module.is_transposed:
+            outputs, inputs = inputs, outputs
+        parts = 2 if place.parameter == "gate_up_proj" and place.part is not None else 1
+        expected = (inputs, outputs // parts)
         got = (layers[name].in_features, layers[name].out_features)
         if expected != got:
             return f"{name} must have a weight of (K, N) = {expected}; got {got}"
+        if place.part is None and module.is_concatenated:
+            return f"{type(module).__name__} keeps gate and up side by side, and {name} may have them in turns"
+        if module.has_bias and layers[name].bias is None:
+            return f"{name} has a bias in the model, which the files lack"
     return ""

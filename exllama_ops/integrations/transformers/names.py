@@ -12,14 +12,23 @@ from transformers import conversion_mapping, core_model_loading
 
 from exllama_ops.checkpoint.errors import listed
 
-# What files call the projections of an expert, and the merged parameter and part that each of them is.
-_PROJECTIONS = {
+# What files call the projections of an expert, and the merged parameter and part that each of them is. None: all of it.
+_PROJECTIONS: dict[str, tuple[str, int | None]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", 0),
     "w1": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
     "w2": ("down_proj", 0),
+}
+# Likewise for files that have the number of the expert behind the projection, as GPTQModel writes GPT-OSS.
+_NUMBERED_PROJECTIONS: dict[str, tuple[str, int | None]] = {
+    "gate_up": ("gate_up_proj", None),
+    "gate_up_proj": ("gate_up_proj", None),
+    "gate_up_projs": ("gate_up_proj", None),
+    "down": ("down_proj", 0),
+    "down_proj": ("down_proj", 0),
+    "down_projs": ("down_proj", 0),
 }
 
 
@@ -32,14 +41,14 @@ class ExpertPlace:
         index: of the expert.
         projection: what the files call it, such as "gate_proj" or "w1".
         parameter: of the module of all experts, such as "gate_up_proj".
-        part: which of the merged projections it is: 0 for gate and 1 for up in "gate_up_proj".
+        part: which of the merged projections it is: 0 for gate and 1 for up in "gate_up_proj", None for both in one.
     """
 
     experts: str
     index: int
     projection: str
     parameter: str
-    part: int
+    part: int | None
 
 
 @dataclass
@@ -123,14 +132,19 @@ def _expert_place(key: str, renamed: str, converter: Any) -> ExpertPlace | str:
 
 def _expert_by_name(key: str, known: Container[str]) -> ExpertPlace | None:
     """The place of an expert that transformers' table does not know: tools name them as their own models do."""
-    matched = re.fullmatch(r"(.+)\.([0-9]+)\.(\w+)\.weight", key)
-    if matched is None or matched[3] not in _PROJECTIONS:
-        return None
-    parameter, part = _PROJECTIONS[matched[3]]
-    if f"{matched[1]}.{parameter}" in known:
-        return ExpertPlace(matched[1], int(matched[2]), matched[3], parameter, part)
-    if part == 1 and f"{matched[1]}.{matched[3]}" in known:  # experts without a gate
-        return ExpertPlace(matched[1], int(matched[2]), matched[3], matched[3], 0)
+    for pattern, projections in (
+        (r"(?P<experts>.+)\.(?P<index>[0-9]+)\.(?P<name>\w+)\.weight", _PROJECTIONS),
+        (r"(?P<experts>.+)\.(?P<name>\w+)\.(?P<index>[0-9]+)\.weight", _NUMBERED_PROJECTIONS),
+    ):
+        matched = re.fullmatch(pattern, key)
+        if matched is None or matched["name"] not in projections:
+            continue
+        experts, index, name = matched["experts"], int(matched["index"]), matched["name"]
+        parameter, part = projections[name]
+        if f"{experts}.{parameter}" in known:
+            return ExpertPlace(experts, index, name, parameter, part)
+        if part == 1 and f"{experts}.{name}" in known:  # experts without a gate
+            return ExpertPlace(experts, index, name, name, 0)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from exllama_ops.integrations.transformers import parallel
 from exllama_ops.integrations.transformers.experts import ExpertStacks, run_in_graphs, take_experts
 from exllama_ops.integrations.transformers.folders import looking_further
 from exllama_ops.integrations.transformers.head import untie
-from exllama_ops.integrations.transformers.names import places
+from exllama_ops.integrations.transformers.names import ExpertPlace, places
 from exllama_ops.integrations.transformers.offload import offload
 from exllama_ops.integrations.transformers.pending import PendingLinear
 from exllama_ops.integrations.transformers.state import saved_state
@@ -153,7 +154,8 @@ class ExllamaQuantizer(HfQuantizer):  # type: ignore[misc]
         self._pending = {target: layers[name] for name, target in targets.items()}
         self.names_in_files = {target: name for name, target in targets.items()}
         untie(model, *self._pending)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _READ_HERE}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _READ_HERE, *map(_bias_read_here, found.experts.values())}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         checkpoint = self.checkpoint
@@ -212,6 +214,13 @@ def _dense(layer: ExllamaLinear, dtype: torch.dtype) -> nn.Linear:
     if bias is not None:
         dense.bias = nn.Parameter(bias)
     return dense.train(layer.training)
+
+
+def _bias_read_here(place: ExpertPlace) -> str:
+    """Names of the biases of experts in files, which the quantizer reads itself."""
+    experts = re.escape(place.experts.rpartition(".")[2])
+    own = rf"([0-9]+\.{place.projection}|{place.projection}\.[0-9]+)\.bias"
+    return rf"\.{experts}\.({own}|{place.parameter}_bias)$"
 
 
 def _mapped(device_map: Mapping[str, Any], name: str) -> Any:

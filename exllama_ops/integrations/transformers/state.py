@@ -9,7 +9,9 @@ from torch import Tensor
 
 from exllama_ops.checkpoint import Checkpoint
 from exllama_ops.checkpoint.config import GptqConfig
+from exllama_ops.checkpoint.from_files import FileCheckpoint
 from exllama_ops.checkpoint.on_disk import file_tensors, quantization_config
+from exllama_ops.checkpoint.stacks import stacked
 from exllama_ops.checkpoint.zeros import are_constant
 from exllama_ops.layout import GptqWeight
 from exllama_ops.nn import ExllamaLinear
@@ -44,13 +46,21 @@ def saved_state(
     sym, act_order = True, False
     for name, layer in layers.items():
         weight = layer.to_weight()
-        state.update(file_tensors(name, weight, checkpoint_format))
+        state.update(file_tensors(_ordered(name, names_in_files.get(name, name)), weight, checkpoint_format))
         kinds[names_in_files.get(name, name)] = (weight.bits, weight.group_size, weight.in_features)
         sym = sym and _is_symmetric(weight)
         act_order = act_order or weight.g_idx is not None
-    if config is not None and checkpoint is not None:
-        return state, {**checkpoint.quantization, "quant_method": "gptq"}
+    if config is not None and isinstance(checkpoint, FileCheckpoint):
+        return stacked(state, checkpoint.stacks), {**checkpoint.quantization, "quant_method": "gptq"}
     return state, quantization_config(kinds, sym, act_order, checkpoint_format)
+
+
+def _ordered(name: str, name_in_files: str) -> str:
+    """The name of an expert's layer with its number and its projection in the order that the files have."""
+    experts, *parts = name.rsplit(".", 2)
+    if len(parts) == 2 and name_in_files.endswith(f".{parts[1]}.{parts[0]}"):
+        return f"{experts}.{parts[1]}.{parts[0]}"
+    return name
 
 
 def _is_symmetric(weight: GptqWeight) -> bool:
