@@ -20,7 +20,8 @@ Problem problem_of(const int64_t* in) {
   p.batch_invariant = in[11] != 0;
   p.fp16_accumulation = in[12] != 0;
   p.blas_refused = in[13] != 0;
-  p.device = {static_cast<int32_t>(in[14]), static_cast<int32_t>(in[15]), in[16], in[17], in[18]};
+  p.experts = in[14];
+  p.device = {static_cast<int32_t>(in[15]), static_cast<int32_t>(in[16]), in[17], in[18], in[19]};
   return p;
 }
 
@@ -69,6 +70,13 @@ void estimate(const int64_t* problem, const int64_t* config, double* out) {
   out[1] = static_cast<double>(estimate.launches);
   out[2] = estimate.dram_bytes;
   out[3] = estimate.loads_in_flight;
+}
+
+// The tiles of so many rows that the model expects, and the most that there may be.
+void row_tiles(const int64_t* problem, int64_t rows, int64_t* out) {
+  const Problem p = problem_of(problem);
+  out[0] = cost::row_tiles(p, rows);
+  out[1] = most_row_tiles(p.M, p.experts, rows);
 }
 
 // What an SM does in a clock cycle, in the order of the fields.

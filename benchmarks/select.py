@@ -42,6 +42,7 @@ class Problem:
     batch_invariant: bool = False
     fp16_accumulation: bool = False
     blas_refused: bool = False
+    experts: int = 0  # weights of which each row of x has one; 0: all rows have the same
     arch: int = 0
     sm_count: int = 0
     l2_bytes: int = 0

@@ -249,8 +249,6 @@ struct Cpu {
   }
 };
 
-constexpr auto kCpuImplementations = joined(kImplementations<Cpu>, kExpertsImplementations<Cpu>);
-
 }  // namespace
 }  // namespace exllama::bindings
 
@@ -260,13 +258,13 @@ constexpr auto kCpuImplementations = joined(kImplementations<Cpu>, kExpertsImple
 // or will have them. Returns null, or what went wrong; the text lives until the thread's next call.
 EXLLAMA_EXPORT const char* exllama_cpu_register(const char* name_space, const char* op) {
   using namespace exllama::bindings;
-  return register_kernels(kCpuImplementations, name_space, op, "CPU");
+  return register_kernels(kImplementations<Cpu>, name_space, op, "CPU");
 }
 
 // What `op` may be: name by index, null after the last.
 EXLLAMA_EXPORT const char* exllama_cpu_op_name(int32_t index) {
   using namespace exllama::bindings;
-  return op_name(kCpuImplementations, index);
+  return op_name(kImplementations<Cpu>, index);
 }
 
 // The values are those of exllama::cpu::Precision; whoever calls has checked them.

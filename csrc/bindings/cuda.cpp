@@ -69,12 +69,13 @@ std::atomic<const Settings*> settings{read_settings()};
 
 void log_choice(const char* op, const cuda::Problem& problem, const cuda::Config& config) {
   if (!settings.load(std::memory_order_acquire)->log) return;
+  const std::string experts = problem.experts > 0 ? " experts=" + std::to_string(problem.experts) : "";
   std::fprintf(stderr,
-               "exllama_ops: %s M=%lld K=%lld N=%lld bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
+               "exllama_ops: %s M=%lld K=%lld N=%lld%s bits=%d group_size=%lld x=%s scales=%s %s sm_%d: %s "
                "rows=%lld split_k=%lld chunk=%lld\n",
                op, static_cast<long long>(problem.M), static_cast<long long>(problem.K),
-               static_cast<long long>(problem.N), problem.bits, static_cast<long long>(problem.group_size),
-               name_of(problem.x_dtype), name_of(problem.scales_dtype),
+               static_cast<long long>(problem.N), experts.c_str(), problem.bits,
+               static_cast<long long>(problem.group_size), name_of(problem.x_dtype), name_of(problem.scales_dtype),
                problem.raw_g_idx  ? "g_idx"
                : problem.has_perm ? "perm"
                : problem.shuffled ? "shuffled"
@@ -84,7 +85,7 @@ void log_choice(const char* op, const cuda::Problem& problem, const cuda::Config
 }
 
 // What select_gemm says, unless the settings name another algorithm, which must be able to compute the problem.
-cuda::Config choose(const cuda::Problem& problem) {
+cuda::Config choose(const char* op, const cuda::Problem& problem) {
   const std::string& given = settings.load(std::memory_order_acquire)->algorithm;
   if (given.empty()) return cuda::select_gemm(problem);
   std::string names;
@@ -92,10 +93,11 @@ cuda::Config choose(const cuda::Problem& problem) {
     names += (names.empty() ? "" : ", ") + std::string(gemm.name);
     if (given != gemm.name) continue;
     if (gemm.can(problem)) return gemm.config(problem);
-    throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=" + given +
+    throw std::invalid_argument(std::string(op) + ": EXLLAMA_OPS_CUDA_ALGORITHM=" + given +
                                 " cannot compute these arguments on this GPU, as torch is set");
   }
-  throw std::invalid_argument("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM must be one of " + names + "; got " + given);
+  throw std::invalid_argument(std::string(op) + ": EXLLAMA_OPS_CUDA_ALGORITHM must be one of " + names + "; got " +
+                              given);
 }
 
 // What select_dx says, unless the settings name one of the two ways, and it can compute the problem.
@@ -118,10 +120,11 @@ int64_t dense_mib() {
 }
 
 // A product as the choice sees it, by what torch says at this moment.
-cuda::Problem problem_of(const layout::Weight* parts, int64_t count, const Tensor& x, const cuda::Device& device) {
+cuda::Problem problem_of(const layout::Weight* parts, int64_t count, const cuda::Experts& experts, const Tensor& x,
+                         const cuda::Device& device) {
   const layout::DType dtype = dtype_of(x);
-  cuda::Problem problem =
-      cuda::problem_of(parts, count, dtype, x.size(0), device, batch_invariant.load(std::memory_order_relaxed));
+  cuda::Problem problem = cuda::problem_of(parts, count, experts, dtype, x.size(0), device,
+                                           batch_invariant.load(std::memory_order_relaxed));
   problem.fp16_accumulation = blas::fp16_accumulation();
   problem.blas_refused = blas::deterministic() && !settings.load(std::memory_order_acquire)->blas_repeats;
   problem.dense_mib = dense_mib();
@@ -150,6 +153,17 @@ layout::Weight without_order(layout::Weight weight) {
   return weight;
 }
 
+// Experts, and the first of their weights, behind which the others lie.
+struct Stack {
+  layout::Weight first;
+  cuda::Experts experts;
+
+  Stack(const ExpertsArguments& arguments, const Shape& shape)
+      : first(
+            arguments.weight(0, shape, arguments.ordered() ? arguments.options.g_idx.data<const int32_t>() : nullptr)),
+        experts{arguments.offsets.data<const int32_t>(), arguments.qweight.size(0)} {}
+};
+
 // What Ops asks of a device.
 struct Cuda {
   using Index = DeviceIndex;
@@ -157,45 +171,21 @@ struct Cuda {
   static void check(const char*) {}
 
   static void gemm(const layout::Weight* parts, int64_t count, const Tensor& x, const Tensor& out) {
-    const DeviceScope scope(device_of(x));
-    const int64_t M = x.size(0);
-    if (is_filled(*parts)) {
-      const int64_t sizes[] = {M, parts->K};
-      const Tensor gathered = Tensor::empty(sizes, x.dtype(), x);
-      cuda::gather_x(*parts, x.data<const void>(), dtype_of(x), M, gathered.data<void>(), scope.stream());
-      std::vector<layout::Weight> plain(parts, parts + count);
-      for (layout::Weight& part : plain) part = without_order(part);
-      return gemm(plain.data(), count, gathered, out);
-    }
-    const cuda::Problem problem = problem_of(parts, count, x, scope.device());
-    const cuda::Config config = choose(problem);
-    log_choice("gptq_gemm", problem, config);
-    if (config.algorithm == cuda::Algorithm::kDense) {
-      int64_t first_column = 0;
-      for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
-        gemm_dense(*part, x, out, first_column, config, problem.blas_rounds_once, scope.stream());
-      }
-      return;
-    }
-    const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
-    cuda::gemm(parts, count, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
-               scope.stream());
+    product("gptq_gemm", parts, count, {}, x, out);
   }
 
   static void gemm_dx(const layout::Weight& weight, const Tensor& grad, const Tensor& dx) {
-    const DeviceScope scope(device_of(grad));
-    if (is_filled(weight)) {
-      const int64_t sizes[] = {grad.size(0), weight.K};
-      const Tensor of_all_rows = Tensor::empty(sizes, dx.dtype(), dx);
-      gemm_dx(without_order(weight), grad, of_all_rows);
-      return cuda::gather_dx(weight, of_all_rows.data<const void>(), dtype_of(dx), grad.size(0), dx.data<void>(),
-                             scope.stream());
-    }
-    const cuda::Problem problem = problem_of(&weight, 1, grad, scope.device());
-    const cuda::Config config = choose_dx(problem);
-    log_choice("gptq_gemm_dx", problem, config);
-    if (config.algorithm == cuda::Algorithm::kDense) return gemm_dx_dense(weight, grad, dx, config, scope.stream());
-    cuda::gemm_dx(weight, grad.data<const void>(), dtype_of(grad), grad.size(0), dx.data<void>(), scope.stream());
+    product_dx("gptq_gemm_dx", weight, {}, grad, dx);
+  }
+
+  static void moe_gemm(const ExpertsArguments& arguments, const Shape& shape, const Tensor& x, const Tensor& out) {
+    const Stack stack(arguments, shape);
+    if (x.size(0) > 0) product("gptq_moe_gemm", &stack.first, 1, stack.experts, x, out);
+  }
+
+  static void moe_gemm_dx(const ExpertsArguments& arguments, const Shape& shape, const Tensor& grad, const Tensor& dx) {
+    const Stack stack(arguments, shape);
+    if (grad.size(0) > 0) product_dx("gptq_moe_gemm_dx", stack.first, stack.experts, grad, dx);
   }
 
   static void dequantize(const layout::Weight& weight, const Tensor& out) {
@@ -221,6 +211,52 @@ struct Cuda {
     const Workspace workspace(cuda::unshuffle_workspace_bytes(K, perm != nullptr), qweight);
     cuda::unshuffle(qweight.data<const uint32_t>(), perm, K, qweight.size(1), bits, out.data<uint32_t>(),
                     workspace.get(), scope.stream());
+  }
+
+ private:
+  static void product(const char* op, const layout::Weight* parts, int64_t count, const cuda::Experts& experts,
+                      const Tensor& x, const Tensor& out) {
+    const DeviceScope scope(device_of(x));
+    const int64_t M = x.size(0);
+    if (is_filled(*parts)) {
+      const int64_t sizes[] = {M, parts->K};
+      const Tensor gathered = Tensor::empty(sizes, x.dtype(), x);
+      cuda::gather_x(*parts, experts, x.data<const void>(), dtype_of(x), M, gathered.data<void>(), scope.stream());
+      std::vector<layout::Weight> plain(parts, parts + count);
+      for (layout::Weight& part : plain) part = without_order(part);
+      return product(op, plain.data(), count, experts, gathered, out);
+    }
+    const cuda::Problem problem = problem_of(parts, count, experts, x, scope.device());
+    const cuda::Config config = choose(op, problem);
+    log_choice(op, problem, config);
+    if (config.algorithm == cuda::Algorithm::kDense) {
+      int64_t first_column = 0;
+      for (const layout::Weight* part = parts; part != parts + count; first_column += part->N, ++part) {
+        gemm_dense(*part, x, out, first_column, config, problem.blas_rounds_once, scope.stream());
+      }
+      return;
+    }
+    const Workspace workspace(cuda::gemm_workspace_bytes(problem, config), x);
+    cuda::gemm(parts, count, experts, x.data<const void>(), dtype_of(x), M, out.data<void>(), config, workspace.get(),
+               scope.stream());
+  }
+
+  static void product_dx(const char* op, const layout::Weight& weight, const cuda::Experts& experts, const Tensor& grad,
+                         const Tensor& dx) {
+    const DeviceScope scope(device_of(grad));
+    if (is_filled(weight)) {
+      const int64_t sizes[] = {grad.size(0), weight.K};
+      const Tensor of_all_rows = Tensor::empty(sizes, dx.dtype(), dx);
+      product_dx(op, without_order(weight), experts, grad, of_all_rows);
+      return cuda::gather_dx(weight, experts, of_all_rows.data<const void>(), dtype_of(dx), grad.size(0),
+                             dx.data<void>(), scope.stream());
+    }
+    const cuda::Problem problem = problem_of(&weight, 1, experts, grad, scope.device());
+    const cuda::Config config = choose_dx(problem);
+    log_choice(op, problem, config);
+    if (config.algorithm == cuda::Algorithm::kDense) return gemm_dx_dense(weight, grad, dx, config, scope.stream());
+    cuda::gemm_dx(weight, experts, grad.data<const void>(), dtype_of(grad), grad.size(0), dx.data<void>(),
+                  scope.stream());
   }
 };
 

@@ -6,7 +6,6 @@
 //                                                  can do that; null if it is empty
 //   Index(op, tensor, shape)                       likewise of the g_idx of a filled weight, by its rows
 //   gemm, gemm_dx, dequantize, shuffle, unshuffle  which are called where there is something to compute
-// and, if it has the ops of experts,
 //   moe_gemm, moe_gemm_dx                          which also check the values of offsets and orders, if the device can
 #pragma once
 
@@ -146,10 +145,6 @@ inline constexpr Implementation kImplementations[] = {
     {"gptq_gemm_dx.no_autograd", Ops<Device>::gptq_gemm_dx},
     {"gptq_gemm_multi", Ops<Device>::gptq_gemm_multi},
     {"gptq_gemm_multi.no_autograd", Ops<Device>::gptq_gemm_multi},
-};
-
-template <typename Device>
-inline constexpr Implementation kExpertsImplementations[] = {
     {"gptq_moe_gemm", Ops<Device>::gptq_moe_gemm},
     {"gptq_moe_gemm.no_autograd", Ops<Device>::gptq_moe_gemm},
     {"gptq_moe_gemm_dx", Ops<Device>::gptq_moe_gemm_dx},

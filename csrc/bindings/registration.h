@@ -1,7 +1,6 @@
 // Kernels to the dispatcher, of one device in one library.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -18,16 +17,6 @@ struct Implementation {
   const char* op;
   Kernel kernel;
 };
-
-// Two lists of implementations as one.
-template <size_t first_count, size_t second_count>
-constexpr std::array<Implementation, first_count + second_count> joined(const Implementation (&first)[first_count],
-                                                                        const Implementation (&second)[second_count]) {
-  std::array<Implementation, first_count + second_count> all{};
-  for (size_t i = 0; i < first_count; ++i) all[i] = first[i];
-  for (size_t i = 0; i < second_count; ++i) all[first_count + i] = second[i];
-  return all;
-}
 
 // The ops that a library has kernels for: name by index, null after the last. Python asks a library for them, and gives
 // an op that is not among them another backend. `implementations` is a list of them.

@@ -5,6 +5,7 @@
 
 #include <iterator>
 
+#include "experts.h"
 #include "gather.h"
 #include "rates.h"
 #include "splits.h"
@@ -81,6 +82,23 @@ constexpr double out_bytes(const Problem& p) {
   return static_cast<double>(p.M) * static_cast<double>(p.N) * x_element_bytes(p);
 }
 
+// The weights that are read: 1, or the experts that have rows. That many are to be expected where a row is as likely to
+// have one as another.
+constexpr int64_t weights_with_rows(const Problem& p) {
+  if (p.experts == 0) return 1;
+  const auto experts = static_cast<double>(p.experts);
+  double without = 1, power = 1 - 1 / experts;  // the part of the experts without a row: (1 - 1 / experts) ** M
+  for (int64_t M = p.M; M > 0; M /= 2, power *= power) without *= M % 2 ? power : 1;
+  return static_cast<int64_t>(experts * (1 - without) + 0.5);
+}
+
+// The tiles of so many rows that have any. An expert's last tile is as likely to have many as few.
+constexpr int64_t row_tiles(const Problem& p, int64_t rows) {
+  if (p.experts <= 1) return divide_up(p.M, rows);
+  const int64_t experts = weights_with_rows(p);
+  return at_least(divide_up(2 * p.M + experts * (rows - 1), 2 * rows), experts);
+}
+
 // How a kernel is made that goes over W once for every config.rows rows of x.
 struct KernelShape {
   int64_t columns;       // of a tile
@@ -89,16 +107,17 @@ struct KernelShape {
   int64_t resident;      // thread blocks that an SM has registers for
 };
 
-// W comes from DRAM once, since the thread blocks of a tile of columns follow one another. x comes from L2 for every
+// W comes from DRAM once, and so does that of each expert with rows, since the thread blocks of a tile of columns follow
+// one another. x comes from L2 for every
 // tile of columns. By an order of rows each number lies in a sector of its own, and another kernel gathers many rows of x
 // before. Sums of a split K are written to L2, and added up by the last thread block of a tile. For many tiles another
 // kernel does it.
 constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const KernelShape& shape) {
-  const int64_t passes = divide_up(p.M, config.rows), tiles = divide_up(p.N, shape.columns);
+  const int64_t passes = row_tiles(p, config.rows), tiles = divide_up(p.N, shape.columns);
   const auto times = static_cast<double>(passes), column_tiles = static_cast<double>(tiles);
   const double words = weight_bytes(p), x = x_bytes(p), out = out_bytes(p);
-  Work work{passes * tiles * config.split_k, words + x + out, words * times + x * column_tiles + out,
-            weights_of(p) * times * shape.weight_cycles};
+  Work work{passes * tiles * config.split_k, words * static_cast<double>(weights_with_rows(p)) + x + out,
+            words * times + x * column_tiles + out, weights_of(p) * times * shape.weight_cycles};
   const int64_t blocks_of_sm = divide_up(work.thread_blocks, p.device.sm_count);
   work.loads_in_flight = shape.block_loads * static_cast<double>(at_most(blocks_of_sm, shape.resident));
   Estimate estimate{0, 1, work.dram_bytes, work.loads_in_flight};
@@ -114,7 +133,7 @@ constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const
     const double partials =
         4 * static_cast<double>(config.split_k) * static_cast<double>(p.M) * static_cast<double>(p.N);
     work.l2_bytes += partials;
-    if (passes * tiles <= kTickets) {
+    if (most_row_tiles(p.M, p.experts, config.rows) * tiles <= kTickets) {
       work.l2_bytes += partials;
       estimate.cycles += kTicketUs * clock_mhz(p.device);
     } else {
@@ -122,6 +141,7 @@ constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const
       ++estimate.launches;
     }
   }
+  if (p.experts > 0) estimate.cycles += kFindExpertUs * clock_mhz(p.device);
   estimate.cycles += cycles_of(p.device, work) + launch_cycles(p.device) * static_cast<double>(estimate.launches);
   return estimate;
 }
@@ -144,7 +164,7 @@ constexpr double blas_cycles(const Problem& p, int64_t rows, int64_t columns) {
 // each SM, while every split keeps min_pieces.
 constexpr Config split(Config config, const Problem& p, int64_t piece_k, int64_t tile_columns, int64_t min_pieces,
                        int64_t splits) {
-  const int64_t tiles = at_least(divide_up(p.N, tile_columns) * divide_up(p.M, config.rows), 1);
+  const int64_t tiles = at_least(divide_up(p.N, tile_columns) * row_tiles(p, config.rows), 1);
   const int64_t pieces = at_least(divide_up(p.K, piece_k), 1), possible = at_least(pieces / min_pieces, 1);
   const int64_t wanted = at_most(divide_up(4 * static_cast<int64_t>(p.device.sm_count), tiles), splits);
   const int64_t pieces_per_split = divide_up(pieces, at_most(wanted, possible));

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../layout/weight.h"
+#include "experts.h"
 #include "select.h"
 
 namespace exllama::cuda {
@@ -31,19 +32,24 @@ size_t unshuffle_workspace_bytes(int64_t K, bool permuted);
 // zero points, scales, N and scales_dtype alone. One launch has up to eight of them.
 //
 // Algorithm::kDense is not one launch: its caller dequantizes and multiplies by chunks of config.chunk columns.
-void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
-          void* workspace, Stream stream);
-Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M, const Device& device,
-                   bool batch_invariant);
+//
+// With experts, of whose stacks the one part is the first, each row has the weight of its expert; a row of none is 0.
+// The same holds for the functions below that take them.
+void gemm(const Weight* parts, int64_t count, const Experts& experts, const void* x, DType x_dtype, int64_t M,
+          void* out, const Config& config, void* workspace, Stream stream);
+Problem problem_of(const Weight* parts, int64_t count, const Experts& experts, DType x_dtype, int64_t M,
+                   const Device& device, bool batch_invariant);
 
 // dx (M, K) = grad (M, N) @ W^T, both of dtype grad_dtype, in float32 arithmetic.
-void gemm_dx(const Weight& weight, const void* grad, DType grad_dtype, int64_t M, void* dx, Stream stream);
+void gemm_dx(const Weight& weight, const Experts& experts, const void* grad, DType grad_dtype, int64_t M, void* dx,
+             Stream stream);
 
 // out (K, columns) = the columns of W from first_column on, in out_dtype, with rows in the order of the checkpoint.
 void dequantize(const Weight& weight, int64_t first_column, int64_t columns, void* out, DType out_dtype, Stream stream);
 
 // out (M, K) = the columns of x that the rows of the words name. Weights without an order multiply it.
-void gather_x(const Weight& weight, const void* x, DType dtype, int64_t M, void* out, Stream stream);
+void gather_x(const Weight& weight, const Experts& experts, const void* x, DType dtype, int64_t M, void* out,
+              Stream stream);
 
 // A product with W^T by a BLAS that must not round W. limbs.h says what limbs are, and whether there are any.
 //
@@ -58,7 +64,8 @@ void fill_dx(const Weight& weight, DType dtype, int64_t M, void* dx, Stream stre
 // The kernels above take no filled weight, in which some rows name no column of x. They take the same words without an
 // order, for an x that was gathered. These take from their results what belongs to a column of x. row_order has
 // (K + in_features,) entries here: after what the rows name, the row of each column of x.
-void gather_dx(const Weight& filled, const void* dx, DType dtype, int64_t M, void* out, Stream stream);
+void gather_dx(const Weight& filled, const Experts& experts, const void* dx, DType dtype, int64_t M, void* out,
+               Stream stream);
 void gather_rows_of_w(const Weight& filled, const void* W, void* out, Stream stream);
 
 // Brings qweight from checkpoint order into shuffled order, in place. perm is (K,) or null.

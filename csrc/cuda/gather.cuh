@@ -2,6 +2,7 @@
 // for a result.
 #pragma once
 
+#include "tile.cuh"
 #include "words.cuh"
 
 namespace exllama::cuda {
@@ -15,21 +16,30 @@ inline int64_t gather_blocks(int64_t columns) {
 }
 
 // out (rows, columns) = in (rows, limit) with column index[c] in column c. Where `fills`, -1 stands for zeros. A row has
-// row_blocks thread blocks.
+// row_blocks thread blocks. With experts the index is that of the row's expert, which lie so many entries apart, and a row
+// of none is 0.
 template <typename T, bool fills>
 __global__ void gather_columns(const T* in, int64_t limit, const int32_t* index, int64_t columns, uint32_t row_blocks,
-                               T* out) {
+                               Experts experts, int64_t expert_entries, T* out) {
   const int64_t row = blockIdx.x / row_blocks;
+  int64_t expert = 0;
+  if (experts.offsets) {  // whose tiles of one row are the rows
+    expert = rows_of_tile(experts, gridDim.x / row_blocks, static_cast<uint32_t>(row), 1).expert;
+  }
   const int64_t first = (static_cast<int64_t>(blockIdx.x % row_blocks) * kGatherThreads + threadIdx.x) * kGatherColumns;
   if (first >= columns) return;
   const auto there = static_cast<int>(min(columns - first, static_cast<int64_t>(kGatherColumns)));
-  int32_t from[kGatherColumns];
-  load_indices<kGatherColumns, fills ? -1 : 0>(index + first, there, limit, from);
+  int32_t from[kGatherColumns] = {};
+  if (expert >= 0) {
+    load_indices<kGatherColumns, fills ? -1 : 0>(index + expert * expert_entries + first, there, limit, from);
+  }
   in += row * limit;
   out += row * columns + first;
   __align__(16) T values[kGatherColumns];
 #pragma unroll
-  for (int i = 0; i < kGatherColumns; ++i) values[i] = fills && from[i] == -1 ? T{0} : __ldg(in + from[i]);
+  for (int i = 0; i < kGatherColumns; ++i) {
+    values[i] = expert < 0 || (fills && from[i] == -1) ? T{0} : __ldg(in + from[i]);
+  }
   if (there == kGatherColumns && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(values)) / 16; ++i) {

@@ -10,13 +10,14 @@ namespace exllama::cuda {
 
 using layout::columns_of;
 
-Problem problem_of(const Weight* parts, int64_t count, DType x_dtype, int64_t M, const Device& device,
-                   bool batch_invariant) {
+Problem problem_of(const Weight* parts, int64_t count, const Experts& experts, DType x_dtype, int64_t M,
+                   const Device& device, bool batch_invariant) {
   const Weight& first = parts[0];
   Problem problem{};
   problem.M = M;
   problem.K = first.K;
   problem.N = columns_of(parts, count);
+  problem.experts = experts.count;
   problem.bits = first.bits;
   problem.group_size = first.group_size;
   problem.x_dtype = x_dtype;
@@ -42,13 +43,13 @@ int64_t gathered_bytes(bool has_perm, int64_t M, int64_t K, DType x_dtype, const
 }
 
 // Tiles of a product whose K is split, in all its launches.
-int64_t tiles_of(const Weight* parts, int64_t count, int64_t M, const Config& config) {
+int64_t tiles_of(const Weight* parts, int64_t count, int64_t experts, int64_t M, const Config& config) {
   const int64_t tile_columns = config.algorithm == Algorithm::kMma         ? kMmaColumns
                                : config.algorithm == Algorithm::kPipelined ? kPipelineColumns
                                                                            : kScalarColumns;
   int64_t tiles = 0;
   for (const Weight* part = parts; part != parts + count; ++part) tiles += divide_up(part->N, tile_columns);
-  return tiles * divide_up(M, config.rows);
+  return tiles * most_row_tiles(M, experts, config.rows);
 }
 
 }  // namespace
@@ -64,6 +65,7 @@ Parts parts_of(const GemmArguments& a, int tile_columns) {
   parts.weight = a.parts[0];
   if (a.x_is_gathered) parts.weight.row_order = nullptr;
   parts.columns = a.columns;
+  parts.experts = a.experts;
   int64_t tiles = 0, columns_before = a.columns_before;
   for (int64_t i = 0; i < a.count; ++i) {
     const Weight& weight = a.parts[i];
@@ -76,8 +78,8 @@ Parts parts_of(const GemmArguments& a, int tile_columns) {
   return parts;
 }
 
-void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int64_t M, void* out, const Config& config,
-          void* workspace, Stream stream) {
+void gemm(const Weight* parts, int64_t count, const Experts& experts, const void* x, DType x_dtype, int64_t M,
+          void* out, const Config& config, void* workspace, Stream stream) {
   const int64_t columns = columns_of(parts, count);
   if (M == 0) return;
   const bool gathers = gathers_x(parts->perm() != nullptr, M, config);
@@ -85,17 +87,17 @@ void gemm(const Weight* parts, int64_t count, const void* x, DType x_dtype, int6
   if (config.split_k > 1) {
     void* const behind_x = static_cast<char*>(workspace) + gathered_bytes(gathers, M, parts->K, x_dtype, config);
     splits.partials = static_cast<float*>(behind_x);
-    if (tiles_of(parts, count, M, config) <= kTickets) splits.tickets = tickets_for(stream);
+    if (tiles_of(parts, count, experts.count, M, config) <= kTickets) splits.tickets = tickets_for(stream);
   }
   if (gathers) {
-    gather_x(*parts, x, x_dtype, M, workspace, stream);
+    gather_x(*parts, experts, x, x_dtype, M, workspace, stream);
     x = workspace;
   }
   int64_t columns_before = 0;
   for (int64_t first = 0; first < count; first += kMaxParts) {
     const int64_t together = std::min<int64_t>(count - first, kMaxParts);
     const GemmArguments arguments{parts + first, together, columns_before, columns, x, x_dtype, gathers, M,
-                                  out,           splits};
+                                  out,           splits,   experts};
     switch (config.algorithm) {
       case Algorithm::kScalar:
         launch_gemm_scalar(arguments, config, stream);

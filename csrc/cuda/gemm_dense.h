@@ -35,8 +35,11 @@ struct GemmDense {
     return p.x_dtype == DType::kFloat16 && !p.fp16_accumulation;
   }
 
-  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles.
-  static constexpr bool can(const Problem& p) { return !p.batch_invariant && !p.blas_refused && blas_takes(p); }
+  // In batch-invariant mode a row must not depend on M, by which a BLAS chooses its tiles. Which experts have rows, and how
+  // many, no host knows.
+  static constexpr bool can(const Problem& p) {
+    return !p.batch_invariant && !p.blas_refused && p.experts == 0 && blas_takes(p);
+  }
 
   // W in x's dtype takes no more scratch memory than dense_scratch_bytes, or else is made in chunks of columns. The
   // float32 result of a matmul takes no more either, or x is divided. A BLAS that rounds once needs no such result.

@@ -18,7 +18,11 @@ struct GemmArguments {
   int64_t M;
   void* out;
   Splits splits;  // of (split_k, M, columns) sums
+  Experts experts;
 };
+
+// Tiles of so many rows: each has as many thread blocks as there are tiles of columns and splits.
+inline int64_t row_tiles(const GemmArguments& a, int64_t rows) { return most_row_tiles(a.M, a.experts.count, rows); }
 
 // The parts as a kernel takes them, whose tiles have tile_columns columns.
 Parts parts_of(const GemmArguments& arguments, int tile_columns);

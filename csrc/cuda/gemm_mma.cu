@@ -11,7 +11,7 @@ void launch_gemm_mma(const GemmArguments& a, const Config& config, Stream stream
         with_unit(mma_unit_k(a.parts->K, a.parts->group_size), [&](auto unit_k) {
           using T = typename decltype(dtype)::type;
           const Parts parts = parts_of(a, kMmaColumns);
-          const int64_t tiles = parts.column_tiles * divide_up(a.M, kOctet * octets);
+          const int64_t tiles = parts.column_tiles * row_tiles(a, kOctet * octets);
           const dim3 grid(grid_of(tiles, "gemm_mma"), static_cast<unsigned>(config.split_k));
           gemm_mma<bits(), T, octets(), unit_k()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
               parts, static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.splits, static_cast<T*>(a.out));

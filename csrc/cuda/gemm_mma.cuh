@@ -13,14 +13,14 @@
 #include "mma_stage.cuh"
 #include "mma_sums.cuh"
 #include "mma_words.cuh"
-#include "parts.h"
 #include "split_k.cuh"
+#include "tile.cuh"
 
 namespace exllama::cuda {
 
-// Where the tile of a thread block begins in the result. It lies in shared memory, for the loop would spill it.
+// Where the tile of a thread block lies in the result. It lies in shared memory, for the loop would spill it.
 struct PlaceInResult {
-  int64_t row, column;
+  int64_t row, end_row, column;
 };
 
 // The product of one tile and one split. It goes to out (M, columns), by way of splits if there are several.
@@ -73,19 +73,21 @@ struct MmaProduct {
     __shared__ StageSource source;
     __shared__ PlaceInResult place;
     const MmaThread thread;
-    const Tile tile(parts, kMmaColumns, Stage::kTokens);
+    const Tile tile(parts, kMmaColumns, Stage::kTokens, M);
+    if (tile.is_empty()) return;
     const Weight& weight = tile.weight;
     const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
     const auto first_column = static_cast<int32_t>(tile.first_column);
     const int32_t column = first_column + thread.warp_n * 32 + 4 * thread.g;
-    const auto tokens = static_cast<int>(min(M - tile.first_row, static_cast<int64_t>(Stage::kTokens)));
+    const auto tokens = static_cast<int>(min(tile.end_row - tile.first_row, static_cast<int64_t>(Stage::kTokens)));
     if (threadIdx.x == 0) {
       source = stage_source<bits>(weight, x + tile.first_row * K, tokens, first_column);
-      place = {tile.first_row, tile.columns_before + first_column};
+      place = {tile.first_row, tile.end_row, tile.columns_before + first_column};
     }
 
     const auto first_run = static_cast<int32_t>(blockIdx.y * cut.runs_per_split);
-    const int32_t end_run = min(first_run + static_cast<int32_t>(cut.runs_per_split), (K + kMmaRunK - 1) / kMmaRunK);
+    const int32_t runs = tile.has_weight ? static_cast<int32_t>(cut.runs_per_split) : 0;
+    const int32_t end_run = min(first_run + runs, (K + kMmaRunK - 1) / kMmaRunK);
     const auto end_row = static_cast<int32_t>(min(static_cast<int64_t>(end_run) * kMmaRunK, weight.K) * bits / 32);
     const Lane lane(thread.t);
     const int32_t first_row = (first_run + thread.warp_k) * Words::kRunSteps * Words::kStepRows + lane.first_word;
@@ -116,7 +118,7 @@ struct MmaProduct {
     const bool has_column = bits == 3 ? column < N : tile_column <= source.last_column;
     if (thread.warp_k == 0 && has_column) {
       const auto write = [&](const auto& store) {
-        sums.write_out(shared.of_warps, thread, place.row, M, place.column + tile_column, store);
+        sums.write_out(shared.of_warps, thread, place.row, place.end_row, place.column + tile_column, store);
       };
       if (splits.partials) {
         float* const partials = splits.partials + blockIdx.y * M * parts.columns;

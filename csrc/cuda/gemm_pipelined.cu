@@ -14,7 +14,7 @@ void launch_gemm_pipelined(const GemmArguments& a, const Config& config, Stream 
           } else {
             using T = typename decltype(dtype)::type;
             const Parts parts = parts_of(a, kPipelineColumns);
-            const int64_t tiles = parts.column_tiles * divide_up(a.M, kOctet * octets);
+            const int64_t tiles = parts.column_tiles * row_tiles(a, kOctet * octets);
             const dim3 grid(grid_of(tiles, "gemm_pipelined"), static_cast<unsigned>(config.split_k));
             gemm_pipelined<bits(), T, octets(), unit_k()><<<grid, kPipelineThreads, 0, to_cuda(stream)>>>(
                 parts, static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.splits, static_cast<T*>(a.out));

@@ -5,9 +5,9 @@
 #pragma once
 
 #include "mma_sums.cuh"
-#include "parts.h"
 #include "pipeline_stage.cuh"
 #include "split_k.cuh"
+#include "tile.cuh"
 
 namespace exllama::cuda {
 
@@ -81,12 +81,13 @@ struct PipelinedProduct {
                                                   const Splits& splits, T* out) {
     __shared__ Stage stages[kStages];
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const Tile tile(parts, kPipelineColumns, Stage::kTokens);
+    const Tile tile(parts, kPipelineColumns, Stage::kTokens, M);
+    if (tile.is_empty()) return;
     const Weight& weight = tile.weight;
     const auto K = static_cast<int32_t>(weight.K), N = static_cast<int32_t>(weight.N);
     const auto first_column = static_cast<int32_t>(tile.first_column);
-    const auto tokens = static_cast<int>(min(M - tile.first_row, static_cast<int64_t>(Stage::kTokens)));
-    const auto split_k = static_cast<int32_t>(cut.runs_per_split) * kMmaRunK;
+    const auto tokens = static_cast<int>(min(tile.end_row - tile.first_row, static_cast<int64_t>(Stage::kTokens)));
+    const auto split_k = tile.has_weight ? static_cast<int32_t>(cut.runs_per_split) * kMmaRunK : 0;
     const int32_t first_k = static_cast<int32_t>(blockIdx.y) * split_k, end_k = min(first_k + split_k, K);
     const int32_t count = (end_k - first_k + Stage::kK - 1) / Stage::kK;
 

@@ -52,7 +52,7 @@ struct GemmPipelined {
     const Rates rates = rates_of(p.device.arch);
     const double issue = instructions(p, config.rows) / rates.issues;
     const double tensor = static_cast<double>(config.rows) / rates.mma;
-    const int64_t blocks = divide_up(p.M, config.rows) * divide_up(p.N, kPipelineColumns) * config.split_k;
+    const int64_t blocks = row_tiles(p, config.rows) * divide_up(p.N, kPipelineColumns) * config.split_k;
     const double alone = blocks <= p.device.sm_count ? kAlone : 1;
     const auto octets = static_cast<int>(config.rows / kOctet);
     const KernelShape shape{kPipelineColumns, alone * (larger(issue, tensor) + smaller(issue, tensor) / 2),

@@ -27,7 +27,7 @@ void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream str
     with_flag(a.parts->shuffled, [&](auto shuffled) {
       with_rows(config.rows, [&](auto rows) {
         const Parts parts = parts_of(a, kScalarColumns);
-        const dim3 grid(grid_of(parts.column_tiles * divide_up(a.M, rows), "gemm_scalar"),
+        const dim3 grid(grid_of(parts.column_tiles * row_tiles(a, rows), "gemm_scalar"),
                         static_cast<unsigned>(config.split_k));
         gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
             parts, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.splits, a.out);

@@ -8,18 +8,17 @@
 #pragma once
 
 #include "gemm_scalar.h"
-#include "parts.h"
 #include "split_k.cuh"
+#include "tile.cuh"
 #include "words.cuh"
 
 namespace exllama::cuda {
 
-// Lays the x of a stage into shared memory, as floats [row of W][row of x], for the rows of x from first_row on. Each
+// Lays the x of a stage into shared memory, as floats [row of W][row of x], for so many rows of x from first_row on. Each
 // warp has kScalarWarpK rows of W in a stage, from stage_k + warp * warp_rows on.
 template <int rows>
-__device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t M, int64_t first_row, int64_t stage_k,
-                       int64_t warp_rows, float* s_x) {
-  const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
+__device__ void load_x(const Weight& weight, const void* x, DType dtype, int64_t first_row, int rows_of_x,
+                       int64_t stage_k, int64_t warp_rows, float* s_x) {
   // Look-ups of columns that go together. For eight rows registers would be spilled.
   constexpr int kEach = kScalarStageK / kScalarThreads, kTogether = rows < 8 ? kEach : 1;
 #pragma unroll 1
@@ -183,9 +182,11 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Tile tile(parts, kScalarColumns, rows);
+  const Tile tile(parts, kScalarColumns, rows, M);
+  if (tile.is_empty()) return;
   const Weight& weight = tile.weight;
   const int64_t first_column = tile.first_column, first_row = tile.first_row;
+  const auto rows_of_x = static_cast<int>(min(tile.end_row - first_row, static_cast<int64_t>(rows)));
   const int64_t column = first_column + 4 * lane;
   const bool active = column < weight.N;  // N is a multiple of 4
   const size_t four_scales = weight.scales_dtype == DType::kFloat32 ? 16 : 8;
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
   // The rows of W that a warp takes follow one another through the stages.
   const int64_t warp_rows = stages_per_split * kScalarWarpK;
   int64_t stage_k = blockIdx.y * stages_per_split * kScalarStageK;  // where the first warp is
-  const int64_t end_stage_k = min(stage_k + warp_rows, weight.K);
+  const int64_t end_stage_k = tile.has_weight ? min(stage_k + warp_rows, weight.K) : stage_k;
   int64_t k = stage_k + warp * warp_rows;
   const uint32_t* qweight = weight.qweight + k / kValues * kWords * weight.N + column;
   int64_t group = k / weight.group_size;
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
   bool begins = true;
   for (; stage_k < end_stage_k; stage_k += kScalarWarpK) {
     __syncthreads();  // the last stage has been read
-    load_x<rows>(weight, x, dtype, M, first_row, stage_k, warp_rows, s_floats);
+    load_x<rows>(weight, x, dtype, first_row, rows_of_x, stage_k, warp_rows, s_floats);
     __syncthreads();
     auto left = static_cast<int>(min(weight.K - k, static_cast<int64_t>(kScalarWarpK)));
     const float* s_x = s_floats + warp * kScalarWarpK * rows;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kScalarColumns; i += kScalarThreads) {
     const int64_t m = first_row + i / kScalarColumns, n = first_column + i % kScalarColumns;
-    if (m >= M || n >= weight.N) continue;
+    if (i / kScalarColumns >= rows_of_x || n >= weight.N) continue;
     const float sum = sums.of_all_warps(s_floats, i);
     const int64_t to = tile.columns_before + n;
     if (splits.partials) {
@@ -252,7 +253,6 @@ __global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(ro
     }
   }
   if (!splits.tickets) return;
-  const auto rows_of_x = static_cast<int>(min(M - first_row, static_cast<int64_t>(rows)));
   const auto columns = static_cast<int>(min(weight.N - first_column, static_cast<int64_t>(kScalarColumns)));
   add_splits_of_tile<kScalarColumns>(splits, M, parts.columns, first_row, rows_of_x, tile.columns_before + first_column,
                                      columns, [&](int64_t at, float sum) { store_number(sum, out, dtype, at); });

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gemm_tiled.h"
-#include "parts.h"
+#include "tile.cuh"
 #include "words.cuh"
 
 namespace exllama::cuda {
@@ -21,22 +21,23 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   constexpr int kPitch = kTiledColumns + 4;  // a multiple of 16 bytes, and not of the 32 banks
   __shared__ __align__(16) float s_a[kTiledTerms][kPitch];
   __shared__ __align__(16) float s_w[kTiledTerms][kPitch];
-  const Tile tile(parts, kTiledColumns, kTiledRows);
+  const Tile tile(parts, kTiledColumns, kTiledRows, M);
+  if (tile.is_empty()) return;
   const Weight& weight = tile.weight;
   const int64_t K = weight.K, N = weight.N;
-  const int64_t columns = transposed ? K : N, terms = transposed ? N : K;
+  const int64_t columns = transposed ? K : N, terms = transposed ? N : K, end_term = tile.has_weight ? terms : 0;
   const int64_t first_column = tile.first_column, first_row = tile.first_row;
   const int across = threadIdx.x % 16, down = threadIdx.x / 16;
 
   float sums[4][4] = {};
-  for (int64_t first_term = 0; first_term < terms; first_term += kTiledTerms) {
+  for (int64_t first_term = 0; first_term < end_term; first_term += kTiledTerms) {
     __syncthreads();  // the last tiles have been read
     // A thread has 8 loads. All at once they need too many registers, on sm_120 if transposed, and before sm_75.
 #pragma unroll(transposed ? 2 : 4)
     for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;
-      const bool inside = m < M && at < terms;
+      const bool inside = m < tile.end_row && at < terms;
       s_a[term][row] = inside ? load_number(a, dtype, m * terms + at) : 0.0f;
     }
     constexpr int kTileN = transposed ? kTiledTerms : kTiledColumns;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + 4 * down + i;
-      if (m < M) store_number(sums[i][j], out, dtype, m * parts.columns + to);
+      if (m < tile.end_row) store_number(sums[i][j], out, dtype, m * parts.columns + to);
     }
   }
 }

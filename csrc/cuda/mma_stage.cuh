@@ -29,8 +29,9 @@ struct __align__(16) UnitGroup {
 // Where a thread block finds its stages in global memory. It lies in shared memory itself, since the loop has no
 // registers to spare. What the compiler would rather compute anew each time are 64-bit products.
 struct __align__(16) StageSource {
-  const char* x;      // the first token
-  int64_t x_pitch;    // bytes between tokens
+  const char* x;    // the first token
+  int64_t x_pitch;  // bytes between tokens
+  const int32_t* perm;
   const char* zeros;  // of the first group and the first column
   const char* scales;
   uint32_t zeros_pitch, scales_pitch;  // bytes between groups
@@ -47,6 +48,7 @@ __device__ StageSource stage_source(const Weight& weight, const T* x, int tokens
   StageSource source;
   source.x = reinterpret_cast<const char*>(x);
   source.x_pitch = weight.K * static_cast<int64_t>(sizeof(T));
+  source.perm = weight.perm();
   source.zeros = reinterpret_cast<const char*>(weight.qzeros + static_cast<int64_t>(first_column) * bits / 32);
   source.scales = static_cast<const char*>(weight.scales) + static_cast<int64_t>(first_column) * scale_bytes;
   source.zeros_pitch = static_cast<uint32_t>(weight.N * bits / 8);
@@ -95,7 +97,7 @@ struct Stage {
     }
     int32_t x_columns[8];
     static_assert(octets == 1 || kTokens > kMaxRowsThatLookUp);
-    columns_of_x<Lane::kInOrder>(octets == 1 ? weight.perm() : nullptr, K, k_of, x_columns);
+    columns_of_x<Lane::kInOrder>(octets == 1 ? source.perm : nullptr, K, k_of, x_columns);
     gather_chunks(row, pitch, x_columns, to, tokens_left);
   }
 

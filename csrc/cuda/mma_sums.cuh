@@ -89,17 +89,17 @@ struct MmaSums {
   }
 
   // Adds the sums of the warps along K, from the first to the last, and calls store(token, column, sum) for each. The
-  // tile begins at first_token, and the lane's four columns at first_column of the result.
+  // tile has the tokens from first_token to end_token, and the lane's four columns begin at first_column of the result.
   template <typename Store>
   __device__ __forceinline__ void write_out(const OfWarps& of_warps, const MmaThread& thread, int64_t first_token,
-                                            int64_t M, int64_t first_column, const Store& store) const {
+                                            int64_t end_token, int64_t first_column, const Store& store) const {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       float sum = total[i / 8][i / 4 % 2][i % 4];
 #pragma unroll
       for (int other = 1; other < kMmaWarpsK; ++other) sum += of_warps[other - 1][thread.warp_n][i][thread.lane];
       const int64_t token = first_token + i / 8 * kOctet + 2 * thread.t + i % 2;
-      if (token < M) store(token, first_column + i / 4 % 2 * 2 + i % 4 / 2, sum);
+      if (token < end_token) store(token, first_column + i / 4 % 2 * 2 + i % 4 / 2, sum);
     }
   }
 };

@@ -20,6 +20,7 @@ struct Device {
 
 struct Problem {
   int64_t M, K, N;
+  int64_t experts;  // weights of which each row of x has one; 0: all rows have the same
   int32_t bits;
   int64_t group_size;
   DType x_dtype;

@@ -37,6 +37,9 @@ inline constexpr double kLaunchUs = 2;
 // What it adds to a kernel that the last thread block of a tile adds up the sums of the others: a fence, a ticket, and a
 // load from L2, one after the other.
 inline constexpr double kTicketUs = 1;
+// What it adds to a kernel that its thread blocks find their expert before they load anything else: offsets from L2, a scan
+// and two barriers.
+inline constexpr double kFindExpertUs = 0.5;
 // From a load to its data in DRAM, while others load too. Fewer bytes in flight than this times the rate leave it idle.
 inline constexpr double kDramLatencyUs = 0.7;
 // The part of the DRAM's nominal rate that a kernel which only reads gets.

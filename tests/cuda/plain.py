@@ -30,6 +30,7 @@ SIZES = ("K", "N", "G", "group_size", "bits", "zero_offset")
 FLAGS = ("shuffled",)
 
 Array = np.ndarray[Any, Any]
+NO_OFFSETS: Array = np.empty(0, np.int32)
 
 
 class _Weight(ctypes.Structure):
@@ -45,6 +46,12 @@ class _Weight(ctypes.Structure):
         ("zero_offset", ctypes.c_int32),
         ("in_features", ctypes.c_int64),
     ]
+
+
+class _Experts(ctypes.Structure):
+    """cuda::Experts."""
+
+    _fields_ = [("offsets", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 class _Config(ctypes.Structure):
@@ -77,15 +84,22 @@ class PlainOps:
         parts: of a product; a weight is one. Each has qweight, qzeros, scales and row_order (empty: none); K, N, G,
             group_size, bits, shuffled and zero_offset.
         allocate: the memory of results.
+        offsets: of the experts in the stacks that the one part has; empty: it is a weight.
     """
 
     def __init__(
-        self, device: Emulator, parts: Sequence[Mapping[str, Any]], allocate: Callable[..., Array] = fresh
+        self,
+        device: Emulator,
+        parts: Sequence[Mapping[str, Any]],
+        allocate: Callable[..., Array] = fresh,
+        offsets: Array = NO_OFFSETS,
     ) -> None:
         self.device = device
         self.allocate = allocate
         self.parts = parts
         self.weights = (_Weight * len(parts))(*map(_as_weight, parts))
+        self.offsets = offsets
+        self.experts = _Experts(offsets.ctypes.data, len(offsets) - 1) if offsets.size else _Experts()
         # What the calls have written, and what a recording of them may write again.
         self.kept: list[Array] = []
 
@@ -95,7 +109,7 @@ class PlainOps:
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         self.kept += arrays
         of_parts = [part[array] for part in self.parts for array in ARRAYS]
-        ranges = [(a.ctypes.data, a.nbytes) for a in (*of_parts, *arrays) if a.size]
+        ranges = [(a.ctypes.data, a.nbytes) for a in (*of_parts, self.offsets, *arrays) if a.size]
         with self.device.only(ranges):
             error = function(*(_as_c(arg) for arg in args))
             self.device.check()
@@ -109,13 +123,13 @@ class PlainOps:
         config = _Config()
         function = self.device.library.plain_config
         function.restype = ctypes.c_int64
-        sizes = (ctypes.c_int64(count), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
+        sizes = (ctypes.c_int64(count), ctypes.byref(self.experts), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
         return config, function(self.weights, *sizes, ALGORITHMS[algorithm], ctypes.byref(config))
 
     def _workspace_bytes(self, config: _Config, x: Array, count: int) -> int:
         function = self.device.library.plain_workspace_bytes
         function.restype = ctypes.c_int64
-        sizes = (ctypes.c_int64(count), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
+        sizes = (ctypes.c_int64(count), ctypes.byref(self.experts), DTYPES.index(x.dtype), ctypes.c_int64(len(x)))
         found: int = function(self.weights, *sizes, ctypes.byref(config))
         return found
 
@@ -150,13 +164,14 @@ class PlainOps:
             workspace = fresh(workspace_bytes, dtype=np.uint8)
         if out is None:
             out = self.allocate(len(x), columns, dtype=x.dtype)
-        self._call("gemm", self.weights, count, x, DTYPES.index(x.dtype), len(x), out, config, workspace)
+        product = (self.weights, count, self.experts, x, DTYPES.index(x.dtype), len(x), out)
+        self._call("gemm", *product, config, workspace)
         return out
 
     def gemm_dx(self, grad: Array, dx: Array | None = None) -> Array:
         if dx is None:
             dx = self.allocate(len(grad), self.weights[0].K, dtype=grad.dtype)
-        self._call("gemm_dx", self.weights, grad, DTYPES.index(grad.dtype), len(grad), dx)
+        self._call("gemm_dx", self.weights, self.experts, grad, DTYPES.index(grad.dtype), len(grad), dx)
         return dx
 
     def dequantize(self, first: int = 0, columns: int | None = None, out: Array | None = None) -> Array:

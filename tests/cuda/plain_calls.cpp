@@ -39,26 +39,30 @@ void plain_device(int64_t* out) {
 void* plain_tickets(int64_t stream) { return tickets_for(reinterpret_cast<Stream>(stream)); }
 
 // The algorithm's config for a problem, and the bytes of its workspace; negative if it cannot.
-int64_t plain_config(const Weight* parts, int64_t count, int32_t dtype, int64_t M, int32_t algorithm, Config* config) {
+int64_t plain_config(const Weight* parts, int64_t count, const Experts* experts, int32_t dtype, int64_t M,
+                     int32_t algorithm, Config* config) {
   const Gemm& chosen = gemm_of(static_cast<Algorithm>(algorithm));
-  const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
+  const Problem problem = problem_of(parts, count, *experts, static_cast<DType>(dtype), M, device_properties(0), false);
   if (!chosen.can(problem)) return -1;
   *config = chosen.config(problem);
   return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
 }
 
-int64_t plain_workspace_bytes(const Weight* parts, int64_t count, int32_t dtype, int64_t M, const Config* config) {
-  const Problem problem = problem_of(parts, count, static_cast<DType>(dtype), M, device_properties(0), false);
+int64_t plain_workspace_bytes(const Weight* parts, int64_t count, const Experts* experts, int32_t dtype, int64_t M,
+                              const Config* config) {
+  const Problem problem = problem_of(parts, count, *experts, static_cast<DType>(dtype), M, device_properties(0), false);
   return static_cast<int64_t>(gemm_workspace_bytes(problem, *config));
 }
 
-const char* plain_gemm(const Weight* parts, int64_t count, const void* x, int32_t dtype, int64_t M, void* out,
-                       const Config* config, void* workspace) {
-  return error_of([&] { gemm(parts, count, x, static_cast<DType>(dtype), M, out, *config, workspace, nullptr); });
+const char* plain_gemm(const Weight* parts, int64_t count, const Experts* experts, const void* x, int32_t dtype,
+                       int64_t M, void* out, const Config* config, void* workspace) {
+  return error_of(
+      [&] { gemm(parts, count, *experts, x, static_cast<DType>(dtype), M, out, *config, workspace, nullptr); });
 }
 
-const char* plain_gemm_dx(const Weight* weight, const void* grad, int32_t dtype, int64_t M, void* dx) {
-  return error_of([&] { gemm_dx(*weight, grad, static_cast<DType>(dtype), M, dx, nullptr); });
+const char* plain_gemm_dx(const Weight* weight, const Experts* experts, const void* grad, int32_t dtype, int64_t M,
+                          void* dx) {
+  return error_of([&] { gemm_dx(*weight, *experts, grad, static_cast<DType>(dtype), M, dx, nullptr); });
 }
 
 const char* plain_dequantize(const Weight* weight, int64_t first, int64_t columns, void* out, int32_t dtype) {

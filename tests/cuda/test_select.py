@@ -6,7 +6,9 @@ import ctypes
 import itertools
 import json
 import math
+import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +72,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         ("rows too long for 32 bits", on(80, N=2**29), {"scalar", "tiled", "dense"}),
         ("tokens too many for 32 bits", on(80, M=2**30), {"scalar", "tiled", "dense"}),
         ("batch-invariant", on(80, batch_invariant=True), {"scalar", "mma"}),
+        ("experts, whose rows no host knows", on(80, experts=8), {"scalar", "mma", "pipelined", "tiled"}),
+        ("batch-invariant experts", on(80, experts=8, batch_invariant=True), {"scalar", "mma"}),
         ("sums in fp16 allowed", on(80, fp16_accumulation=True), {"scalar", "mma", "pipelined", "tiled"}),
         (
             "and bf16 has none",
@@ -100,6 +104,10 @@ def test_rules(model: Model, why: str, problem: Problem, can: set[str]) -> None:
         (on(80, M=4096, blas_refused=True, shuffled=False), "tiled"),
         (on(75, M=4096, x_dtype=BFLOAT16), "tiled"),
         (on(80, M=4096, batch_invariant=True, x_dtype=FLOAT32), "scalar"),
+        (on(90, M=4096, experts=128), "pipelined"),
+        (on(90, M=8, experts=128), "mma"),
+        (on(80, M=64, experts=128, x_dtype=FLOAT32), "scalar"),
+        (on(80, M=4096, experts=8, x_dtype=FLOAT32), "tiled"),
     ],
 )
 def test_every_branch_is_reached(model: Model, problem: Problem, algorithm: str) -> None:
@@ -140,24 +148,42 @@ def splits(units: int, unit_k: int, blocks: int, min_units: int, sms: int) -> It
         yield -(-units // units_per_split), units_per_split * unit_k
 
 
+def with_rows(p: Problem) -> int:
+    """Weights that are read: of experts, as many as are to be expected where each row draws one."""
+    return int(p.experts * (1 - (1 - 1 / p.experts) ** p.M) + 0.5) if p.experts else 1
+
+
+def row_tiles(p: Problem, rows: int) -> int:
+    """An expert fills its last tile by half."""
+    if p.experts <= 1:
+        return -(-p.M // rows)
+    return max(-(-(2 * p.M + with_rows(p) * (rows - 1)) // (2 * rows)), with_rows(p))
+
+
+def most_row_tiles(p: Problem, rows: int) -> int:
+    """Rows of no expert stand before and after those of experts."""
+    runs = min(p.experts + 2, p.M) if p.experts else 1
+    return runs + (p.M - runs) // rows
+
+
 def candidates(p: Problem) -> Iterator[Config]:
     """Every config that can compute a shuffled weight in groups of 128."""
     for rows in (1, 2, 4, 8):
-        blocks = -(-p.N // 128) * -(-p.M // rows)
+        blocks = -(-p.N // 128) * row_tiles(p, rows)
         for split_k, k_per_split in splits(-(-p.K // 256), 256, blocks, 1, p.sm_count):
             yield Config("scalar", rows, split_k, k_per_split, 0)
     if p.arch >= {FLOAT16: 75, BFLOAT16: 80}.get(p.x_dtype, 1000):
         for rows in (8, 16, 32):
-            blocks = -(-p.N // 64) * -(-p.M // rows)
+            blocks = -(-p.N // 64) * row_tiles(p, rows)
             for split_k, k_per_split in splits(-(-p.K // 128), 128, blocks, 8, p.sm_count):
                 yield Config("mma", rows, split_k, k_per_split, 0)
     if p.arch >= 80 and p.x_dtype != FLOAT32:
         for rows in (32, 64):
-            blocks = -(-p.N // 128) * -(-p.M // rows)
+            blocks = -(-p.N // 128) * row_tiles(p, rows)
             for split_k, k_per_split in splits(-(-p.K // 128), 128, blocks, 2, p.sm_count):
                 yield Config("pipelined", rows, split_k, k_per_split, 0)
     yield Config("tiled", 64, 1, p.K, 0)
-    if p.arch >= {FLOAT16: 60, BFLOAT16: 80}.get(p.x_dtype, 1000):
+    if p.arch >= {FLOAT16: 60, BFLOAT16: 80}.get(p.x_dtype, 1000) and not p.experts:
         room = 64 * MIB // (2 * p.K) // 128 * 128
         chunk = min(math.ceil(p.N / math.ceil(p.N / room) / 128) * 128, p.N)
         yield Config("dense", min(p.M, max(64 * MIB // (4 * chunk), 64)), 1, p.K, chunk)
@@ -175,7 +201,7 @@ def cycles_of(p: Problem, blocks: int, dram: float, l2: float, sm_cycles: float,
 
 
 def modelled_us(p: Problem, c: Config) -> float:
-    """The model of cost.h and gemm_*.h, again. A launch takes 2 us, a ticket 1."""
+    """The model of cost.h and gemm_*.h, again. A launch takes 2 us, a ticket 1, and to find an expert half of one."""
     gpu, weights = DEVICES[p.arch], p.K * p.N
     words = weights * p.bits / 8 + p.K / p.group_size * p.N * (2 + p.bits / 8)
     number = 4 if p.x_dtype == FLOAT32 else 2
@@ -205,7 +231,7 @@ def modelled_us(p: Problem, c: Config) -> float:
         ((3.9 if wide else 2.5) + 0.8 * (p.bits == 8) + 0.27 * c.rows / 8) / gpu.lanes,
         c.rows / (gpu.mma or 1),
     )
-    alone = 1.3 if -(-p.M // c.rows) * -(-p.N // 128) * c.split_k <= p.sm_count else 1
+    alone = 1.3 if row_tiles(p, c.rows) * -(-p.N // 128) * c.split_k <= p.sm_count else 1
     stage = {2: (64, 2), 3: (128, 6), 4: (64, 4), 8: (32, 4)}[p.bits]  # rows of W, and KiB of words
     stages = min(48 * 1024 // (1024 * stage[1] + 2 * c.rows * stage[0] + 16 * (32 + p.bits)), 5)
     of_octets = {8: 1, 16: 2, 32: 4}.get(c.rows, 0)
@@ -231,10 +257,10 @@ def modelled_us(p: Problem, c: Config) -> float:
         ),
         "tiled": (64, max(88.8 / gpu.lanes, 64 / gpu.floats), 256 * p.bits, 3),
     }[c.algorithm]
-    passes, tiles = -(-p.M // c.rows), -(-p.N // columns)
+    passes, tiles = row_tiles(p, c.rows), -(-p.N // columns)
     blocks = passes * tiles * c.split_k
     l2, sm_cycles = words * passes + x * tiles + out, weights * passes * a_weight
-    us = 2.0
+    us = 2.5 if p.experts else 2.0
     if p.has_perm and (p.M >= 5 or c.rows > 8):
         us += 2 + cycles_of(p, p.sm_count, 0, 2 * x, p.M * p.K / 8) / p.clock_khz * 1000
     elif p.has_perm:
@@ -242,11 +268,11 @@ def modelled_us(p: Problem, c: Config) -> float:
         sm_cycles += p.M * p.K * tiles / 8
     if c.split_k > 1:
         partials = 4 * c.split_k * p.M * p.N
-        in_one_launch = passes * tiles <= 512
+        in_one_launch = most_row_tiles(p, c.rows) * tiles <= 512
         l2 += partials * (1 + in_one_launch)
         us += 1 if in_one_launch else 2 + cycles_of(p, p.sm_count, 0, partials + out, 0) / p.clock_khz * 1000
     in_flight = loads * min(resident, -(-blocks // p.sm_count))
-    return us + cycles_of(p, blocks, words + x + out, l2, sm_cycles, in_flight) / p.clock_khz * 1000
+    return us + cycles_of(p, blocks, words * with_rows(p) + x + out, l2, sm_cycles, in_flight) / p.clock_khz * 1000
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -260,6 +286,49 @@ def test_no_config_is_faster_by_the_model(model: Model, arch: int, dtype: int, h
         least = min(modelled_us(problem, candidate) for candidate in candidates(problem))
         assert modelled_us(problem, config) == pytest.approx(least, rel=1e-9), (problem, config)
         assert model.estimate(problem, config).us == pytest.approx(least, rel=1e-9), (problem, config)
+
+
+# (experts, rows of a token, K, N) of Mixtral 8x7B and Qwen3 30B-A3B: gate or up, and down.
+EXPERTS = [(8, 2, 4096, 14336), (8, 2, 14336, 4096), (128, 8, 2048, 768), (128, 8, 768, 2048)]
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("has_perm", [False, True], ids=["in-order", "perm"])
+def test_no_config_of_experts_is_faster_by_the_model(model: Model, arch: int, has_perm: bool) -> None:
+    for (E, top, K, N), dtype, tokens in itertools.product(EXPERTS, (FLOAT16, FLOAT32), (1, 3, 8, 64, 512, 4096)):
+        problem = on(arch, M=tokens * top, K=K, N=N, x_dtype=dtype, has_perm=has_perm, experts=E)
+        config = model.chosen(problem)
+        least = min(modelled_us(problem, candidate) for candidate in candidates(problem))
+        assert modelled_us(problem, config) == pytest.approx(least, rel=1e-9), (problem, config)
+        assert model.estimate(problem, config).us == pytest.approx(least, rel=1e-9), (problem, config)
+
+
+def tiles_of(model: Model, problem: Problem, rows: int) -> tuple[int, int]:
+    """The tiles that the model expects, and the most that there may be."""
+    out = (ctypes.c_int64 * 2)()
+    model.library.row_tiles(fields_of(problem), ctypes.c_int64(rows), out)
+    return out[0], out[1]
+
+
+def test_the_model_expects_the_tiles_of_rows_that_draw_an_expert_each(model: Model) -> None:
+    rng = random.Random(0)
+    for E, M, rows in itertools.product((2, 8, 128), (1, 2, 8, 64, 512, 4096), (1, 8, 32, 64)):
+        drawn = [Counter(rng.randrange(E) for _ in range(M)) for _ in range(100)]
+        tiles = [sum(-(-count // rows) for count in counts.values()) for counts in drawn]
+        expected, most = tiles_of(model, Problem(M=M, experts=E), rows)
+        assert expected == pytest.approx(sum(tiles) / len(tiles), rel=0.25, abs=1), (E, M, rows)
+        assert max(tiles) <= most
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_grid_has_the_most_tiles_of_rows(model: Model, rows: int) -> None:
+    """Rows are cut into the runs of up to 3 experts, and those of none, in every way."""
+    for M, E in itertools.product(range(1, 8), range(1, 4)):
+        cuts = itertools.combinations_with_replacement(range(M + 1), E + 1)
+        runs = ([stop - start for start, stop in itertools.pairwise((0, *cut, M))] for cut in cuts)
+        most = max(sum(-(-count // rows) for count in of_cut) for of_cut in runs)
+        assert tiles_of(model, Problem(M=M, experts=E), rows)[1] == most
+        assert tiles_of(model, Problem(M=M), rows) == (-(-M // rows),) * 2
 
 
 # 2**20 weights and more: of fewer, only thousands of tokens pay for the launches of dense.
@@ -309,8 +378,8 @@ def test_dense_scratch_is_64_mib_for_numbers_of_w_and_as_much_for_results(model:
 @pytest.mark.parametrize("arch", DEVICES)
 def test_batch_invariant_sums_are_divided_without_a_look_at_M(model: Model, arch: int) -> None:
     for K, N in SHAPES:
-        for dtype in (FLOAT16, FLOAT32):
-            problem = on(arch, K=K, N=N, x_dtype=dtype, batch_invariant=True)
+        for dtype, experts in itertools.product((FLOAT16, FLOAT32), (0, 8)):
+            problem = on(arch, K=K, N=N, x_dtype=dtype, batch_invariant=True, experts=experts)
             configs = [model.chosen(replace(problem, M=M)) for M in TOKENS]
             assert len({(c.algorithm, c.split_k, c.k_per_split) for c in configs}) == 1
             assert len({c.rows for c in configs}) > 1
