@@ -2,6 +2,7 @@
 
     python -m benchmarks.select --gpu H100                        # M = 1 to 4096
     python -m benchmarks.select --gpu H200 --K 14336 --act-order
+    python -m benchmarks.select --gpu H100 --K 2048 --N 768 --experts 128 --top-k 8
 
 Times are predicted, not measured. csrc/cuda/rates.h has what the model takes a GPU to be.
 """
@@ -139,14 +140,18 @@ def fields_of(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(fields))(*fields)
 
 
-def table(model: Model, problem: Problem) -> list[str]:
-    """A row of Markdown for each M: the choice, what it moves, and the predicted time of each algorithm's best."""
+def table(model: Model, problem: Problem, top_k: int = 1) -> list[str]:
+    """A row of Markdown for each number of tokens, of top_k rows of x each.
+
+    It has the choice, what it moves, and the predicted time of each algorithm's best.
+    """
+    times_of = " | ".join(f"{algorithm}, us" for algorithm in ALGORITHMS)
     lines = [
-        f"| M | choice | launches | DRAM, MB | in flight, KB an SM | {' | '.join(f'{a}, us' for a in ALGORITHMS)} |",
+        f"| tokens | choice | launches | DRAM, MB | in flight, KB an SM | {times_of} |",
         "|" + "---|" * (5 + len(ALGORITHMS)),
     ]
     for M in TOKENS:
-        of_M = replace(problem, M=M)
+        of_M = replace(problem, M=M * top_k)
         chosen = model.chosen(of_M)
         estimate = model.estimate(of_M, chosen)
         best = model.best(of_M)
@@ -167,6 +172,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture (default: one weight)")
+    parser.add_argument("--top-k", type=int, default=1, help="experts that a token has (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Model(Path(folder))
@@ -178,8 +185,9 @@ def main() -> None:
             x_dtype=DTYPES.index(args.dtype),
             has_perm=args.act_order,
             batch_invariant=args.batch_invariant,
+            experts=args.experts,
         )
-        sys.stdout.write("\n".join(table(model, problem.on(gpu_named(args.gpu)))) + "\n")
+        sys.stdout.write("\n".join(table(model, problem.on(gpu_named(args.gpu)), args.top_k)) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.experts import BITS, GROUP_SIZE, PROJECTIONS, Projection
+from benchmarks.experts import TOKENS as TOKENS_OF_EXPERTS
 from benchmarks.gpus import gpu_named
 from benchmarks.select import Config, Model, Problem
 
@@ -31,6 +33,13 @@ By a latency of 0.7 us, an SM needs so many bytes in flight for all of the DRAM'
 RTX 4090 6, B200 38 KB.
 """
 
+EXPERTS_TEXT = """
+## Experts
+
+`gptq_moe_gemm` of 4 bits in groups of 128, and x in float16. A token has two experts of Mixtral's eight, or eight of
+Qwen3's 128, and the routing is taken to be random. Each cell has the choice and its predicted time in us.
+"""
+
 
 def main() -> None:
     before = json.loads(RESULTS.with_suffix(".json").read_text())
@@ -47,7 +56,25 @@ def main() -> None:
         for row in before["choices"]:
             ordered = replace(Problem(has_perm=True).on(gpu_named(row["gpu"])), M=row["M"])
             lines.append(line(row["gpu"], row["M"], "act-order", *now(model, ordered), ""))
+        lines += [EXPERTS_TEXT, f"| GPU | model | {' | '.join(map(tokens, TOKENS_OF_EXPERTS))} |"]
+        lines.append("|" + "---|" * (2 + len(TOKENS_OF_EXPERTS)))
+        for gpu in dict.fromkeys(row["gpu"] for row in before["choices"]):
+            lines += [of_experts(model, gpu, projection) for projection in PROJECTIONS]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def tokens(count: int) -> str:
+    return f"{count} token{'s' if count > 1 else ''}"
+
+
+def of_experts(model: Model, gpu: str, projection: Projection) -> str:
+    """A row of the table of experts."""
+    cells = [gpu, f"{projection.model}, {projection.name}"]
+    for count in TOKENS_OF_EXPERTS:
+        sizes = Problem(M=count * projection.top_k, K=projection.K, N=projection.N, experts=projection.E)
+        config, (*_, us) = now(model, replace(sizes, bits=BITS, group_size=GROUP_SIZE).on(gpu_named(gpu)))
+        cells.append(f"{config}: {us:.1f}")
+    return f"| {' | '.join(cells)} |"
 
 
 Known = tuple[float, float, float, float]  # launches, MB of the DRAM, bytes in flight, microseconds

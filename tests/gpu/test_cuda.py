@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from conformance.weights import DTYPES, Case, build, build_parts, multi_args
+from conformance.weights import DTYPES, Case, build, build_experts, build_parts, experts_args, multi_args
 from cuda import bounds
 from cuda.test_emulated import ALGORITHMS, can
 from exllama_ops import ExllamaLinear, quantize
@@ -62,12 +62,16 @@ def test_no_op_syncs_with_the_host(case: Case, dtype: torch.dtype, use_algorithm
     weight, other = (part.to("cuda") for part in build_parts(case, [128, 64]))
     x, grad = torch.randn(5, 256, dtype=dtype).cuda(), torch.randn(5, 128, dtype=dtype).cuda()
     perm = weight.row_order if case.shuffled else torch.empty(0, dtype=torch.int32, device="cuda")
+    of_experts = experts_args([expert.to("cuda") for expert in build_experts(case, 3)], (1, 2, 2, 4))
     torch.cuda.set_sync_debug_mode("error")
     for algorithm in ALGORITHMS:
         if can_here(algorithm, case, dtype):
             use_algorithm(algorithm)
             torch.ops.exllama.gptq_gemm(x, *weight.args)
             torch.ops.exllama.gptq_gemm_multi(x, *multi_args([weight, other]))
+            if algorithm != "dense":
+                torch.ops.exllama.gptq_moe_gemm(x, *of_experts)
+    torch.ops.exllama.gptq_moe_gemm_dx(grad, *of_experts)
     torch.ops.exllama.gptq_gemm_dx(grad, *weight.args)
     torch.ops.exllama.gptq_dequantize(*weight.args)
     torch.ops.exllama.gptq_unshuffle(weight.qweight, perm, case.bits)
@@ -104,6 +108,35 @@ def test_tensor_cores_honour_subnormal_activations(bits: int, use_algorithm: Cal
     out = torch.ops.exllama.gptq_gemm(x.cuda(), *weight.to("cuda").args).cpu()
     assert out.any()
     assert torch.equal(out.double(), x.double() @ weight.dense)
+
+
+@pytest.mark.parametrize("algorithm", [algorithm for algorithm in ALGORITHMS if algorithm != "dense"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_captured_graph_replays_with_other_rows_of_each_expert(
+    case: Case, algorithm: str, use_algorithm: Callable[[str], None]
+) -> None:
+    if not can_here(algorithm, case, torch.float16):
+        pytest.skip(f"{algorithm} cannot compute {case} here")
+    use_algorithm(algorithm)
+    args = experts_args([expert.to("cuda") for expert in build_experts(case, 5)], (0,) * 6)
+    offsets = args[4]
+    x, grad = (torch.randn(200, size, dtype=torch.float16, device="cuda") for size in (case.K, case.N))
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.exllama.gptq_moe_gemm(x, *args), torch.ops.exllama.gptq_moe_gemm_dx(grad, *args)
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = both()
+    for now in ((0, 0, 1, 1, 200, 200), (7, 40, 80, 81, 82, 190), (200,) * 6):
+        offsets.copy_(torch.tensor(now, dtype=torch.int32))
+        graph.replay()
+        for result, expected in zip(results, both(), strict=True):
+            assert torch.equal(result, expected)
+            assert not result[: now[0]].any()
+            assert not result[now[-1] :].any()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

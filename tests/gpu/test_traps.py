@@ -33,6 +33,35 @@ print("no error")
 """
 
 
+EXPERTS = """
+from conformance.weights import build_experts, experts_args
+
+args = experts_args([expert.to("cuda") for expert in build_experts(Case(4, 512, 128, 128), 3)], {offsets})
+grad = torch.ones(5, 128).half()
+torch.cuda.synchronize()
+print("called")
+torch.ops.exllama.{op}(({x}).cuda(), *args)
+torch.cuda.synchronize()
+print("no error")
+"""
+
+
+@pytest.mark.parametrize("offsets", [(0, 3, 2, 5), (-1, 0, 2, 5), (0, 1, 2, 6)], ids=str)
+@pytest.mark.parametrize(("op", "x", "algorithm"), [
+    ("gptq_moe_gemm", "x", "scalar"),
+    ("gptq_moe_gemm", "x", "mma"),
+    ("gptq_moe_gemm", "x", "pipelined"),
+    ("gptq_moe_gemm_dx", "grad", ""),
+])  # fmt: skip
+def test_offsets_that_are_none_are_an_error_of_the_device(
+    offsets: tuple[int, ...], op: str, x: str, algorithm: str
+) -> None:
+    ended = run(EXPERTS.format(offsets=offsets, op=op, x=x), EXLLAMA_OPS_CUDA_ALGORITHM=algorithm)
+    assert ended.stdout == "called\n", ended.stdout + ended.stderr
+    assert ended.returncode != 0
+    assert re.search("CUDA error|launch failure", ended.stderr), ended.stderr
+
+
 @pytest.mark.parametrize(("order", "op", "algorithm"), [
     (order, op, algorithm)
     for order, op in itertools.product(ORDERS, CALLS)

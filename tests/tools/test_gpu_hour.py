@@ -42,7 +42,7 @@ def test_every_part_can_be_walked_without_a_device() -> None:
     rows = re.findall(r"^\| ([\w.]+) \| (\S+) \|", ended.stdout, re.MULTILINE)
     assert rows == [("part", "status"), *((part.name, "passed") for part in PARTS)]
     assert ended.stdout.count("not in a dry run: ") == len(PARTS)
-    assert "30 right, 0 wrong" in ended.stdout
+    assert "75 right, 0 wrong" in ended.stdout
 
 
 def test_every_part_ends_within_the_ten_minutes_of_a_command() -> None:
@@ -224,12 +224,18 @@ class Ops:
         self.fault, self.calls = fault, 0
 
     def gptq_gemm(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return self._call("gptq_gemm", x, *args)
+
+    def gptq_moe_gemm(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return self._call("gptq_moe_gemm", x, *args)
+
+    def _call(self, op: str, x: torch.Tensor, *args: Any) -> torch.Tensor:
         from exllama_ops import reference
 
         self.calls += 1
         if self.fault == "refuses":
-            raise ValueError("gptq_gemm: EXLLAMA_OPS_CUDA_ALGORITHM=tiled cannot compute these arguments on this GPU")
-        out: torch.Tensor = reference.gptq_gemm(x, *args)
+            raise ValueError(f"{op}: EXLLAMA_OPS_CUDA_ALGORITHM=tiled cannot compute these arguments on this GPU")
+        out: torch.Tensor = getattr(reference, op)(x, *args)
         if self.fault == "wrong":
             out[0, 3] = 2 * out.abs().max() + 1
         if self.fault == "other bits" and self.calls % 2 == 0:
@@ -241,7 +247,8 @@ class Ops:
         return out
 
 
-@pytest.mark.parametrize(("fault", "counts"), [("", (15, 0, 0)), ("wrong", (0, 15, 0)), ("refuses", (0, 0, 15))])
+# By experts row 0 is one of none.
+@pytest.mark.parametrize(("fault", "counts"), [("", (60, 0, 0)), ("wrong", (30, 30, 0)), ("refuses", (0, 0, 30))])
 def test_the_smoke_test_finds_a_wrong_element(fault: str, counts: tuple[int, int, int]) -> None:
     tally = smoke.check(Ops(fault), torch.device("cpu"), "tiled", (4,), (1,))
     assert (tally.right, len(tally.wrong), tally.refused) == counts

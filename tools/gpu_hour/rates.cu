@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../../csrc/cuda/tile.cuh"
+
 namespace {
 
 constexpr int kThreads = 1024, kIterations = 4096;
@@ -175,6 +177,16 @@ __global__ void tickets(uint32_t* data, uint32_t* counter, int count, uint32_t* 
   if (last == 1) *out = last;
 }
 
+// Searches of a thread block for its expert, one after the other, by offsets that lie in L2. They are zeros, so that all
+// rows belong to none.
+__global__ void finds(const int32_t* offsets, int64_t experts, int64_t stride, int count, uint32_t* out) {
+  int64_t first = 0;
+  for (int i = 0; i < count; ++i) {
+    first += exllama::cuda::rows_of_tile({offsets + i * stride + first, experts}, 8, 0, 8).first;
+  }
+  if (first == 1) *out = 1;
+}
+
 __global__ void nothing(uint32_t*) {}
 
 template <typename F>
@@ -265,6 +277,10 @@ int main() {
   constexpr int kTickets = 4096;
   auto* words = reinterpret_cast<uint32_t*>(data);
   const double ticket = seconds_of([&] { tickets<<<1, 1>>>(words, words + (1 << 27), kTickets, out); }) / kTickets;
+  constexpr int64_t kExperts = 128, kStride = 256;
+  const auto searches = static_cast<int>(l2_bytes / 4 / kStride);
+  const auto* offsets = reinterpret_cast<const int32_t*>(data);
+  const double find = seconds_of([&] { finds<<<1, 128>>>(offsets, kExperts, kStride, searches, out); }) / searches;
   const double launch = launch_seconds(out);
 
   std::printf("arch %d\nsm_count %d\nghz %.4f\n", arch, sms, ghz);
@@ -273,7 +289,7 @@ int main() {
   std::printf("kDramEfficiency %.4f\n", nominal_bytes > 0 ? dram / nominal_bytes : 0);
   std::printf("kDramLatencyUs %.4f\n", 16.0 * sms * kThreads / waiting * 1e6);
   std::printf("kL2BytesPerCycle %.3f\nkGatheredPerCycle %.3f\n", l2 / cycles_per_s, gathered / cycles_per_s);
-  std::printf("kTicketUs %.4f\n", ticket * 1e6);
+  std::printf("kTicketUs %.4f\nkFindExpertUs %.4f\n", ticket * 1e6, find * 1e6);
   std::printf("kLaunchUs %.4f\nkLaunchCycles %.1f\n", launch * 1e6, launch * ghz * 1e9);
   check(cudaGetLastError(), "a launch");
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.exllama_cuda import named, reasons_against_native
-from conformance.weights import DTYPES, Case, Weight, build, build_parts, multi_args
+from conformance.weights import DTYPES, Case, Weight, build, build_experts, build_parts, experts_args, multi_args
 from cuda.bounds import dx_error, gemm_error
 from exllama_ops.layout.formats import SUPPORTED_BITS
 from exllama_ops.testing.bounds import beyond_bound, error_bound, sum_bound
@@ -28,6 +28,8 @@ ORDERS = (("sorted", True), ("perm", True), ("filled", True), ("sorted", False),
 # Fewer rows than a tile has, a tile of every kernel and more than one.
 TOKENS = (1, 7, 40, 300)
 SMALL_TOKENS = (1, 40)
+# The experts have three rows, none, and more than a tile of any kernel. Rows of no expert stand at both ends.
+OFFSETS, ROWS = (1, 4, 4, 139), 141
 _DRY_WIDTHS = (4,)
 _TESTS = {
     "captures": ("test_first_launch.py", "test_traps.py"),
@@ -122,10 +124,10 @@ def cases(bits: int) -> Iterator[Case]:
 
 
 def check(ops: Any, place: torch.device, algorithm: str, widths: Sequence[int], tokens: Sequence[int]) -> Tally:
-    """Every product of an algorithm.
+    """Every product of an algorithm, by a weight and by experts.
 
     Args:
-        ops: has gptq_gemm.
+        ops: has gptq_gemm and gptq_moe_gemm.
         place: the device of its tensors.
         algorithm: its name in EXLLAMA_OPS_CUDA_ALGORITHM.
         widths: of the weights.
@@ -151,6 +153,11 @@ def check(ops: Any, place: torch.device, algorithm: str, widths: Sequence[int], 
                     continue
                 relative = gemm_error(algorithm, weight, dtype)
                 tally.note(f"{algorithm} {case} {dtype} M={M}", case.bits, out, call(), x, W, relative)
+            experts = build_experts(case, len(OFFSETS) - 1)
+            for dtype in (dtype for dtype in DTYPES if algorithm in _able(dtype)):
+                relative = max(gemm_error(algorithm, expert, dtype) for expert in experts)
+                what = f"{algorithm} experts {case} {dtype}"
+                _note_experts(tally, what, ops.gptq_moe_gemm, place, experts, _random(ROWS, case.K, dtype), relative)
     return tally
 
 
@@ -174,7 +181,39 @@ def check_others(ops: Any, place: torch.device, widths: Sequence[int]) -> Tally:
             relative = max(gemm_error(algorithm, part, dtype) for algorithm in _able(dtype) for part in parts)
             W = torch.cat([part.dense for part in parts], 1)
             tally.note(f"multi {case} {dtype}", case.bits, both, again, x, W, relative)
+            experts, grad = build_experts(case, len(OFFSETS) - 1), _random(ROWS, case.N, dtype)
+            relative = dx_error(case.N, "tiled")
+            what = f"dx of experts {case} {dtype}"
+            _note_experts(tally, what, ops.gptq_moe_gemm_dx, place, experts, grad, relative, transposed=True)
     return tally
+
+
+def _note_experts(
+    tally: Tally,
+    what: str,
+    op: Callable[..., Tensor],
+    place: torch.device,
+    experts: Sequence[Weight],
+    x: Tensor,
+    relative: float,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Compare the rows of each expert with their bound, and those of none with 0."""
+    args = x.to(place), *experts_args([expert.to(str(place)) for expert in experts], OFFSETS)
+    try:
+        out, again = op(*args), op(*args)
+    except ValueError as error:
+        if "cannot compute these arguments" not in str(error):
+            raise
+        tally.refused += 1
+        return
+    outside = torch.cat([out[: OFFSETS[0]], out[OFFSETS[-1] :]])
+    tally.note_bits(f"{what}, rows of none", outside, torch.zeros_like(outside))
+    for i, (expert, (start, stop)) in enumerate(zip(experts, itertools.pairwise(OFFSETS), strict=True)):
+        if start < stop:
+            rows, W = slice(start, stop), expert.dense.t() if transposed else expert.dense
+            tally.note(f"{what} expert {i}", expert.case.bits, out[rows], again[rows], x[rows], W, relative)
 
 
 def _note_shuffles(tally: Tally, ops: Any, weight: Weight, case: Case) -> None:
