@@ -6,6 +6,7 @@ tail, a race or a value that is read twice shows in it, whatever the error bound
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import exllama_ops
 from conformance.backends import CPU_ISAS
 from conformance.conftest import cpu_isa
-from conformance.weights import DTYPES, Case, build
+from conformance.weights import DTYPES, Case, build, build_experts, experts_args
 
 PRECISIONS = ("highest", "high", "medium")
 THREADS = (1, 2, 5)
@@ -83,3 +84,19 @@ def test_results_do_not_depend_on_isa_threads_or_tokens(case: Case, precision: s
                     assert_same(products(case, dtype), expected, f"{isa}, {threads} threads, {dtype}")
                 for M in TOKENS:
                     assert_same(products(case, dtype, M), expected, f"{isa}, M={M}, {dtype}")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_experts_that_are_packed_in_several_batches_have_the_bits_of_gemm(precision: str) -> None:
+    """A batch is as many experts as 1 MiB of packed x for each thread has, or one that has more alone."""
+    exllama_ops.set_cpu_matmul_precision(precision)
+    counts = [700, 0, 5, 120, 90, 1100, 3, 0, 400]
+    offsets = tuple(itertools.accumulate(counts, initial=0))
+    experts = build_experts(Case(4, 1024, 72, 128, "perm"), len(counts))
+    x = torch.randn(offsets[-1], 1024, generator=torch.Generator().manual_seed(5)).half()
+    x[::50, 7] = torch.inf
+    torch.set_num_threads(2)
+    out = torch.ops.exllama.gptq_moe_gemm(x, *experts_args(experts, offsets))
+    for expert, (start, stop) in zip(experts, itertools.pairwise(offsets), strict=True):
+        alone = torch.ops.exllama.gptq_gemm(x[start:stop], *expert.args)
+        assert torch.equal(out[start:stop].view(torch.int16), alone.view(torch.int16))
