@@ -1,10 +1,10 @@
 // Runs gemm by the kernel of its config, and adds up the splits.
 #include <algorithm>
 
+#include "add_splits.cuh"
 #include "gather.h"
 #include "gemm_kernels.h"
 #include "launch.h"
-#include "split_k.cuh"
 
 namespace exllama::cuda {
 

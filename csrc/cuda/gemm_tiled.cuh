@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kTiledThreads, bits == 8 && !transposed ? 2 : 
   float sums[4][4] = {};
   for (int64_t first_term = 0; first_term < end_term; first_term += kTiledTerms) {
     __syncthreads();  // the last tiles have been read
-    // A thread has 8 loads. All at once they need too many registers, on sm_120 if transposed, and before sm_75.
-#pragma unroll(transposed ? 2 : 4)
+    // A thread has 8 loads. More than two at once need too many registers on sm_120, and all of them before sm_75.
+#pragma unroll 2
     for (int i = threadIdx.x; i < kTiledRows * kTiledTerms; i += kTiledThreads) {
       const int row = i / kTiledTerms, term = i % kTiledTerms;
       const int64_t m = first_row + row, at = first_term + term;

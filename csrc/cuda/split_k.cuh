@@ -1,4 +1,5 @@
-// The second step of a gemm whose sums were split along K: by the last thread block of a tile, or by a kernel.
+// The second step of a gemm whose sums were split along K: by the last thread block of a tile, or by the kernel of
+// add_splits.cuh.
 //
 // A kernel that splits K writes its sums to splits.partials, from all its thread blocks (tile, split). Where there are
 // tickets it calls add_splits_of_tile then, and its product is done in one launch. Any kernel can: it says which numbers
@@ -6,12 +7,9 @@
 // bits, whichever thread block is the last.
 #pragma once
 
-#include "numbers.cuh"
 #include "splits.h"
 
 namespace exllama::cuda {
-
-inline constexpr int kSplitThreads = 256;
 
 // The sum of a number's partials, which lie `stride` apart. They are in L2, where other SMs have written them.
 static __device__ inline float sum_of_splits(const float* partials, int64_t stride, unsigned split_k) {
@@ -49,12 +47,6 @@ __device__ __forceinline__ void add_splits_of_tile(const Splits& splits, int64_t
     const int64_t at = (first_row + i / kTileColumns) * columns + first_column + i % kTileColumns;
     store(at, sum_of_splits(splits.partials + at, M * columns, gridDim.y));
   }
-}
-
-// out (elements,) = the sum of partials (split_k, elements) over the splits.
-static __global__ void add_splits(const float* partials, int split_k, int64_t elements, void* out, DType dtype) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
-  if (i < elements) store_number(sum_of_splits(partials + i, elements, split_k), out, dtype, i);
 }
 
 }  // namespace exllama::cuda

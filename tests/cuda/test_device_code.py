@@ -21,13 +21,13 @@ pytestmark = pytest.mark.slow
 # One kernel of each kind and width; those that nvcc compiles from the .cu files differ in types alone.
 KERNELS = """
 #include "cuda/add_limbs.cuh"
+#include "cuda/add_splits.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/gather.cuh"
 #include "cuda/gemm_mma.cuh"
 #include "cuda/gemm_scalar.cuh"
 #include "cuda/gemm_tiled.cuh"
 #include "cuda/shuffle.cuh"
-#include "cuda/split_k.cuh"
 using namespace exllama::cuda;
 #define INSTANTIATE(bits, shuffled) \\
   template __global__ void gemm_scalar<bits, shuffled, 1>( \\
