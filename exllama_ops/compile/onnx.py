@@ -135,7 +135,7 @@ def _constant(module: GraphModule, user: Node, node: Node) -> Tensor:
 
 def _product(weight: Weight) -> nn.Module:
     q = unpack_rows(weight.qweight, weight.bits, "shuffled" if weight.shuffled else "checkpoint")
-    zeros, scales = unpack_zeros(weight.qzeros, weight.bits, zero_offset=weight.zero_offset), weight.scales
+    zeros, scales = unpack_zeros(weight.qzeros, weight.bits, use_v2_format=weight.zero_offset == 0), weight.scales
     K, G, size = weight.K, weight.G, weight.group_size or weight.K // weight.G
     block = min(size & -size, _LARGEST_BLOCK)
     largest = max(2**weight.bits - 1, int(zeros.max()))

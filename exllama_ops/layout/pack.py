@@ -90,15 +90,15 @@ def unpack_columns(words: Tensor, bits: int) -> Tensor:
     return unpack_rows(words.t(), bits).t().contiguous()
 
 
-def unpack_zeros(qzeros: Tensor, bits: int, *, zero_offset: int) -> Tensor:
-    """Zero points ``z = stored + zero_offset``, not wrapped into bits: v1 stored 15 is zero 16.
+def unpack_zeros(qzeros: Tensor, bits: int, use_v2_format: bool) -> Tensor:
+    """Zero points ``z = stored + (0 if use_v2_format else 1)``, not wrapped into bits: v1 stored 15 is zero 16.
 
     Args:
         qzeros: (G, N * bits / 32) int32.
         bits: 2, 3, 4 or 8.
-        zero_offset: 0 if the stored field is the zero point itself (v2), 1 if it is the zero point minus one (v1).
+        use_v2_format: whether the stored field is the zero point itself; else it is the zero point minus one (v1).
 
     Returns:
         (G, N) int32, in [0, 2**bits].
     """
-    return unpack_columns(qzeros, bits) + zero_offset
+    return unpack_columns(qzeros, bits) + (0 if use_v2_format else 1)

@@ -27,7 +27,7 @@ def gptq_dequantize(weight: Weight) -> Tensor:
 def dequantize_rows(weight: Weight, dtype: torch.dtype) -> Tensor:
     """W in ``dtype``, its rows in the order in which qweight stores them (sorted by group if there is a perm)."""
     q = unpack_rows(weight.qweight, weight.bits, "shuffled" if weight.shuffled else "checkpoint")
-    z = unpack_zeros(weight.qzeros, weight.bits, zero_offset=weight.zero_offset)
+    z = unpack_zeros(weight.qzeros, weight.bits, use_v2_format=weight.zero_offset == 0)
     groups = weight.row_groups()
     centered = q - z.index_select(0, groups)
     return centered.to(dtype) * weight.scales.to(dtype).index_select(0, groups)

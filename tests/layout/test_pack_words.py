@@ -121,15 +121,15 @@ def test_unpack_columns_equals_slow_loops(bits, blocks, other):
 def test_v2_zero_is_the_stored_field_and_v1_zero_is_one_more_without_wrapping(bits, blocks, other):
     qzeros = random_words(bits, blocks, other).t().contiguous()
     stored = [slow_words.unpack(row, bits) for row in slow_words.columns(qzeros.t())]
-    assert unpack_zeros(qzeros, bits, zero_offset=0).tolist() == stored
-    assert unpack_zeros(qzeros, bits, zero_offset=1).tolist() == [[field + 1 for field in row] for row in stored]
+    assert unpack_zeros(qzeros, bits, use_v2_format=True).tolist() == stored
+    assert unpack_zeros(qzeros, bits, use_v2_format=False).tolist() == [[field + 1 for field in row] for row in stored]
 
 
 @every_width
 def test_v1_stored_maximum_is_zero_two_to_the_bits(bits):
     all_ones = torch.full((1, slow_words.BLOCK_WORDS[bits]), -1, dtype=torch.int32)
-    assert set(unpack_zeros(all_ones, bits, zero_offset=1).flatten().tolist()) == {2**bits}
-    assert set(unpack_zeros(all_ones, bits, zero_offset=0).flatten().tolist()) == {2**bits - 1}
+    assert set(unpack_zeros(all_ones, bits, use_v2_format=False).flatten().tolist()) == {2**bits}
+    assert set(unpack_zeros(all_ones, bits, use_v2_format=True).flatten().tolist()) == {2**bits - 1}
 
 
 @every_width

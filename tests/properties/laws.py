@@ -178,7 +178,7 @@ def stored_weight(
         scales=scales,
         row_order=row_order,
         q=unpack_rows(qweight, bits, "shuffled" if shuffled else "checkpoint")[rows],
-        z=unpack_zeros(qzeros, bits, zero_offset=0 if v2 else 1),
+        z=unpack_zeros(qzeros, bits, use_v2_format=v2),
         groups=row_order.long() if is_raw else rows // size,
     )
 
