@@ -108,10 +108,9 @@ struct KernelShape {
 };
 
 // W comes from DRAM once, and so does that of each expert with rows, since the thread blocks of a tile of columns follow
-// one another. x comes from L2 for every
-// tile of columns. By an order of rows each number lies in a sector of its own, and another kernel gathers many rows of x
-// before. Sums of a split K are written to L2, and added up by the last thread block of a tile. For many tiles another
-// kernel does it.
+// one another. x comes from L2 for every tile of columns. By an order of rows each number lies in a sector of its own, and
+// another kernel gathers many rows of x before. Sums of a split K are written to L2, and added up by the last thread block
+// of a tile. For many tiles another kernel does it.
 constexpr Estimate kernel_estimate(const Problem& p, const Config& config, const KernelShape& shape) {
   const int64_t passes = row_tiles(p, config.rows), tiles = divide_up(p.N, shape.columns);
   const auto times = static_cast<double>(passes), column_tiles = static_cast<double>(tiles);

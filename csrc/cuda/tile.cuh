@@ -14,27 +14,29 @@ struct RowsOfTile {
 inline constexpr int kMaxWarps = 8;  // of a thread block that looks for its expert
 
 // Finds the rows of a tile of `rows` rows by the offsets, which are checked: offsets that decrease, or leave [0, M], stop
-// the kernel. All threads of a thread block call it, and all get the same. A thread counts the tiles of some runs; a scan
-// over the threads says whose runs have the tile.
+// the kernel. All threads of a thread block call it, and all get the same. A thread counts the tiles of some runs. A scan
+// over the threads says whose runs have the tile. The offsets are what the kernel before may have written.
 static __device__ inline RowsOfTile rows_of_tile(const Experts& experts, int64_t M, uint32_t tile, int rows) {
   __shared__ uint32_t s_tiles_of_warps[kMaxWarps];
   __shared__ RowsOfTile s_found;
   const int count = static_cast<int>(experts.count), runs = count + 2, threads = blockDim.x, thread = threadIdx.x;
   const int each = (runs + threads - 1) / threads, first_run = min(thread * each, runs);
   const int end_run = min(first_run + each, runs);
-  const auto start_of = [&](int run) { return run == 0 ? 0 : run > count + 1 ? M : __ldg(experts.offsets + run - 1); };
+  const auto start_of = [&](int run) { return run == 0 ? 0 : run > count + 1 ? M : experts.offsets[run - 1]; };
   const auto tiles_of = [&](int64_t start, int64_t end) {
     return static_cast<uint32_t>((end - start + rows - 1) / rows);
   };
 
   uint32_t tiles = 0;
+  bool ascend = true;
   int64_t start = start_of(first_run);
   for (int run = first_run; run < end_run; ++run) {
     const int64_t end = start_of(run + 1);
-    if (start > end) __trap();
+    ascend &= start <= end;
     tiles += tiles_of(start, end);
     start = end;
   }
+  if (!ascend) __trap();   // not in the loop, where the next load would wait for it
   uint32_t up_to = tiles;  // and this thread's
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -46,8 +48,7 @@ static __device__ inline RowsOfTile rows_of_tile(const Experts& experts, int64_t
   for (int warp = 0; warp < thread / 32; ++warp) up_to += s_tiles_of_warps[warp];
 
   if (thread == threads - 1 && tile >= up_to) s_found = {M, M, -1};
-  uint32_t left =
-      tile - (up_to - tiles);  // of the tiles before it in this thread's runs, if there are fewer than these
+  uint32_t left = tile - (up_to - tiles);  // tiles before it in this thread's runs, if it is one of them
   if (left < tiles) {
     int run = first_run;
     start = start_of(run);

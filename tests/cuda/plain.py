@@ -221,21 +221,24 @@ def _as_c(value: Any) -> Any:
 def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tuple[str, str]]) -> dict[str, Array]:
     """The results of all ops; products for one row of x and for all, of one part and of all. K is split for all rows.
 
+    Of experts there are products and gradients.
+
     Args:
         ops: of the weights.
         inputs: "x" and "grad" of each dtype, such as "x float16".
         products: algorithms and dtypes.
     """
-    results = {"dequantize": ops.dequantize()}
+    of_experts = ops.offsets.size > 0
+    results = {} if of_experts else {"dequantize": ops.dequantize()}
     for name, array in inputs.items():
         if name.startswith("grad "):
             results[name] = ops.gemm_dx(array)
     for (algorithm, dtype), count in itertools.product(products, sorted({1, len(ops.parts)})):
         x = inputs[f"x {dtype}"]
-        for M in (1, len(x)):
+        for M in (len(x),) if of_experts else (1, len(x)):
             splits = 2 if M > 1 else None
             results[f"{algorithm} {dtype} {M} {count}"] = ops.gemm(x[:M], algorithm, count=count, splits=splits)
-    if ops.weights[0].shuffled:
+    if ops.weights[0].shuffled and not of_experts:
         results["unshuffle"] = ops.unshuffle(ops.parts[0]["qweight"], ops.parts[0]["row_order"])
         results["shuffle"] = results["unshuffle"].copy()
         ops.shuffle(results["shuffle"], ops.parts[0]["row_order"])
@@ -243,21 +246,27 @@ def every_call(ops: PlainOps, inputs: Mapping[str, Array], products: Sequence[tu
 
 
 def save(
-    path: Path, parts: Sequence[Mapping[str, Any]], inputs: Mapping[str, Array], products: Sequence[tuple[str, str]]
+    path: Path,
+    parts: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Array],
+    products: Sequence[tuple[str, str]],
+    offsets: Array = NO_OFFSETS,
 ) -> None:
     """The arrays of a run of this file as a program."""
     of_parts = {f"{i} {name}": value for i, part in enumerate(parts) for name, value in part.items()}
-    np.savez(path, **of_parts, **inputs, products=np.array(products))
+    np.savez(path, **of_parts, **inputs, products=np.array(products), offsets=offsets)
 
 
 def main(library: str, arrays: str, results: str) -> None:
     given = dict(np.load(arrays))
     products = [(str(algorithm), str(dtype)) for algorithm, dtype in given.pop("products")]
+    offsets = given.pop("offsets")
     parts: dict[str, dict[str, Array]] = {}
     for key in [key for key in given if key[0].isdigit()]:
         index, name = key.split()
         parts.setdefault(index, {})[name] = given.pop(key)
-    np.savez(results, **every_call(PlainOps(Emulator(Path(library)), list(parts.values())), given, products))
+    ops = PlainOps(Emulator(Path(library)), list(parts.values()), offsets=offsets)
+    np.savez(results, **every_call(ops, given, products))
 
 
 if __name__ == "__main__":

@@ -350,11 +350,10 @@ def test_a_launch_without_tickets_is_told_so() -> None:
     emulator.destroy_graph(3000)
 
 
-def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: list[tuple[str, str]]) -> None:
-    """Every call in a process of its own, which must be silent, and right."""
-    parts, given = parts_of(case), inputs(case)
+def run_under(sanitize: str, arch: int, folder: Path, *saved: Any) -> dict[str, Array]:
+    """The results of every call, in a process of its own, which must be silent; `saved` are the arguments of `save`."""
     arrays, results = folder / "arrays.npz", folder / "results.npz"
-    save(arrays, [described(part) for part in parts], given, all_products)
+    save(arrays, *saved)
     library = emulated.plain_library(arch, sanitize)
     environment = {
         **sanitizer_environment(sanitize),
@@ -365,7 +364,7 @@ def run_under(sanitize: str, arch: int, case: Case, folder: Path, all_products: 
     command = [sys.executable, "-m", "cuda.plain", str(library), str(arrays), str(results)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr[:6000]) == (0, "")
-    check(dict(np.load(results)), parts, given, all_products)
+    return dict(np.load(results))
 
 
 @pytest.mark.slow
@@ -375,7 +374,9 @@ def test_thread_sanitizer_is_silent(bits: int, order: str, tmp_path: Path) -> No
     """No missing barrier, and no blocks that meet in memory."""
     case = case_of(bits, order)
     # bfloat16 takes mma kernels of its own, whose barriers are the same.
-    run_under("thread", 80, case, tmp_path, [p for p in products(case, 80) if p != ("mma", "bfloat16")])
+    some = [product for product in products(case, 80) if product != ("mma", "bfloat16")]
+    parts, given = parts_of(case), inputs(case)
+    check(run_under("thread", 80, tmp_path, [described(part) for part in parts], given, some), parts, given, some)
 
 
 # --- offsets
