@@ -59,6 +59,12 @@ u64 matched(const Exchange& exchange) { return static_cast<u64>(exchange.in[1]) 
 
 }  // namespace
 
+Shuffled shfl(Thread& thread, Combine combine, u32 value, u32 lane, u32 clamp, u32 mask, u32 site) {
+    Exchange exchange{{value, lane, clamp}, {}};
+    collective(thread, mask, site, exchange, combine);
+    return {exchange.out[0], exchange.out[1] != 0};
+}
+
 void combine_shfl_up(Exchange* const lanes[kWarp], u32 mask) { shuffle<Mode::up>(lanes, mask); }
 void combine_shfl_down(Exchange* const lanes[kWarp], u32 mask) { shuffle<Mode::down>(lanes, mask); }
 void combine_shfl_bfly(Exchange* const lanes[kWarp], u32 mask) { shuffle<Mode::bfly>(lanes, mask); }

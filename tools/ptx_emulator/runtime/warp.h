@@ -28,11 +28,9 @@ struct Shuffled {
     u32 value;
     bool in_range;
 };
-EMU_INLINE Shuffled shfl(Thread& thread, Combine combine, u32 value, u32 lane, u32 clamp, u32 mask, u32 site) {
-    Exchange exchange{{value, lane, clamp}, {}};
-    collective(thread, mask, site, exchange, combine);
-    return {exchange.out[0], exchange.out[1] != 0};
-}
+// It is no part of the kernels: ThreadSanitizer would take an exchange for memory that thread blocks share, since the
+// threads of the next one have the same stacks.
+Shuffled shfl(Thread& thread, Combine combine, u32 value, u32 lane, u32 clamp, u32 mask, u32 site);
 EMU_INLINE u32 ballot(Thread& thread, bool predicate, u32 mask, u32 site) {
     Exchange exchange{{predicate}, {}};
     collective(thread, mask, site, exchange, combine_ballot);
