@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from exllama_ops.backends.triton import dequantize, gemm, gemm_dx, moe_gemm, shuffle, tiles
+from exllama_ops.backends.triton import dequantize, gemm, gemm_dx, moe_gemm, shuffle, splits, tiles
 from exllama_ops.backends.triton.launch import compile_options
 from exllama_ops.layout.formats import FORMATS
 
@@ -38,7 +38,7 @@ class Variant:
         num_stages: steps whose loads are under way at once.
         weights: that a thread takes in a round of its loop.
         dtype: of x or grad.
-        out: the dtype of the result.
+        out: the dtype of the result, None for that of x or grad.
         size: K and N.
         parts: how many weights share a launch of gptq_gemm_multi.
     """
@@ -50,7 +50,7 @@ class Variant:
     num_stages: int = 1
     weights: float = 0
     dtype: torch.dtype = torch.float16
-    out: torch.dtype = torch.float32
+    out: torch.dtype | None = None
     size: int = 4096
     parts: int = 1
 
@@ -58,12 +58,16 @@ class Variant:
     def uses_matrix_units(self) -> bool:
         return self.name.startswith("dot-")
 
+    @property
+    def takes_tickets(self) -> bool:
+        return "tickets_ptr" in self.kernel.arg_names and "tickets_ptr" not in self.constants
+
 
 def variants(arch: str, bits: int) -> Iterator[Variant]:
     """Every kernel for a class of devices and a width, in every tile of the table; with 4 bits, every option too."""
     values = FORMATS[bits].block_values
     weight = {"BITS": bits, "SHUFFLED": True, "ZERO_OFFSET": 0, "HAS_ROW_ORDER": False, "GROUPS_OF": "tile"}
-    one = {"expert_offsets_ptr": None, "E": 0}
+    one, whole = {"expert_offsets_ptr": None, "E": 0}, splits.arguments_of_splits(None, None)[1]
     experts = {"E": 128}
     raw = {"SHUFFLED": False, "HAS_ROW_ORDER": True, "GROUPS_OF": "row"}
 
@@ -71,7 +75,10 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
         sizes = {"BLOCK_M": tile.block_m, "BLOCK_B": rows // values, "BLOCK_N": tile.block_n}
         weights = rows * tile.block_n / (32 * tile.num_warps)
         of_variant = {key: options.pop(key) for key in ("dtype", "out", "size", "parts") if key in options}
-        constants = {**weight, **options, **sizes}
+        form = name.partition("-")[0]
+        has_tickets = arch not in ("cdna", "rdna") and form != "dx" and tiles.adds_splits(form, tile)
+        tickets = {} if has_tickets else {"tickets_ptr": None}
+        constants = {**weight, **options, **sizes, **(tickets if "tickets_ptr" in kernel.arg_names else {})}
         return Variant(name, kernel, constants, tile.num_warps, tile.num_stages, weights, **of_variant)
 
     def gemv(name: str, M: int, **options: Any) -> Variant:
@@ -95,7 +102,7 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     def dx(name: str, **options: Any) -> Variant:
         plan = tiles.plan_dx(bits, tiles.Device(arch, 1))
         tile = plan.tile._replace(block_n=plan.step)
-        options = {"FILLED": False} | (experts if name.endswith("experts") else one) | options
+        options = {"FILLED": False, "out": torch.float32} | (experts if name.endswith("experts") else one) | options
         return product(f"dx-{name}", gemm_dx.gemm_dx_kernel, plan.tile.block_n, tile, **options)
 
     def dequantized(name: str, **options: Any) -> Variant:
@@ -141,11 +148,11 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     yield gemv("raw", 1, **raw)
     yield gemv("tile-bf16", 4, dtype=torch.bfloat16)
     yield gemv("block-fp32", 4, GROUPS_OF="block", dtype=torch.float32)
-    yield gemv("tile-v1-to-fp16", 1, ZERO_OFFSET=1, out=torch.float16)
+    yield gemv("tile-v1-whole-K", 1, ZERO_OFFSET=1, **whole)
     yield gemv("tile-odd", 1, size=4104)
     if has_matrix_units:
-        yield dot("-v1-to-fp16", 16, widest, ZERO_OFFSET=1, out=torch.float16)
-        yield dot("-v1-to-bf16", 16, widest, torch.bfloat16, ZERO_OFFSET=1, out=torch.bfloat16)
+        yield dot("-v1-whole-K", 16, widest, ZERO_OFFSET=1, **whole)
+        yield dot("-v1-whole-K", 16, widest, torch.bfloat16, ZERO_OFFSET=1, **whole)
         yield dot("-odd", 16, widest, size=4104)
     yield float_dot("block", HAS_ROW_ORDER=True)
     yield gemv("raw-experts", 1, **raw)
@@ -162,7 +169,7 @@ def variants(arch: str, bits: int) -> Iterator[Variant]:
     yield reordered("unshuffle", True, False, False)
     yield reordered("unshuffle-rows", False, False, True)
     for parts in (1, 3):
-        yield Variant(f"add_splits-{parts}parts", gemm.add_splits_kernel, {"BLOCK": gemm.ADD_BLOCK}, parts=parts)
+        yield Variant(f"add_splits-{parts}parts", splits.add_splits_kernel, {"BLOCK": splits.ADD_BLOCK}, parts=parts)
 
 
 def in_tile(variant: Variant, tile: tiles.Tile) -> Variant:
@@ -214,7 +221,12 @@ def targeting(target: GPUTarget) -> Iterator[None]:
 
 def arguments_of(variant: Variant) -> dict[str, Any]:
     """What a launch of the variant gives its kernel beside constants: tensors without memory, and sizes."""
-    dtypes = {"x_ptr": variant.dtype, "grad_ptr": variant.dtype, "scales_ptr": torch.float16, "out_ptr": variant.out}
+    dtypes = {
+        "x_ptr": variant.dtype,
+        "grad_ptr": variant.dtype,
+        "scales_ptr": torch.float16,
+        "out_ptr": variant.out or variant.dtype,
+    }
     dtypes |= {"partials_ptr": torch.float32}
     arguments: dict[str, Any] = {}
     for name in variant.kernel.arg_names:
@@ -230,7 +242,7 @@ def arguments_of(variant: Variant) -> dict[str, Any]:
     return arguments
 
 
-_OF_PARTS = (gemm.gemv_kernel, gemm.dot_kernel, gemm.add_splits_kernel)
+_OF_PARTS = (gemm.gemv_kernel, gemm.dot_kernel, splits.add_splits_kernel)
 
 
 def compile_variant(variant: Variant, backend: str, arch: Any, warp_size: int) -> Any:

@@ -19,11 +19,11 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, triton_cache: Path) -> Iterator[Any]:
     """An `EmulatedDriver`, on which kernels are launched; fresh memory is poisoned."""
-    from exllama_ops.backends.triton import gemm, gemm_dx, tiles
+    from exllama_ops.backends.triton import gemm, gemm_dx, moe_gemm, tiles
     from triton_backend.emulated import A100, emulated_device
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(triton_cache))
-    for module in (tiles, gemm, gemm_dx):
+    for module in (tiles, gemm, gemm_dx, moe_gemm):
         monkeypatch.setattr(module, "device_of", lambda device: A100)
     torch.use_deterministic_algorithms(True)
     with emulated_device() as emulated:

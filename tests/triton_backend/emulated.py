@@ -47,6 +47,7 @@ class EmulatedDriver:
         launches: the names of the kernels that were launched.
         truncates: whether matrix instructions cut sums off.
         only_last_block: whether of a launch the last block alone runs.
+        order: in which the blocks run, and its seed.
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,7 @@ class EmulatedDriver:
         self.launches: list[str] = []
         self.truncates = False
         self.only_last_block = False
+        self.order = ("ascending", 0)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", ARCH, 32)
@@ -88,6 +90,7 @@ class EmulatedDriver:
                 emulator.set_device(replace(a100, shared_per_block=a100.shared_per_block_optin))
             emulator.set_mma(truncates=self.truncates)
             emulator.set_only_last_block(self.only_last_block)
+            emulator.set_order(*self.order)
             values: list[Any] = []
             ranges = []
 
@@ -122,6 +125,7 @@ def emulated_device() -> Iterator[EmulatedDriver]:
     device = _device()
     device.launches.clear()
     device.truncates = device.only_last_block = False
+    device.order = ("ascending", 0)
     driver.set_active(device)
     try:
         yield device

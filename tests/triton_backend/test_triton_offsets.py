@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from conformance.weights import Case, Weight, build
 from cuda.plain import sparse
-from exllama_ops.backends.triton import gemm, gemm_dx, ops, shuffle, tiles
+from exllama_ops.backends.triton import gemm, gemm_dx, ops, shuffle, splits, tiles
 from exllama_ops.layout.weight import Weight as Packed
 from exllama_ops.testing.bounds import assert_within_bound
 from ptx_emulator.emulator import reasons_against
@@ -96,11 +96,7 @@ def test_sums_of_splits(last_block: EmulatedDriver) -> None:
     elements = BEYOND + 4
     partials, out = zeros(2, elements, dtype=np.float32), zeros(elements, dtype=np.float16)
     partials[:, -4:] = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
-    sizes = {"elements": elements, "N": (4,), **{f"splits_{part}": 2 for part in range(gemm.PARTS)}}
-    grid = (-(-elements // gemm.ADD_BLOCK),)
-    gemm.launch(
-        gemm.add_splits_kernel, grid, {"partials_ptr": partials, "out_ptr": out}, sizes, {"BLOCK": gemm.ADD_BLOCK}
-    )
+    splits.add_splits(partials, out, (4,), [2])
     assert out[-4:].tolist() == [11, 22, 33, 44]
 
 

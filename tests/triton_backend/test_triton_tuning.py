@@ -51,8 +51,7 @@ def record(kernel, grid, tensors, sizes, constants, **options):
     elif kernel is gemm_dx.gemm_dx_kernel:
         launched.append(("gptq_gemm_dx", constants["BLOCK_M"], 8 * constants["BLOCK_B"], *options.values()))
     launch(kernel, grid, tensors, sizes, constants, **options)
-    if kernel is not gemm.add_splits_kernel:
-        partials.append(tensors["out_ptr"])
+    partials.append(tensors.get("partials_ptr", tensors["out_ptr"]))
 
 def time_ms(run):
     run()

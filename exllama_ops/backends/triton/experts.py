@@ -55,15 +55,17 @@ def place_of(
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> tl.tuple:
-    """The split, the expert, the first row and the row after the last, of a program among those of one tile of columns.
+    """The split, the tile of rows, the expert, the first row and the row after the last, of a program for some columns.
 
     One weight has a program for each tile of rows and each split, in this order. Experts have it the other way round:
     programs without rows come last.
     """
     if E == 0:
-        return program // row_tiles, 0, (program % row_tiles).to(tl.int64) * BLOCK_M, M
+        tile = program % row_tiles
+        return program // row_tiles, tile, 0, tile.to(tl.int64) * BLOCK_M, M
     else:
-        return (program % splits,) + rows_of_tile(expert_offsets_ptr, program // splits, M, E, BLOCK_M)
+        tile = program // splits
+        return (program % splits, tile) + rows_of_tile(expert_offsets_ptr, tile, M, E, BLOCK_M)
 
 
 @triton.jit

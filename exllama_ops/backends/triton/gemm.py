@@ -1,4 +1,4 @@
-"""gptq_gemm: three kernels, and the sum of their parts where K is split. No atomics: a result repeats bit for bit.
+"""gptq_gemm: three kernels, in one launch where K is split too. A result repeats bit for bit.
 
 * gemv: few rows of x, multiplied and added in float32, in the layout in which the words were loaded. Each thread has
   sums of its own for its blocks of words, which are added up pairwise at the end.
@@ -19,19 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from exllama_ops.backends.batch_invariant import is_batch_invariant
-from exllama_ops.backends.triton.arguments import constants, constants_of_experts, offsets_of, sizes, without_order
+from exllama_ops.backends.triton.arguments import (
+    constants,
+    constants_of_experts,
+    offsets_of,
+    sizes,
+    without_order,
+)
 from exllama_ops.backends.triton.experts import place_of, pointers_of, row_tiles
 from exllama_ops.backends.triton.launch import kernel_dtype, launch
-from exllama_ops.backends.triton.tiles import Plan, Tile, check_width, device_of, plan_gemm
+from exllama_ops.backends.triton.splits import PARTS, add_splits, arguments_of_splits, of_each_part, store_tile, sum_of
+from exllama_ops.backends.triton.tickets import tickets_for
+from exllama_ops.backends.triton.tiles import Plan, Tile, adds_splits, check_width, device_of, plan_gemm
 from exllama_ops.backends.triton.tuned_tiles import tuned
 from exllama_ops.backends.triton.unpack import block_values, checked_rows, load_weights, rows_of
 from exllama_ops.layout.checks import check_gptq_gemm, check_gptq_gemm_multi
 from exllama_ops.layout.experts import Experts
 from exllama_ops.layout.weight import Parts, Weight, from_op_arguments
 
-# Parts of a gptq_gemm_multi in one launch: q, k and v, or gate and up. The kernels' arguments are counted by it.
-PARTS = 4
-ADD_BLOCK = 256
 _OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -65,32 +70,27 @@ def part_of(
     row_tiles: tl.tensor,
     BLOCK_N: tl.constexpr,
 ) -> tl.tuple:
-    """The part whose sums this program takes: its pointers, N and steps, the program's place, the columns before it.
+    """The part whose sums this program takes: its pointers, N and steps, the program's place, the columns and the tiles
+    before it.
 
     A part has a program for each tile of columns, of rows and each split, in this order.
     """
     qweight_ptr, qzeros_ptr, scales_ptr = qweight_ptrs[0], qzeros_ptrs[0], scales_ptrs[0]
     n, per_split = N[0], steps_per_split[0]
-    program, first_column = tl.program_id(0), 0
+    program, first_column, first_tile = tl.program_id(0), 0, 0
     for i in tl.static_range(1, len(N)):
-        programs = tl.cdiv(n, BLOCK_N) * row_tiles * tl.cdiv(steps, per_split)
+        tiles = tl.cdiv(n, BLOCK_N) * row_tiles
+        programs = tiles * tl.cdiv(steps, per_split)
         is_later = program >= programs
         program = tl.where(is_later, program - programs, program)
+        first_tile = tl.where(is_later, first_tile + tiles, first_tile)
         first_column = tl.where(is_later, first_column + n, first_column)
         qweight_ptr = tl.where(is_later, qweight_ptrs[i], qweight_ptr)
         qzeros_ptr = tl.where(is_later, qzeros_ptrs[i], qzeros_ptr)
         scales_ptr = tl.where(is_later, scales_ptrs[i], scales_ptr)
         n = tl.where(is_later, N[i], n)
         per_split = tl.where(is_later, steps_per_split[i], per_split)
-    return qweight_ptr, qzeros_ptr, scales_ptr, n, per_split, program, first_column
-
-
-@triton.jit
-def sum_of(values: tl.tuple) -> tl.tensor:
-    total = values[0]
-    for i in tl.static_range(1, len(values)):
-        total += values[i]
-    return total
+    return qweight_ptr, qzeros_ptr, scales_ptr, n, per_split, program, first_column, first_tile
 
 
 @triton.jit(do_not_specialize=["M", "G", "group_size", "steps_0", "steps_1", "steps_2", "steps_3"])
@@ -101,7 +101,9 @@ def gemv_kernel(
     scales_ptrs: tl.tuple,
     row_order_ptr: tl.tensor,
     expert_offsets_ptr: tl.tensor,  # (E + 1,), None if E is 0: of one weight, or of several that are parts
-    out_ptr: tl.tensor,  # (splits, M, all N)
+    out_ptr: tl.tensor,  # (M, all N)
+    partials_ptr: tl.tensor,  # (splits, M, all N), None if no part splits K
+    tickets_ptr: tl.tensor,  # (tiles,), None with it
     M: tl.tensor,
     K: tl.tensor,
     N: tl.tuple,
@@ -123,13 +125,13 @@ def gemv_kernel(
 ) -> None:
     VALUES: tl.constexpr = block_values(BITS)
     steps, row_tiles = tl.cdiv(K, BLOCK_B * VALUES), tl.cdiv(M, BLOCK_M)
-    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column = part_of(
+    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column, first_tile = part_of(
         qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
     )
     column_tiles = tl.cdiv(n, BLOCK_N)
     offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n
-    split, expert, first_m, end_m = place_of(
+    split, tile, expert, first_m, end_m = place_of(
         expert_offsets_ptr, program // column_tiles, row_tiles, tl.cdiv(steps, steps_per_split), M, E, BLOCK_M
     )
     if E > 0:
@@ -163,10 +165,16 @@ def gemv_kernel(
             for m in tl.static_range(BLOCK_M):
                 scaled = scaled + (tl.fma(sums[m], scales, totals[m]),)
             totals = scaled
+    sums = ()
     for m in tl.static_range(BLOCK_M):
-        ptrs = out_ptr + (split.to(tl.int64) * M + first_m + m) * sum_of(N) + first_column + offs_n[None, :]
-        mask = offs_n < tl.where(first_m + m < end_m, n, 0)
-        tl.store(ptrs, sum_blocks(totals[m]).to(out_ptr.dtype.element_ty), mask[None, :])
+        sums = sums + (sum_blocks(totals[m]),)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    store_tile(
+        out_ptr, partials_ptr, tickets_ptr, rows_of(sums, tl.float32, 1, BLOCK_N), offs_m, first_column + offs_n,
+        (offs_m < end_m)[:, None] & mask_n[None, :], M, sum_of(N),
+        first_tile + tile * column_tiles + program % column_tiles, split,
+        tl.cdiv(tl.cdiv(K, BLOCK_B * VALUES), steps_per_split),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "G", "group_size", "steps_0", "steps_1", "steps_2", "steps_3"])
@@ -177,7 +185,9 @@ def dot_kernel(
     scales_ptrs: tl.tuple,
     row_order_ptr: tl.tensor,
     expert_offsets_ptr: tl.tensor,  # (E + 1,), None if E is 0: of one weight, or of several that are parts
-    out_ptr: tl.tensor,  # (splits, M, all N)
+    out_ptr: tl.tensor,  # (M, all N)
+    partials_ptr: tl.tensor,  # (splits, M, all N), None if no part splits K
+    tickets_ptr: tl.tensor,  # (tiles,), None with it
     M: tl.tensor,
     K: tl.tensor,
     N: tl.tuple,
@@ -202,12 +212,12 @@ def dot_kernel(
     VALUES: tl.constexpr = block_values(BITS)
     BLOCK_K: tl.constexpr = BLOCK_B * VALUES
     steps, row_tiles = tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M)
-    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column = part_of(
+    qweight_ptr, qzeros_ptr, scales_ptr, n, steps_per_split, program, first_column, first_tile = part_of(
         qweight_ptrs, qzeros_ptrs, scales_ptrs, N, (steps_0, steps_1, steps_2, steps_3), steps, row_tiles, BLOCK_N
     )
     column_tiles = tl.cdiv(n, BLOCK_N)
     offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    split, expert, first_m, end_m = place_of(
+    split, tile, expert, first_m, end_m = place_of(
         expert_offsets_ptr, program // column_tiles, row_tiles, tl.cdiv(steps, steps_per_split), M, E, BLOCK_M
     )
     if E > 0:
@@ -231,37 +241,11 @@ def dot_kernel(
             total = tl.dot(x.to(OPERAND), w, total, input_precision="ieee")
         else:
             total = tl.fma(tl.dot(x.to(OPERAND), w, input_precision="ieee"), scales, total)
-    ptrs = out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * sum_of(N) + first_column + offs_n[None, :]
-    tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask_m[:, None] & mask_n[None, :])
-
-
-@triton.jit(do_not_specialize=["elements", "splits_0", "splits_1", "splits_2", "splits_3"])
-def add_splits_kernel(
-    partials_ptr: tl.tensor,  # (splits, M, all N), of which a part has only its own splits
-    out_ptr: tl.tensor,  # (M, all N)
-    elements: tl.tensor,
-    N: tl.tuple,
-    splits_0: tl.tensor,
-    splits_1: tl.tensor,
-    splits_2: tl.tensor,
-    splits_3: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """out = the sum of each part's splits, always from the first to the last."""
-    splits_of_part = (splits_0, splits_1, splits_2, splits_3)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < elements
-    splits, most, end = tl.where(mask, splits_0, 0), splits_0, N[0]
-    for i in tl.static_range(1, len(N)):
-        is_later = mask & (offs % sum_of(N) >= end)
-        splits = tl.where(is_later, splits_of_part[i], splits)
-        most, end = tl.maximum(most, splits_of_part[i]), end + N[i]
-    total = tl.load(partials_ptr + offs, mask, 0)
-    ptrs = partials_ptr + offs
-    for split in range(1, most):
-        ptrs += elements
-        total = tl.where(split < splits, total + tl.load(ptrs, split < splits, 0), total)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask)
+    store_tile(
+        out_ptr, partials_ptr, tickets_ptr, total, offs_m, first_column + offs_n, mask_m[:, None] & mask_n[None, :],
+        M, sum_of(N), first_tile + tile * column_tiles + program % column_tiles, split,
+        tl.cdiv(tl.cdiv(K, BLOCK_K), steps_per_split),
+    )  # fmt: skip
 
 
 def compute(
@@ -270,15 +254,21 @@ def compute(
     """``[x @ W[0], x @ W[1], ...]`` in one launch, each part by its plan, in one tile; M > 0.
 
     The parts share K, the groups, the options and the dtype of their scales; so their plans differ in the splits alone.
-    With a permutation, x has the columns of `in_order_of_rows`. The weights of
-    `experts` take the place of the one weight, which is that of any of them.
+    With a permutation, x has the columns of `in_order_of_rows`. The weights of `experts` take the place of the one
+    weight, which is that of any of them.
     """
     M, N = x.shape[0], tuple(weight.N for weight in weights)
     plan, weight = plans[0], weights[0]
     dtype = kernel_dtype(x.dtype)
     out = x.new_empty(M, sum(N), dtype=dtype)
-    most = max(plan.splits for plan in plans)
-    target = out if most == 1 else x.new_empty(most, *out.shape, dtype=torch.float32)
+    rows = row_tiles(M, experts.E if experts else 0, tile.block_m)
+    column_tiles = [triton.cdiv(n, tile.block_n) for n in N]
+    most, partials, tickets = max(plan.splits for plan in plans), None, None
+    if most > 1:
+        partials = x.new_empty(most, *out.shape, dtype=torch.float32)
+        if adds_splits(plan.form, tile):
+            tickets = tickets_for(x.device, rows * sum(column_tiles))
+    given, without = arguments_of_splits(partials, tickets)
     compiled_in = {
         "GROUPS_OF": plan.groups_of,
         "BLOCK_M": tile.block_m,
@@ -291,12 +281,11 @@ def compute(
         kernel = dot_kernel
         compiled_in["SCALED"] = plan.form == "float_dot"
         compiled_in["OPERAND"] = _OPERANDS[dtype if plan.form == "dot" else torch.float32]
-    tiles_and_splits = sum(triton.cdiv(N[i], tile.block_n) * plans[i].splits for i in range(len(N)))
     sources = weights if experts is None else [experts]
-    steps = _numbered("steps", [plan.steps_per_split for plan in plans])
+    steps = of_each_part("steps", [plan.steps_per_split for plan in plans])
     launch(
         kernel,
-        (tiles_and_splits * row_tiles(M, experts.E if experts else 0, tile.block_m),),
+        (rows * sum(column_tiles[i] * plans[i].splits for i in range(len(N))),),
         {
             "x_ptr": x,
             "qweight_ptrs": tuple(source.qweight for source in sources),
@@ -304,27 +293,17 @@ def compute(
             "scales_ptrs": tuple(source.scales for source in sources),
             "row_order_ptr": sources[0].row_order,
             **offsets_of(experts),
-            "out_ptr": target,
+            "out_ptr": out,
+            **given,
         },
         {"M": M, **sizes(weight), "N": N, **steps},
-        {**constants(weight), **constants_of_experts(experts), **compiled_in},
+        {**constants(weight), **constants_of_experts(experts), **without, **compiled_in},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if most > 1:
-        launch(
-            add_splits_kernel,
-            (triton.cdiv(out.numel(), ADD_BLOCK),),
-            {"partials_ptr": target, "out_ptr": out},
-            {"elements": out.numel(), "N": N, **_numbered("splits", [plan.splits for plan in plans])},
-            {"BLOCK": ADD_BLOCK},
-        )
+    if partials is not None and tickets is None:
+        add_splits(partials, out, N, [plan.splits for plan in plans])
     return out.to(x.dtype)
-
-
-def _numbered(name: str, of_parts: Sequence[int]) -> dict[str, int]:
-    """Arguments of their own: Triton would compile for what it sees in a tuple of integers."""
-    return {f"{name}_{i}": of_parts[i] if i < len(of_parts) else 1 for i in range(PARTS)}
 
 
 def in_order_of_rows(x: Tensor, plan: Plan, weight: Weight) -> Tensor:

@@ -57,7 +57,7 @@ def gemm_dx_kernel(
     BLOCK_K: tl.constexpr = BLOCK_B * VALUES
     row_tiles = tl.cdiv(K, BLOCK_K)
     first_block = tl.program_id(0) % row_tiles * BLOCK_B
-    _split, expert, first_m, end_m = place_of(
+    _split, _tile, expert, first_m, end_m = place_of(
         expert_offsets_ptr, tl.program_id(0) // row_tiles, tl.cdiv(M, BLOCK_M), 1, M, E, BLOCK_M
     )
     sum_columns, out_columns = N, in_features if FILLED else K

@@ -99,7 +99,7 @@ class Plan:
         tile: its tile.
         block_b: blocks of words in a step.
         groups_of: how far a group reaches in a step.
-        splits: parts of K, whose sums are added in a second kernel.
+        splits: parts of K, whose sums are added from the first to the last.
         steps_per_split: steps in each.
     """
 
@@ -168,6 +168,14 @@ def tile_of(form: str, arch: str, bits: int, M: int, groups_of: str) -> Tile:
         has_registers = arch != "rdna" and not (bits == 3 and groups_of == "row")
         return Tile(32, 64, 8 if bits == 3 else 4, 2 if has_registers else 1)
     return _DOT_TILES[arch, bits, bucket_of(M)]
+
+
+def adds_splits(form: str, tile: Tile) -> bool:
+    """Whether the last program of a tile adds up the splits: where the sums are few. A second kernel does it elsewhere.
+
+    In larger tiles the code would spill, and more rows of x take longer than a launch anyway.
+    """
+    return tile.block_m <= {"gemv": 1, "dot": 32, "float_dot": 0}[form]
 
 
 def dot_rows(weight: Weight) -> int | None:
