@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -187,7 +188,7 @@ def _errors(sizes: Sizes, layer: Layer) -> dict[str, float]:
 
 
 def _times(sizes: Sizes, layer: Layer, tokens: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds of each way, the least of the rounds, and its ratio to ours."""
+    """Milliseconds of each way, and their ratios to ours: medians of rounds."""
     from benchmarks.experts import CHOICES, FEW_TOKENS
     from benchmarks.quiet import Watch
     from benchmarks.timing import HostTimer, Runner, interleave
@@ -199,10 +200,12 @@ def _times(sizes: Sizes, layer: Layer, tokens: int, seconds: float) -> dict[str,
         timer.warm_up(runner, tokens)
     watch = Watch()
     samples = interleave(runners, dict, tokens=tokens, seconds=seconds, rounds=5, timer=timer)
-    ms = {name: 1000 * min(sample.seconds for sample in found) for name, found in samples.items()}
     return {
-        "ms": ms,
-        "of_ours": {name: time / ms[OURS] for name, time in ms.items()},
+        "ms": {name: 1000 * statistics.median(sample.seconds for sample in found) for name, found in samples.items()},
+        "of_ours": {
+            name: statistics.median(a.seconds / b.seconds for a, b in zip(found, samples[OURS], strict=True))
+            for name, found in samples.items()
+        },
         "load": watch.look().record(),
     }
 
@@ -214,8 +217,7 @@ def _table(result: Mapping[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}. "
         f"{BITS} bits, groups of {GROUP_SIZE}; x in bfloat16.",
-        "A time is the least of several rounds, and its ratio to ours is in brackets.",
-        "Errors are relative to float64 of the same experts.",
+        "In brackets is the ratio to ours. Errors are relative to float64 of the same experts.",
         "",
         f"| Model | Tokens | {' | '.join(f'{name}, ms' for name in names)} | quiet |",
         "|" + "---|" * (len(names) + 3),

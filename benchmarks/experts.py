@@ -195,11 +195,7 @@ def _times(
     seconds: float,
     measure_limits: Callable[[], Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Milliseconds of each way, and its ratio to ours.
-
-    A time is the least of the rounds, in each of which every way is timed once. It is one that nothing interrupted,
-    for long calls as for short ones.
-    """
+    """Milliseconds of each way: medians of rounds, in each of which every way is timed once; and of their ratios."""
     import statistics
 
     import torch
@@ -220,18 +216,21 @@ def _times(
     samples = interleave(runners, measure_limits, tokens=tokens, seconds=seconds, rounds=5, timer=timer)
     ours = samples[OURS]
     with_rows = statistics.mean(int((offsets.diff() > 0).sum()) for offsets in choices)
-    floor = min(_floor(projection, tokens, with_rows, sample.limits) for sample in ours)
-    ms = {name: 1000 * min(sample.seconds for sample in found) for name, found in samples.items()}
+    floors = [_floor(projection, tokens, with_rows, sample.limits) for sample in ours]
     return {
         **projection._asdict(),
         "tokens": tokens,
         "routing": routing,
         "experts_with_rows": with_rows,
         "rounds": len(ours),
-        "ms": ms,
-        "of_ours": {name: time / ms[OURS] for name, time in ms.items() if name != OURS},
-        "floor_ms": 1000 * floor,
-        "of_floor": 1000 * floor / ms[OURS],
+        "ms": {name: 1000 * statistics.median(sample.seconds for sample in found) for name, found in samples.items()},
+        "of_ours": {
+            name: statistics.median(a.seconds / b.seconds for a, b in zip(found, ours, strict=True))
+            for name, found in samples.items()
+            if name != OURS
+        },
+        "floor_ms": 1000 * statistics.median(floors),
+        "of_floor": statistics.median(floor / sample.seconds for floor, sample in zip(floors, ours, strict=True)),
         "load": watch.look(ours).record(),
     }
 
@@ -264,7 +263,7 @@ def _table(result: Mapping[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}. "
-        f"{BITS} bits, groups of {GROUP_SIZE}{order}; x in bfloat16. A time is the least of several rounds.",
+        f"{BITS} bits, groups of {GROUP_SIZE}{order}; x in bfloat16.",
         "`loop` calls `gptq_gemm` for each expert that has rows. `dense` is `torch._grouped_mm` of bfloat16 weights.",
         "The floor is reading weights from DRAM, or multiplying at the int16 peak of vector units, which AMX exceeds.",
         "",
