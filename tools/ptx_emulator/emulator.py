@@ -71,8 +71,8 @@ DEVICES = {
 class Recording:
     """The runtime calls between the begin and the end of `Emulator.record`, in order.
 
-    Each is a dict with `call` (launch, memset or memcpy), `stream` and `device`; a launch has `kernel`, `grid`, `block`
-    and `shared_bytes`, the others `to`, `bytes` and `value` or `from`.
+    Each is a dict with `call` (launch, memset or memcpy), `stream` and `device`. A launch has `kernel`, `grid`,
+    `block`, `shared_bytes`, and whether it `overlaps`; the others have `to`, `bytes` and `value` or `from`.
     """
 
     index: int

@@ -317,6 +317,13 @@ def _trap(e: Emitter, i: Instruction, m: Modifiers) -> str:
     return f'fault("{i.opcode} at line {i.line} of the PTX");'
 
 
+@handles("griddepcontrol")
+def _griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> str:
+    if m.one_of("wait", "launch_dependents") == "wait":
+        return "wait_for_grids_before(thread);"
+    return f"let_next_grid_begin(thread, {i.line});"
+
+
 @handles("nanosleep", "pragma")
 def _nothing(e: Emitter, i: Instruction, m: Modifiers) -> str:
     m.take("u32")

@@ -350,7 +350,7 @@ class Translation:
             f"const Gap gaps[] = {{{', '.join(f'{{{begin}, {end}}}' for begin, end in [*memory.gaps, (0, 0)])}}};",
             f'const Kernel kernel{{"{entry.name}", {identifier(entry.name)}, '
             f"parameters, {len(table)}, {memory.bytes}, {threads}, "
-            f"gaps, {len(memory.gaps)}, {memory.end - memory.bytes}}};",
+            f"gaps, {len(memory.gaps)}, {memory.end - memory.bytes}, {_version_of(self.module.target)}}};",
             "[[gnu::constructor]] void add() { add_kernel(&kernel); }",
             "}",
             "}  // namespace emu",
@@ -383,6 +383,11 @@ class Translation:
         yield from setup
         yield from emitter.body(self.path)
         yield "}"
+
+
+def _version_of(target: str) -> int:
+    """90 for sm_90 and sm_90a."""
+    return int(re.sub(r"\D", "", target))
 
 
 def _symbols(operands: list[Operand]) -> Iterator[Symbol]:

@@ -43,6 +43,7 @@ struct Call {
     u32 dynamic_shared_bytes = 0;
     cudaStream_t stream = nullptr;
     int device = 0;
+    bool overlaps = false;
     std::vector<unsigned char> parameters;
     u64 to = 0, from = 0, bytes = 0;
     int value = 0;
@@ -145,7 +146,7 @@ cudaError_t perform(const Call& call) {
     if (call.kind == "launch") {
         if (check_launch(call) != cudaSuccess) return cudaErrorLaunchFailure;
         run_grid(*call.kernel, call.grid, call.block, call.kernel->static_shared_bytes + call.dynamic_shared_bytes,
-                 call.parameters.data());
+                 call.parameters.data(), call.overlaps);
     } else if (call.kind == "memset") {
         memset(reinterpret_cast<void*>(call.to), call.value, call.bytes);
     } else {
@@ -161,7 +162,8 @@ cudaError_t enqueue(Call call) {
     return perform(call);
 }
 
-cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream,
+                   bool overlaps = false) {
     if (!kernel) return cudaErrorLaunchFailure;
     Call call;
     call.kind = "launch";
@@ -170,6 +172,7 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, void** arguments
     call.block = {block.x, block.y, block.z};
     call.dynamic_shared_bytes = static_cast<u32>(shared);
     call.stream = stream;
+    call.overlaps = overlaps;
     for (u32 i = 0; i < kernel->parameter_count; ++i) {
         const Parameter& parameter = kernel->parameters[i];
         call.parameters.resize(parameter.offset + parameter.bytes);
@@ -188,7 +191,8 @@ std::string as_json(const std::vector<Call>& calls) {
         if (c.kind == "launch") {
             out << ", \"kernel\": \"" << c.kernel->name << "\", \"grid\": [" << c.grid.x << ", " << c.grid.y << ", "
                 << c.grid.z << "], \"block\": [" << c.block.x << ", " << c.block.y << ", " << c.block.z
-                << "], \"shared_bytes\": " << c.kernel->static_shared_bytes + c.dynamic_shared_bytes;
+                << "], \"shared_bytes\": " << c.kernel->static_shared_bytes + c.dynamic_shared_bytes
+                << ", \"overlaps\": " << (c.overlaps ? "true" : "false");
         } else {
             out << ", \"to\": " << c.to << ", \"bytes\": " << c.bytes;
             if (c.kind == "memset") out << ", \"value\": " << c.value;
@@ -265,12 +269,16 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return launch(kernel_at(function), grid, block, arguments, shared, stream);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+    bool overlaps = false;
     for (unsigned i = 0; i < config->numAttrs; ++i) {
-        if (config->attrs[i].id != cudaLaunchAttributeIgnore)
-            return refuse("cudaLaunchKernelEx with launch attribute " + std::to_string(config->attrs[i].id));
+        const cudaLaunchAttribute& attribute = config->attrs[i];
+        if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+            overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
+        else if (attribute.id != cudaLaunchAttributeIgnore)
+            return refuse("cudaLaunchKernelEx with launch attribute " + std::to_string(attribute.id));
     }
     return launch(kernel_at(function), config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
-                  config->stream);
+                  config->stream, overlaps);
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
     Call call;
@@ -374,7 +382,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
     *attributes = {};
     attributes->sharedSizeBytes = kernel->static_shared_bytes;
     attributes->maxThreadsPerBlock = kernel->max_threads ? kernel->max_threads : 1024;
-    attributes->ptxVersion = attributes->binaryVersion = static_cast<int>(10 * device["cc_major"] + device["cc_minor"]);
+    attributes->ptxVersion = kernel->ptx_version;
+    attributes->binaryVersion = static_cast<int>(10 * device["cc_major"] + device["cc_minor"]);
     const auto allowed = dynamic_shared_allowed.find(kernel);
     attributes->maxDynamicSharedSizeBytes = static_cast<int>(
         allowed != dynamic_shared_allowed.end() ? allowed->second

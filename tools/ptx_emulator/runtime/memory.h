@@ -25,7 +25,7 @@ template <u32 Bytes> EMU_INLINE unsigned char* shared_at(u64 address, EMU_WHERE)
 void set_where(const char* file, int line);
 template <u32 Bytes> EMU_INLINE unsigned char* global_at(u64 address, EMU_WHERE) {
     check_alignment<Bytes>("global", address, file, line);
-    if (__builtin_expect(check_ranges, 0)) {
+    if (__builtin_expect(running.checks_global, 0)) {
         set_where(file, line);
         check_global(address, Bytes);
     }
@@ -118,7 +118,7 @@ template <u32 Bytes> EMU_INLINE void cp_async(Thread& thread, u64 to, u64 from, 
     check_alignment<Bytes>("global", from, file, line);
     unsigned char* target = shared_at<Bytes>(to, file, line);
     const auto* source = reinterpret_cast<const unsigned char*>(from);
-    if (check_ranges && from_bytes) {
+    if (running.checks_global && from_bytes) {
         set_where(file, line);
         check_global(from, from_bytes);
     }

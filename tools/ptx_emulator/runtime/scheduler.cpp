@@ -238,6 +238,8 @@ void next_fiber() {
 
 void fiber_main() {
     running.kernel->run(current->thread);
+    if (running.overlaps && !current->thread.has_waited)
+        fault("%s overlaps with the grid before, and a thread ends without griddepcontrol.wait", running.kernel->name);
 #ifdef EMU_TSAN
     __tsan_release(&end_address);
 #endif
@@ -261,8 +263,11 @@ void prepare(Fiber& fiber, u32 index, Extent block) {
 #ifdef EMU_ASAN
     __asan_unpoison_memory_region(fiber.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
-    fiber.thread = {
-        {index % block.x, index / block.x % block.y, index / (block.x * block.y)}, index % kWarp, index / kWarp, kFuel};
+    fiber.thread = {{index % block.x, index / block.x % block.y, index / (block.x * block.y)},
+                    index % kWarp,
+                    index / kWarp,
+                    kFuel,
+                    false};
     fiber.has_fenced = false;
     fiber.open_copies.clear();
     fiber.committed_copies.clear();
@@ -359,6 +364,9 @@ void bad_address(const char* problem, const char* space, u64 address, u32 bytes,
           static_cast<unsigned long long>(address), problem);
 }
 void check_global(u64 address, u32 bytes) {
+    if (running.overlaps && !current->thread.has_waited)
+        bad_address("comes before griddepcontrol.wait", "global", address, bytes, where_file, where_line);
+    if (!check_ranges) return;
     for (const std::vector<Range>* list : {&ranges, &variable_ranges}) {
         for (const Range& range : *list) {
             if (address >= range.begin && address + bytes <= range.end) return;
@@ -517,6 +525,14 @@ void atomic_is_done() {
     if (current->has_fenced) release(&fence_address);
 }
 
+// --- griddepcontrol
+void wait_for_grids_before(Thread& thread) { thread.has_waited = true; }
+// What begins then waits for this grid, and not for those before it.
+void let_next_grid_begin(const Thread& thread, u32 site) {
+    if (running.overlaps && !thread.has_waited)
+        fault("line %u: griddepcontrol.launch_dependents comes before griddepcontrol.wait", site);
+}
+
 // --- cp.async
 void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u32 bytes, u32 from_bytes) {
     const Unseen unseen;
@@ -555,7 +571,8 @@ const unsigned char* in_low_memory(const Kernel& kernel, const unsigned char* pa
     return static_cast<const unsigned char*>(low);
 }
 
-void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters) {
+void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters,
+              bool overlaps) {
     parameters = in_low_memory(kernel, parameters);
     const u64 blocks = u64(grid.x) * grid.y * grid.z;
     shared_bytes += kernel.gap_bytes;
@@ -582,7 +599,9 @@ void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes,
                    shared_bytes,
                    shared,
                    parameters,
-                   &kernel};
+                   &kernel,
+                   overlaps,
+                   overlaps || check_ranges};
         run_block(block, block_index);
         if (!fault_text.empty()) break;
     }

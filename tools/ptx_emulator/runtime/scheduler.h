@@ -22,6 +22,7 @@ extern Settings settings;
 struct Range {
     u64 begin, end;
 };
+extern bool check_ranges;
 extern std::vector<Range> ranges;           // what kernels may touch, when check_ranges is set
 extern std::vector<Range> variable_ranges;  // __device__ and __constant__ variables: always allowed
 
@@ -31,7 +32,8 @@ extern std::string fault_text;
 struct Extent {
     u32 x, y, z;
 };
-// Runs all blocks of a kernel to their end, or to the first fault.
-void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters);
+// Runs all blocks of a kernel to their end, or to the first fault. One that overlaps with the grid before must wait for it.
+void run_grid(const Kernel& kernel, Extent grid, Extent block, u32 shared_bytes, const unsigned char* parameters,
+              bool overlaps);
 
 }  // namespace emu

@@ -16,6 +16,7 @@ struct Thread {
     u32 lane;
     u32 warp;
     s64 fuel;
+    bool has_waited;  // for the grids before, by griddepcontrol.wait
 };
 
 // The launch and the block that run now: blocks run one after another.
@@ -27,6 +28,8 @@ struct Running {
     unsigned char* shared;
     const unsigned char* parameters;
     const struct Kernel* kernel;
+    bool overlaps;       // the grid before may still run, until a thread has waited
+    bool checks_global;  // each access to global memory
 };
 extern Running running;
 
@@ -49,6 +52,7 @@ struct Kernel {
     const Gap* gaps;
     u32 gap_count;
     u32 gap_bytes;
+    int ptx_version;  // of its .target: 90 for sm_90
 };
 struct ModuleVariable {
     const char* name;
@@ -61,7 +65,6 @@ void add_variable(const ModuleVariable& variable);
 // --- memory (scheduler.cpp): the slow path of a checked access; returns when the range is allowed
 void check_global(u64 address, u32 bytes);
 void check_gaps(u64 address, u32 bytes, const char* file, int line);
-extern bool check_ranges;
 bool in_local(u64 address, u32 bytes);
 
 // --- barriers and collectives of the running thread. `site` is the instruction's line of PTX: threads meet at one
@@ -82,6 +85,10 @@ void warp_barrier(Thread& thread, u32 mask, u32 site);
 u32 active_mask(const Thread& thread);
 void fence();
 void atomic_is_done();
+
+// griddepcontrol: the grids before have ended, or the next one may begin.
+void wait_for_grids_before(Thread& thread);
+void let_next_grid_begin(const Thread& thread, u32 site);
 
 // --- cp.async of the running thread
 void async_copy(Thread& thread, unsigned char* to, const unsigned char* from, u32 bytes, u32 from_bytes);

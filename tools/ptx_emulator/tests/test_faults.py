@@ -173,7 +173,14 @@ def test_the_record_names_every_call_and_replays_on_new_data(kernels: Kernels) -
     assert memset == {"call": "memset", "stream": STREAM, "device": 0, "to": target, "bytes": 256, "value": 0}
     assert "copy" in launch.pop("kernel")
     where = {"stream": STREAM, "device": 0}
-    assert launch == {"call": "launch", **where, "grid": [1, 1, 1], "block": [32, 1, 1], "shared_bytes": 0}
+    assert launch == {
+        "call": "launch",
+        **where,
+        "grid": [1, 1, 1],
+        "block": [32, 1, 1],
+        "shared_bytes": 0,
+        "overlaps": False,
+    }
     kernels.source[5] = 1000.0
     kernels.emulator.replay(recording)
     assert kernels.target[0] == 1000.0
