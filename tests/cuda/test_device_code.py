@@ -49,8 +49,10 @@ namespace exllama::cuda {
 INSTANTIATE(2, true) INSTANTIATE(3, true) INSTANTIATE(4, true) INSTANTIATE(8, true)
 INSTANTIATE(2, false) INSTANTIATE(3, false) INSTANTIATE(4, false) INSTANTIATE(8, false)
 #define INSTANTIATE_GATHER(T) \\
-  template __global__ void gather_columns<T, true>(const T*, int64_t, const int32_t*, int64_t, uint32_t, T*); \\
-  template __global__ void gather_columns<T, false>(const T*, int64_t, const int32_t*, int64_t, uint32_t, T*); \\
+  template __global__ void gather_columns<T, true>( \\
+      const T*, int64_t, const int32_t*, int64_t, uint32_t, Experts, int64_t, T*); \\
+  template __global__ void gather_columns<T, false>( \\
+      const T*, int64_t, const int32_t*, int64_t, uint32_t, Experts, int64_t, T*); \\
   template __global__ void gather_rows<T>(const T*, int64_t, const int32_t*, int64_t, int64_t, T*);
 INSTANTIATE_GATHER(uint16_t) INSTANTIATE_GATHER(uint32_t)
 template __global__ void gemm_mma<4, __half, 1, 128>(Parts, const __half*, int64_t, MmaCut, Splits, __half*);
