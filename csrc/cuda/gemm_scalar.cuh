@@ -167,13 +167,20 @@ struct ScalarSums {
   }
 };
 
+// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and
+// spills. With 3 bits and eight rows three thread blocks spill before sm_75.
+template <int bits, int rows>
+__host__ __device__ constexpr int scalar_launch_bound() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+  if (bits == 3 && rows == 8) return 2;
+#endif
+  return scalar_thread_blocks_per_sm(rows);
+}
+
 // The product of one tile and one split, which has stages_per_split stages. It goes to out (M, columns),
 // by way of splits if there are several.
-//
-// The launch bounds name the thread blocks of an SM, because ptxas otherwise aims at 80 registers for one row, and
-// spills.
 template <int bits, bool shuffled, int rows>
-__global__ void __launch_bounds__(kScalarThreads, scalar_thread_blocks_per_sm(rows))
+__global__ void __launch_bounds__(kScalarThreads, (scalar_launch_bound<bits, rows>()))
     gemm_scalar(Parts parts, const void* x, DType dtype, int64_t M, int64_t stages_per_split, Splits splits,
                 void* out) {
   constexpr int kValues = layout::block_values(bits), kWords = layout::block_words(bits);

@@ -22,6 +22,11 @@ typedef unsigned long long uint64_t, uintptr_t;
 #include <cuda/std/type_traits>
 namespace std { using cuda::std::conditional_t; }
 """,
+    "iterator": """
+namespace std {
+template <typename T, unsigned long long n> constexpr unsigned long long size(const T (&)[n]) { return n; }
+}
+""",
 }
 
 
