@@ -18,10 +18,12 @@ from exllama_ops.backends import cuda, serving, triton
 AUTO = "auto"
 ALGORITHMS = ("scalar", "mma", "pipelined", "tiled", "dense")
 VARIABLE = "EXLLAMA_OPS_CUDA_ALGORITHM"
+# The choice of select_gemm, with launches that overlap where they can.
+OVERLAPPING, OVERLAP_VARIABLE = "overlapping", "EXLLAMA_OPS_CUDA_OVERLAP"
 
 
 def gemm(weight: Weight, algorithm: str, dtype: torch.dtype) -> Layer:
-    """A copy of the weight for gptq_gemm by an algorithm of the native library.
+    """A copy of the weight for gptq_gemm by an algorithm of the native library, by `AUTO`, or by `OVERLAPPING`.
 
     Raises:
         Unsupported: the native library does not serve the ops.
@@ -103,16 +105,18 @@ def _layer(weight: Weight, dtype: torch.dtype, op: Callable[..., Tensor]) -> Lay
 @contextmanager
 def named(algorithm: str) -> Iterator[None]:
     """Have the library use an algorithm, or choose one itself whatever the environment says."""
-    before = os.environ.pop(VARIABLE, None)
-    if algorithm != AUTO:
+    before = {name: os.environ.pop(name) for name in (VARIABLE, OVERLAP_VARIABLE) if name in os.environ}
+    if algorithm == OVERLAPPING:
+        os.environ[OVERLAP_VARIABLE] = "1"
+    elif algorithm != AUTO:
         os.environ[VARIABLE] = algorithm
     _read_environment()
     try:
         yield
     finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
+        for name in (VARIABLE, OVERLAP_VARIABLE):
+            os.environ.pop(name, None)
+        os.environ.update(before)
         _read_environment()
 
 

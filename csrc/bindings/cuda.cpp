@@ -53,12 +53,14 @@ struct Settings {
   bool blas_repeats;      // CUBLAS_WORKSPACE_CONFIG has one of the values with which torch calls BLAS deterministic
 };
 
-// It is never freed: another thread may be reading it.
+// It is never freed: another thread may be reading it. A fifth variable is for the launches of the kernels.
 const Settings* read_settings() {
   const char* algorithm = std::getenv("EXLLAMA_OPS_CUDA_ALGORITHM");
   const char* log = std::getenv("EXLLAMA_OPS_CUDA_LOG");
   const char* dense_mib = std::getenv("EXLLAMA_OPS_CUDA_DENSE_MIB");
+  const char* overlap = std::getenv("EXLLAMA_OPS_CUDA_OVERLAP");
   const char* workspace = std::getenv("CUBLAS_WORKSPACE_CONFIG");
+  cuda::set_launches_overlap(overlap != nullptr && std::strcmp(overlap, "1") == 0);
   const bool repeats =
       workspace != nullptr && (std::strcmp(workspace, ":4096:8") == 0 || std::strcmp(workspace, ":16:8") == 0);
   return new Settings{algorithm != nullptr ? algorithm : "", log != nullptr && std::strcmp(log, "1") == 0,

@@ -19,6 +19,10 @@ using Stream = void*;
 // The version of the CUDA runtime in this library, as 13000 for 13.0. A driver of an older major version runs nothing.
 int32_t toolkit_version();
 
+// Whether gemm's launches for few rows overlap with the kernel before them, where they can: overlap.h says how. At first
+// they do not.
+void set_launches_overlap(bool enabled);
+
 // The properties of a CUDA device, which is asked once.
 const Device& device_properties(int32_t index);
 

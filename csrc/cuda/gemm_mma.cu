@@ -1,6 +1,7 @@
 #include "gemm_kernels.h"
 #include "gemm_mma.cuh"
 #include "mma_launch.h"
+#include "overlap.h"
 
 namespace exllama::cuda {
 
@@ -13,13 +14,12 @@ void launch_gemm_mma(const GemmArguments& a, const Config& config, Stream stream
           const Parts parts = parts_of(a, kMmaColumns);
           const int64_t tiles = parts.column_tiles * row_tiles(a, kOctet * octets);
           const dim3 grid(grid_of(tiles, "gemm_mma"), static_cast<unsigned>(config.split_k));
-          gemm_mma<bits(), T, octets(), unit_k()><<<grid, kMmaThreads, 0, to_cuda(stream)>>>(
-              parts, static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.splits, static_cast<T*>(a.out));
+          launch_waiting(gemm_mma<bits(), T, octets(), unit_k()>, grid, kMmaThreads, stream, "gemm_mma", parts,
+                         static_cast<const T*>(a.x), a.M, cut_of(*a.parts, config), a.splits, static_cast<T*>(a.out));
         });
       });
     });
   });
-  check(cudaGetLastError(), "gemm_mma");
 }
 
 }  // namespace exllama::cuda

@@ -13,6 +13,7 @@
 #include "mma_stage.cuh"
 #include "mma_sums.cuh"
 #include "mma_words.cuh"
+#include "overlap.cuh"
 #include "split_k.cuh"
 #include "tile.cuh"
 
@@ -138,6 +139,7 @@ template <int bits, typename T, int octets, int unit_k>
 __global__ void __launch_bounds__(kMmaThreads, mma_thread_blocks_per_sm(bits, octets))
     gemm_mma(Parts parts, const T* x, int64_t M, MmaCut cut, Splits splits, T* out) {
   if constexpr (has_mma<T>()) {
+    wait_for_kernels_before();
     MmaProduct<bits, T, octets, unit_k>::multiply(parts, x, M, cut, splits, out);
   } else {
     __trap();  // select_gemm knows the archs

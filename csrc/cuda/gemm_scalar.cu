@@ -1,6 +1,6 @@
 #include "gemm_kernels.h"
 #include "gemm_scalar.cuh"
-#include "launch.h"
+#include "overlap.h"
 
 namespace exllama::cuda {
 namespace {
@@ -29,12 +29,11 @@ void launch_gemm_scalar(const GemmArguments& a, const Config& config, Stream str
         const Parts parts = parts_of(a, kScalarColumns);
         const dim3 grid(grid_of(parts.column_tiles * row_tiles(a, rows), "gemm_scalar"),
                         static_cast<unsigned>(config.split_k));
-        gemm_scalar<bits(), shuffled(), rows()><<<grid, kScalarThreads, 0, to_cuda(stream)>>>(
-            parts, a.x, a.dtype, a.M, config.k_per_split / kScalarStageK, a.splits, a.out);
+        launch_waiting(gemm_scalar<bits(), shuffled(), rows()>, grid, kScalarThreads, stream, "gemm_scalar", parts, a.x,
+                       a.dtype, a.M, config.k_per_split / kScalarStageK, a.splits, a.out);
       });
     });
   });
-  check(cudaGetLastError(), "gemm_scalar");
 }
 
 }  // namespace exllama::cuda

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gemm_scalar.h"
+#include "overlap.cuh"
 #include "split_k.cuh"
 #include "tile.cuh"
 #include "words.cuh"
@@ -84,7 +85,7 @@ struct ScalarSums {
     uint32_t words[blocks][4][kWords];
 #pragma unroll
     for (int i = 0; i < blocks * kWords; ++i) {
-      const uint4 four = __ldg(reinterpret_cast<const uint4*>(qweight));
+      const uint4 four = load_global(reinterpret_cast<const uint4*>(qweight));
       words[i / kWords][0][i % kWords] = four.x;
       words[i / kWords][1][i % kWords] = four.y;
       words[i / kWords][2][i % kWords] = four.z;
@@ -124,7 +125,7 @@ struct ScalarSums {
     for (int w = 0; w < kWords; ++w) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        words[c][w] = __ldg(weight.qweight + (k / kValues * kWords + w) * weight.N + column + c);
+        words[c][w] = load_global(weight.qweight + (k / kValues * kWords + w) * weight.N + column + c);
       }
     }
     int64_t group = -1;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(kScalarThreads, (scalar_launch_bound<bits, row
   constexpr int kXFloats = kScalarStageK * rows, kSumFloats = kScalarWarps * rows * kScalarColumns;
   __shared__ __align__(16) float s_floats[kXFloats > kSumFloats ? kXFloats : kSumFloats];
 
+  wait_for_kernels_before();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Tile tile(parts, kScalarColumns, rows, M);
   if (tile.is_empty()) return;

@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "mma_operands.cuh"
 #include "mma_shape.h"
+#include "overlap.cuh"
 #include "words.cuh"
 
 namespace exllama::cuda {
@@ -132,7 +133,7 @@ struct Stage {
     for (; tokens_left > (kLoads - 1) * kTogether; tokens_left -= kLoads * kTogether) {
       uint4 chunks[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) chunks[i] = __ldg(reinterpret_cast<const uint4*>(row + pitch * i));
+      for (int i = 0; i < kLoads; ++i) chunks[i] = load_global(reinterpret_cast<const uint4*>(row + pitch * i));
       row += pitch * kLoads;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) to[i * kNext] = chunks[i];
@@ -140,7 +141,7 @@ struct Stage {
     }
 #pragma unroll 1
     for (; tokens_left > 0; tokens_left -= kTogether, row += pitch, to += kNext) {
-      *to = __ldg(reinterpret_cast<const uint4*>(row));
+      *to = load_global(reinterpret_cast<const uint4*>(row));
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include "mma_operands.cuh"
 #include "mma_shape.h"
+#include "overlap.cuh"
 
 namespace exllama::cuda {
 
@@ -33,7 +34,7 @@ struct WordsAhead {
     for (int w = 0; w < Lane::kWords; ++w) {
       const int row = row_of_step(i) + w;
       if (row >= rows_left) continue;
-      const uint4 four = __ldg(reinterpret_cast<const uint4*>(turn + static_cast<int64_t>(row) * row_bytes));
+      const uint4 four = load_global(reinterpret_cast<const uint4*>(turn + static_cast<int64_t>(row) * row_bytes));
       words[i % kAhead][0][w] = four.x;
       words[i % kAhead][1][w] = four.y;
       words[i % kAhead][2][w] = four.z;

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "../layout/weight.h"
+#include "overlap.cuh"
 
 namespace exllama::cuda {
 
@@ -51,8 +52,9 @@ __device__ inline float4 floats_of(const uint2& pairs, DType dtype) {
 
 // Four numbers from an index on, at which they are aligned.
 __device__ inline float4 load_four(const void* array, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(array) + index));
-  return floats_of(__ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + index)), dtype);
+  if (dtype == DType::kFloat32)
+    return load_global(reinterpret_cast<const float4*>(static_cast<const float*>(array) + index));
+  return floats_of(load_global(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + index)), dtype);
 }
 
 __device__ inline void store_number(float value, void* array, DType dtype, int64_t index) {

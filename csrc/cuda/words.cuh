@@ -3,6 +3,7 @@
 
 #include "../layout/formats.h"
 #include "numbers.cuh"
+#include "overlap.cuh"
 
 namespace exllama::cuda {
 
@@ -139,7 +140,7 @@ struct FourZeros {
   }
   // row: the same words in memory.
   __device__ FourZeros(const uint32_t* row, uint32_t column)
-      : FourZeros([&](uint32_t i) { return __ldg(row + i); }, column) {}
+      : FourZeros([&](uint32_t i) { return load_global(row + i); }, column) {}
   __device__ FourZeros(const Weight& weight, int64_t group, int64_t column)
       : FourZeros(weight.qzeros + group * (weight.N * bits / 32) + column / 32 * bits, column % 32) {}
 
@@ -172,7 +173,7 @@ __device__ __forceinline__ void load_indices(const int32_t* index, int64_t there
   if (count % 4 == 0 && there >= count && reinterpret_cast<uintptr_t>(index) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < count; i += 4) {
-      const int4 four = __ldg(reinterpret_cast<const int4*>(index + i));
+      const int4 four = load_global(reinterpret_cast<const int4*>(index + i));
       take(i, four.x);
       take(i + 1, four.y);
       take(i + 2, four.z);
@@ -182,7 +183,7 @@ __device__ __forceinline__ void load_indices(const int32_t* index, int64_t there
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       entries[i] = missing;
-      if (i < there) take(i, __ldg(index + i));
+      if (i < there) take(i, load_global(index + i));
     }
   }
   if (largest >= limit - lowest) __trap();
@@ -212,7 +213,7 @@ __device__ __forceinline__ void columns_of_x(const int32_t* perm, Int K, const F
     const Int k = k_of(i);
     x_columns[i] = k >= K ? -1 : k;
     if (perm && k < K) {
-      x_columns[i] = __ldg(perm + k);
+      x_columns[i] = load_global(perm + k);
       largest = max(largest, static_cast<uint32_t>(x_columns[i]));
     }
   }

@@ -71,14 +71,19 @@ def test_the_command_without_nvcc_fails_with_the_reason(tmp_path: Path, monkeypa
     [
         (
             ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "sm_121"),  # nvcc 13
-            ["arch=compute_75,code=[sm_75]", "arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"],
+            [
+                "arch=compute_75,code=[sm_75]",
+                "arch=compute_80,code=[sm_80]",
+                "arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]",
+            ],
         ),
         (
             ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),  # nvcc 12.0
             [
                 "arch=compute_60,code=[sm_60,sm_70]",
                 "arch=compute_75,code=[sm_75]",
-                "arch=compute_80,code=[sm_80,sm_90,compute_80]",
+                "arch=compute_80,code=[sm_80]",
+                "arch=compute_90,code=[sm_90,compute_90]",
             ],
         ),
     ],
@@ -97,7 +102,7 @@ def test_device_code_is_for_the_gpus_that_nvcc_knows(tmp_path: Path, known: list
         ([(12, 1), (10, 3), (7, 5), (7, 0), (6, 1)], ("sm_60", "sm_70", "sm_75", "sm_100", "sm_120")),
         ([(8, 7)], ("sm_87",)),
         ([(11, 0)], ("sm_110",)),
-        ([(13, 0)], ("compute_80",)),
+        ([(13, 0)], ("compute_90",)),
         ([(5, 2)], ("sm_52",)),
         ([], ()),
     ],
@@ -112,12 +117,12 @@ NVCC_13 = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_90", "sm_100", "sm_110", "sm_
 @pytest.mark.parametrize(
     ("known", "codes", "wanted"),
     [
-        (NVCC_13, ("sm_90",), ["arch=compute_80,code=[sm_90]"]),
+        (NVCC_13, ("sm_90",), ["arch=compute_90,code=[sm_90]"]),
         (NVCC_13, ("sm_75", "sm_80"), ["arch=compute_75,code=[sm_75]", "arch=compute_80,code=[sm_80]"]),
-        (NVCC_13, ("sm_70", "sm_90"), ["arch=compute_80,code=[sm_90]"]),  # which the one for sm_70 is left out of
-        (NVCC_13, ("sm_110",), ["arch=compute_80,code=[sm_110]"]),
-        (NVCC_13, ("compute_80",), ["arch=compute_80,code=[compute_80]"]),
-        (("sm_80", "sm_90"), ("sm_120",), ["arch=compute_80,code=[compute_80]"]),
+        (NVCC_13, ("sm_70", "sm_90"), ["arch=compute_90,code=[sm_90]"]),  # which the one for sm_70 is left out of
+        (NVCC_13, ("sm_110",), ["arch=compute_90,code=[sm_110]"]),
+        (NVCC_13, ("compute_90",), ["arch=compute_90,code=[compute_90]"]),
+        (("sm_80", "sm_90"), ("sm_120",), ["arch=compute_90,code=[compute_90]"]),
     ],
 )
 def test_a_build_for_gpus_has_their_code_alone(
@@ -144,9 +149,10 @@ def test_all_code_has_that_of_tegra_on_arm_alone(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     flags = compiling.device_flags(CUDA, Compiler((str(fake_nvcc(tmp_path, *NVCC_13)),), "nvcc"), tmp_path)
-    tegra = "sm_87," if has_tegra else ""
+    tegra = ",sm_87" if has_tegra else ""
     thor = "sm_110," if has_tegra else ""
-    assert flags[-1] == f"arch=compute_80,code=[sm_80,{tegra}sm_90,sm_100,{thor}sm_120,compute_80]"
+    assert flags[-3] == f"arch=compute_80,code=[sm_80{tegra}]"
+    assert flags[-1] == f"arch=compute_90,code=[sm_90,sm_100,{thor}sm_120,compute_90]"
 
 
 def test_nvcc_is_looked_for_in_the_documented_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     library = tmp_path / CUDA.library
     library.write_text("a library")
     record: dict[str, Any] = {"sha256": compiling.digest(library), "sources": compiling.source_key(CUDA, csrc)}
-    record |= {"compiler": "nvcc", "seconds": 1, "flags": ["-gencode", "arch=compute_80,code=[sm_90,compute_80]"]}
+    record |= {"compiler": "nvcc", "seconds": 1, "flags": ["-gencode", "arch=compute_90,code=[sm_90,compute_90]"]}
     (tmp_path / compiling.RECORD).write_text(json.dumps(record))
     monkeypatch.setenv("EXLLAMA_OPS_CUDA_LIBRARY", str(tmp_path))
     made = CudaBackend()
@@ -156,12 +156,12 @@ def test_nothing_is_compiled_that_the_driver_cannot_run(
         ((8, 6), {"sm_80"}, CUDA_13, None),
         ((8, 7), {"sm_80"}, CUDA_13, "no code for compute capability 8.7: "),
         ((9, 0), {"sm_80"}, CUDA_13, "no code for compute capability 9.0: "),
-        ((9, 0), {"sm_80", "compute_80"}, CUDA_13, None),
-        ((13, 0), {"sm_80", "compute_80"}, None, None),
-        ((13, 0), {"sm_80", "compute_80"}, (13, 2), None),
-        ((13, 0), {"sm_80", "compute_80"}, (12, 9), "13.0 but PTX of CUDA 13.0, and the driver knows CUDA 12.9: "),
-        ((7, 5), {"sm_80", "compute_80"}, CUDA_13, "no code for compute capability 7.5: "),
-        ((5, 2), {"sm_60", "sm_80", "compute_80"}, CUDA_13, "no code for compute capability 5.2: "),
+        ((9, 0), {"sm_80", "compute_90"}, CUDA_13, None),
+        ((13, 0), {"sm_80", "compute_90"}, None, None),
+        ((13, 0), {"sm_80", "compute_90"}, (13, 2), None),
+        ((13, 0), {"sm_80", "compute_90"}, (12, 9), "13.0 but PTX of CUDA 13.0, and the driver knows CUDA 12.9: "),
+        ((7, 5), {"sm_80", "compute_90"}, CUDA_13, "no code for compute capability 7.5: "),
+        ((5, 2), {"sm_60", "sm_80", "compute_90"}, CUDA_13, "no code for compute capability 5.2: "),
     ],
 )
 def test_a_gpu_needs_machine_code_or_ptx_that_its_driver_compiles(

@@ -35,6 +35,8 @@ void plain_device(int64_t* out) {
   out[4] = device.dram_mb_per_s;
 }
 
+void plain_set_launches_overlap(bool enabled) { set_launches_overlap(enabled); }
+
 // The tickets of a launch on a stream, or null.
 void* plain_tickets(int64_t stream) { return tickets_for(reinterpret_cast<Stream>(stream)); }
 

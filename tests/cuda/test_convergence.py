@@ -88,7 +88,7 @@ def tensor_core_instructions(text: str) -> int:
     return text.count("HMMA.")
 
 
-@pytest.mark.parametrize(("virtual", "code"), [("compute_75", "sm_75"), ("compute_80", "sm_90")])
+@pytest.mark.parametrize(("virtual", "code"), [("compute_75", "sm_75"), ("compute_90", "sm_90")])
 def test_lanes_that_part_before_a_product_are_seen(virtual: str, code: str, tmp_path: Path) -> None:
     source = tmp_path / "products.cu"
     source.write_text(PRODUCTS)

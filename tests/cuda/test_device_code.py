@@ -74,6 +74,7 @@ INSTANCES = {
     "gemm_pipelined": (4 * 2 - 1) * 2 * 2,
     "gemm_scalar": 4 * 2 * 4,
     "gemm_tiled": 4 * 2 * 2,
+    "overlap": 1,
     "shuffle": 4 * 2 + 1,
     "tickets": 0,
 }

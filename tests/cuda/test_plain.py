@@ -92,7 +92,7 @@ def products(case: Case, arch: int) -> list[tuple[str, str]]:
     found = [(algorithm, name) for algorithm in ("scalar", "tiled") for name in NAMES.values()]
     if case.shuffled:
         found += [("mma", "float16"), ("mma", "bfloat16")][: 2 if arch >= 80 else 1]
-        # sm_90 has the same PTX.
+        # The PTX of sm_90 differs in the form of its loads alone.
         found += [("pipelined", "float16")] if arch == 80 else []
     return found
 

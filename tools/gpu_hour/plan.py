@@ -53,6 +53,7 @@ PARTS = (
     Part("tests.gpu", 4, 9.5),
     *(Part(f"sanitize.{tool}", 2, 6) for tool in SANITIZERS),
     Part("tests.conformance_cuda", 5, 9.5),
+    Part("tests.conformance_overlapping", 5, 9.5),
     Part("tests.conformance_triton", 6, 9.5),
     Part("peers.in_order", 4, 9.5),
     Part("peers.act_order", 3, 9.5),

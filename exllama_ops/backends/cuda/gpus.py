@@ -12,7 +12,7 @@ from collections.abc import Iterator, Set
 
 import torch
 
-from exllama_ops.backends.native.compile import CUDA, Compiler, codes_for
+from exllama_ops.backends.native.compile import CUDA, PTX, Compiler, codes_for
 
 Version = tuple[int, int]
 
@@ -53,10 +53,10 @@ def reason_against_gpu(capability: Version, codes: Set[str], driver: Version | N
 
     PTX serves where there is no machine code, if the driver is no older than the toolkit that made it.
     """
-    if codes_for(CUDA, [capability])[0] in codes - {"compute_80"}:
+    if codes_for(CUDA, [capability])[0] in codes - {PTX}:
         return None
     has = f"the library has no code for compute capability {_dotted(capability)}"
-    if "compute_80" in codes and capability >= (8, 0):
+    if PTX in codes and capability >= (9, 0):
         if driver is None or driver >= toolkit:
             return None
         has += f" but PTX of CUDA {_dotted(toolkit)}, and the driver knows CUDA {_dotted(driver)}"

@@ -51,9 +51,10 @@ class Recipe(NamedTuple):
         compile_flags: for every file.
         link_flags: with the name of torch's library in them, the loader resolves torch's symbols from the one that
             Python has loaded.
-        device_code: of nvcc. The device code has three variants: for the tensor cores of sm_75, for those from sm_80
-            on, and for none. Each is machine code for these GPUs, if this nvcc knows them, and for their minor versions
-            (sm_80 runs on 8.6 and 8.9). Those of Tegra run on no other. The PTX is for GPUs to come.
+        device_code: of nvcc. The device code has four variants: for no tensor cores, for those of sm_75, for those from
+            sm_80 on, and for launches that overlap, from sm_90 on. Each is machine code for these GPUs, if this nvcc
+            knows them, and for their minor versions (sm_80 runs on 8.6 and 8.9). Those of Tegra run on no other. The
+            PTX is for GPUs to come.
         given: the environment variable that names a folder with a library that was built elsewhere; empty for none.
     """
 
@@ -115,7 +116,8 @@ CUDA = Recipe(
     device_code={
         "compute_60": ("sm_60", "sm_70"),
         "compute_75": ("sm_75",),
-        "compute_80": ("sm_80", "sm_87", "sm_90", "sm_100", "sm_110", "sm_120", "compute_80"),
+        "compute_80": ("sm_80", "sm_87"),
+        "compute_90": ("sm_90", "sm_100", "sm_110", "sm_120", "compute_90"),
     },
     given="EXLLAMA_OPS_CUDA_LIBRARY",
     homes=("CUDA_HOME", "CUDA_PATH"),
@@ -123,6 +125,8 @@ CUDA = Recipe(
 
 # Jetson Orin and Thor are Arm computers. Their code runs on no other GPU, and no other code runs on them.
 _TEGRA = ("sm_87", "sm_110")
+# What GPUs to come compile.
+PTX = "compute_90"
 # All device code of a recipe that a compiler knows and a machine can have a use for.
 ALL = ("all",)
 
@@ -231,7 +235,7 @@ def codes_for(recipe: Recipe, capabilities: Iterable[tuple[int, int]]) -> tuple[
         if own in _TEGRA or (major, minor) < (6, 0):
             codes.add(own)
         else:
-            codes.add(max(alike, key=_number) if alike else "compute_80")
+            codes.add(max(alike, key=_number) if alike else PTX)
     return tuple(sorted(codes, key=_number))
 
 

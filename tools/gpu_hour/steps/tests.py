@@ -17,6 +17,11 @@ from tools.gpu_hour.records import Result
 
 ROOT = Path(__file__).resolve().parents[3]
 _CONFORMANCE = "tests/conformance"
+_ENVIRONMENTS = {
+    "conformance_cuda": {},
+    "conformance_overlapping": {"EXLLAMA_OPS_CUDA_OVERLAP": "1"},
+    "conformance_triton": {"EXLLAMA_OPS_BACKEND": "triton"},
+}
 _SHOWN = 20
 
 
@@ -26,8 +31,7 @@ def run(what: str, options: Options) -> Result:
         return _collect([*marked_files(), _CONFORMANCE]) if what == "gpu" else _not_walked([_CONFORMANCE])
     if what == "gpu":
         return run_files(marked_files(), options, workers=4)
-    environment = {"EXLLAMA_OPS_BACKEND": "triton"} if what == "conformance_triton" else {}
-    return run_files([_CONFORMANCE], options, workers=12, environment=environment)
+    return run_files([_CONFORMANCE], options, workers=12, environment=_ENVIRONMENTS[what])
 
 
 def marked_files() -> list[str]:

@@ -1,4 +1,7 @@
-"""Times of gptq_gemm for 1 to 2048 tokens: what the library chooses, each algorithm, Triton, and cuBLAS."""
+"""Times of gptq_gemm for 1 to 2048 tokens: what the library chooses, each algorithm, Triton, and cuBLAS.
+
+What it chooses is timed twice: as it is, and with launches that overlap.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Weight, activations
 from benchmarks.peers import exllama_cuda
-from benchmarks.peers.exllama_cuda import ALGORITHMS, AUTO
+from benchmarks.peers.exllama_cuda import ALGORITHMS, AUTO, OVERLAPPING
 from benchmarks.peers.peer import Layer
 from tools.gpu_hour.clocks import Clock, GraphClock, HostClock, copies
 from tools.gpu_hour.part import Options
@@ -71,7 +74,7 @@ def _told(error: Exception) -> str:
 
 def kernels(weight: Weight) -> Mapping[str, Prepare]:
     """What is timed, by name; each returns a layer with memory of its own."""
-    ours = {name: partial(exllama_cuda.gemm, weight, name, torch.float16) for name in (AUTO, *ALGORITHMS)}
+    ours = {name: partial(exllama_cuda.gemm, weight, name, torch.float16) for name in (AUTO, OVERLAPPING, *ALGORITHMS)}
     triton = {TRITON: partial(exllama_cuda.triton_gemm, weight, torch.float16)}
     return {BLAS: lambda: _blas(weight.dense.half()), **ours, **triton}
 
@@ -83,7 +86,9 @@ def _blas(dense: Tensor) -> Layer:
 
 def table_of(case: Case, times: Mapping[int, Mapping[str, float]]) -> Table:
     """Microseconds by tokens and kernel, and how the library's choice compares with cuBLAS."""
-    names = [name for name in (BLAS, AUTO, *ALGORITHMS, TRITON) if any(name in row for row in times.values())]
+    names = [
+        name for name in (BLAS, AUTO, OVERLAPPING, *ALGORITHMS, TRITON) if any(name in row for row in times.values())
+    ]
     rows = []
     for M, row in times.items():
         ratio = f"{row[AUTO] / row[BLAS]:.2f}" if AUTO in row and BLAS in row else ""
