@@ -27,7 +27,8 @@ def unstacked(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo],
     stacks = {
         name.removesuffix(".qweight"): info.shape[0]
         for name, info in tensors.items()
-        if name.endswith(".qweight") and len(info.shape) == 3
+        # A stack of no bytes may say that it has any number of experts.
+        if name.endswith(".qweight") and len(info.shape) == 3 and info.num_bytes
     }
     places = {_name_in_stack(stack, tensor): (stack, tensor) for stack in stacks for tensor in TENSORS}
     found: dict[str, TensorInfo] = {}
@@ -37,7 +38,7 @@ def unstacked(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo],
         if experts is None or info.shape[:1] != (experts,):
             found[name] = info
             continue
-        size = info.num_bytes // experts if experts else 0
+        size = info.num_bytes // experts
         for expert in range(experts):
             found[f"{stack}.{expert}.{tensor}"] = replace(
                 info, shape=info.shape[1:], start=info.start + expert * size, num_bytes=size

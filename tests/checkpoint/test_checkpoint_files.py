@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from checkpoint.builder import DATA, module, quantization, write, write_sharded
 from exllama_ops.checkpoint import CheckpointError, open_gptq, read_gptq
+from exllama_ops.checkpoint.files import TensorFiles
 
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
@@ -292,3 +293,11 @@ def test_importing_the_package_imports_no_optional_dependency():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stack_of_no_bytes_is_not_taken_apart(tmp_path: Path) -> None:
+    """Its header may name more experts than there is memory for."""
+    save_file({"experts.qweight": torch.empty(1 << 40, 1, 0, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    assert [*files.tensors] == ["experts.qweight"]
+    assert not files.stacks
